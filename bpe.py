@@ -1,0 +1,794 @@
+"""
+Byte-level byte pair encoding (BPE): train a tokenizer, encode, decode. One file, numpy whole-array operations.
+
+Split the text into words by a regular expression; a word starts as its UTF-8 bytes, ids 0..255. Training: again and again take the most
+frequent pair of neighbouring ids and give it the next id. Encoding: in each word merge the pair learned first, until none is left.
+
+    python bpe.py input.txt --vocab_size=4096 --out=tok.json        # then, in Python:
+    tok = Tokenizer.load("tok.json"); ids = tok.encode("hello"); text = tok.decode(ids)
+
+Fast, because words are found and counted with array operations on bytes, each distinct word is merged once however often it occurs, and
+pairs are merged many at a time wherever this provably equals one at a time (`learn_merges`). Ids equal tiktoken's, merges rustbpe's:
+between equally frequent pairs the smallest (left id, right id) wins. Bytes that are not valid UTF-8 are kept, each a character that is
+neither letter, number nor space: decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become U+FFFD, as in tiktoken.
+
+References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019 (GPT-2: bytes, split pattern, merges file); tiktoken
+(GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
+"""
+# Notation: a word is what the pattern cuts out of the text; starts and lens are the words' offsets and lengths in bytes.
+# Inside, ids are 0..255 for bytes and 256 + i for merge i; `ids` maps them to a vocabulary's own numbering (GPT-2 has one).
+import base64, functools, hashlib, heapq, itertools, json, os, re, sys, time
+import numpy as np
+
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT4_SPLIT = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+# what tiktoken itself writes: for GPT-2 the same; for GPT-4 (cl100k_base) white space at the end of the text is one word
+GPT2_TIKTOKEN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+CL100K_SPLIT = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+ENDOFTEXT = "<|endoftext|>"
+CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
+BATCH = 1 << 23            # bytes sent to a worker process at once
+PARALLEL_FROM = 1 << 24    # bytes counted before worker processes are started
+CACHE = 1 << 20            # words whose ids the encoder remembers
+LONG = 256                 # bytes; longer words are rare and are treated apart
+NONE = np.iinfo(np.int32).max
+
+# ---- Text to words --------------------------------------------------------------------------------------------------------------
+
+SPACE, WHITE, NEWLINE, LETTER, NUMBER, OTHER, EDGE = range(7)   # classes of characters; an EDGE parts two texts
+ASCII = bytes(SPACE if c == 32 else NEWLINE if c in (10, 13) else WHITE if c in (9, 11, 12) else NUMBER if 48 <= c <= 57
+              else LETTER if 65 <= c <= 90 or 97 <= c <= 122 else OTHER for c in range(256))
+MAYBE_WHITE = np.isin(np.arange(256), [*range(9, 14), 32, *range(0x80, 0x8B), 0x9F, 0xA0, 0xA8, 0xA9, 0xAF])   # as last byte
+VISIBLE_SPACE_VISIBLE = re.compile(rb".*[!-~]( )[!-~]", re.S)
+
+@functools.lru_cache(1)
+def unicode_classes():
+    """Class of every code point, uint8 (0x110000,). Asked of tiktoken's own engine: other Unicode versions differ in 17,000."""
+    import tiktoken
+    table = np.full(0x110000, OTHER, np.uint8)
+    every = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, 0x110000))))
+    for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
+        plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+        table[np.frombuffer(bytes(plain.encode_ordinary(every)).decode().encode("utf-32-le"), "<u4")] = cls
+    return table
+
+def characters(raw, edges, fold):
+    """-> class and first byte of every character of raw, and its offset (None if every character is one byte)."""
+    buf, cls = np.frombuffer(raw, np.uint8), np.frombuffer(bytearray(raw.translate(ASCII)), np.uint8)
+    cls[edges] = EDGE
+    if raw.isascii():
+        return cls, buf, None
+    near = buf >= 0x80
+    near[1:] |= buf[:-1] >= 0x80   # with the byte after each run, which keeps runs apart, the rest can be decoded on its own
+    at = np.flatnonzero(near)
+    code = np.frombuffer(buf[at].tobytes().decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass"), "<u4")
+    size = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+    size[(code >= 0xDC80) & (code < 0xDD00)] = 1   # a byte that is not UTF-8
+    first = at[np.cumsum(size) - size]
+    cls[first] = np.where(code < 0x80, cls[first], unicode_classes()[code])
+    near[:] = True
+    near[at], near[first] = False, True
+    offset = np.flatnonzero(near)
+    letter = buf[offset]
+    if fold:   # U+017F, the long s, is an s to a pattern that ignores case
+        letter[np.searchsorted(offset, first[code == 0x17F])] = ord("s")
+    return cls[offset], letter, offset
+
+def contractions(start, letter, fold):
+    """Where 's 'd 'm 't 'll 've 're stand at the start of a word -> (positions of the apostrophe, positions after the last letter)."""
+    at = np.flatnonzero((letter == ord("'")) & start)
+    a, b = (letter[np.minimum(at + i, len(letter) - 1)].astype(np.int64) | (0x20 if fold else 0) for i in (1, 2))
+    one, two = np.isin(a, list(b"sdmt")), np.isin(a << 8 | b, [0x6C6C, 0x7665, 0x7265])
+    return at[one | two], np.where(one, at + 2, at + 3)[one | two]
+
+def split_gpt2(c, letter):
+    """Classes and letters of a text's characters -> True where a word starts."""
+    white, before, after, start = c <= NEWLINE, c[:-1], c[1:], np.ones(len(c), bool)
+    # a word is a run of one class with at most one space before it; a run of white space leaves its last character to what follows
+    start[1:] = np.where(white[1:], ~white[:-1], (before != after) & (before != SPACE))
+    start[:-1] |= white[:-1] & ~white[1:] & (after != EDGE)
+    at, end = contractions(start, letter, False)
+    start[at + 1], start[end] = False, True
+    return start
+
+def split_gpt4(c, letter, trailing):
+    """The same for GPT-4's patterns; trailing: white space at the end of a text is one word."""
+    before, after, start = c[:-1], c[1:], np.ones(len(c), bool)
+    start[1:] = (before != after) & np.where(
+        after == NEWLINE, (before > NEWLINE) & (before != OTHER),   # punctuation takes the newlines that follow it
+        (after > NEWLINE) & ~((before == SPACE) & (after == OTHER)) & ~((before <= WHITE) & (after == LETTER)))
+    # Runs of white space without newlines, from `first` to `end`: up to a newline they are one word with it; the last character
+    # before a word stands apart or joins that word.
+    c0 = np.append(np.uint8(EDGE), c)   # c0[i + 1] is c[i]
+    turns = np.flatnonzero((c0[1:] <= WHITE) != (c0[:-1] <= WHITE))
+    first, end = turns[::2], turns[1::2]
+    line = np.flatnonzero((c0[1:] == NEWLINE) & (c0[:-1] != NEWLINE))   # where runs of newlines start
+    line = np.append(line, 0)[np.searchsorted(line, first) - 1]
+    goes_on = (c0[end + 1] == NEWLINE) | (trailing & (c0[end + 1] == EDGE))
+    start[first] = (c0[first] != NEWLINE) | ~goes_on | (c0[line] == OTHER)
+    start[(end - 1)[(c0[end + 1] > NEWLINE) & (c0[end + 1] < EDGE)]] = True
+    start[1:] &= ~((before == OTHER) & (after == LETTER) & start[:-1])   # a single character joins letters, unless a space took it
+    start[contractions(start, letter, True)[1]] = True
+    digit = np.flatnonzero(c == NUMBER)
+    i = np.arange(len(digit))
+    start[digit] = (i - np.maximum.accumulate(np.where(start[digit], i, 0))) % 3 == 0
+    return start
+
+def split(texts, pattern):
+    """list of bytes -> (their bytes in one piece, starts and lens of the words, number of words up to the end of each text)."""
+    raw = b"".join([part for text in texts for part in (text, b"\n")])
+    edges = np.cumsum([len(text) + 1 for text in texts]) - 1   # the "\n" put in after each text: they belong to no word
+    c, letter, offset = characters(raw, edges, pattern != GPT2_SPLIT)
+    start = split_gpt2(c, letter) if pattern == GPT2_SPLIT else split_gpt4(c, letter, pattern == CL100K_SPLIT)
+    edge = edges if offset is None else np.flatnonzero(c == EDGE)
+    start[edge] = start[edge[:-1] + 1] = True
+    starts = np.flatnonzero(start) if offset is None else offset[start]
+    drop = np.searchsorted(starts, edges)
+    return raw, np.delete(starts, drop), np.delete(np.diff(starts, append=len(raw)), drop), drop - np.arange(len(drop))
+
+def as_bytes(text):
+    try:
+        return text.encode() if isinstance(text, str) else bytes(text)
+    except UnicodeEncodeError:   # lone surrogates
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+def cut(blocks, pattern):
+    """The parts, str or bytes, of one text -> pieces of about CHUNK bytes whose words together are the words of the whole.
+
+    No pattern looks back, so any word start will do before which no white space stands (that looks ahead) and after which enough text
+    follows for it to be certain. A space between two visible ASCII characters is such a place; without one near the end, ask `split`.
+    """
+    held, n, want = [], 0, CHUNK
+    for block in map(as_bytes, blocks):
+        for i in range(0, len(block), CHUNK):
+            held.append(block[i:i + CHUNK])
+            n += len(held[-1])
+            if n < want:
+                continue
+            text = b"".join(held)
+            space = VISIBLE_SPACE_VISIBLE.match(text, max(0, n - 1024))
+            at = space.start(1) if space else 0
+            if not space:
+                starts = split([text], pattern)[1]
+                starts = starts[(starts > 0) & (starts < n - 8)]
+                at = int(starts[~MAYBE_WHITE[np.frombuffer(text, np.uint8)[starts - 1]]][-1:].sum())   # the last, or 0
+            if at:
+                yield text[:at]
+            held, n = [text[at:]], n - at
+            want = max(CHUNK, n + 1) if at else 2 * n
+    yield b"".join(held)
+
+def groups(pieces, size):
+    """Lists of consecutive pieces, about `size` bytes each."""
+    group, n = [], 0
+    for piece in pieces:
+        group.append(piece)
+        n += len(piece) + 1
+        if n >= size:
+            yield group
+            group, n = [], 0
+    if group:
+        yield group
+
+def gather(buf, starts, lens):
+    """The slices buf[start:start + len], end to end."""
+    end = np.cumsum(lens)
+    return buf[np.repeat(starts - (end - lens), lens) + np.arange(end[-1] if len(end) else 0)]
+
+def runs(keys):
+    """Where each run of equal keys starts. [3, 3, 5] -> [0, 2]"""
+    return np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[:len(keys)])
+
+# ---- Words to numbers -----------------------------------------------------------------------------------------------------------
+
+U = np.uint64
+MIX = [U(int.from_bytes(os.urandom(8), "little") | 1) for _ in range(3)]
+KEEP = np.array([(1 << 8 * i) - 1 for i in range(9)], U)   # KEEP[i] keeps the first i bytes
+
+def word_keys(raw, starts, lens):
+    """A uint64 for every word. Up to 7 bytes it is the word itself, its length in the top byte; a longer word gets a 63-bit hash under
+    multipliers drawn at random by each process: among a million distinct words two collide with probability 1e-7, whatever the text."""
+    block = np.frombuffer(raw + bytes(16 - len(raw) % 8), "<u8")
+    def load(at):   # the 8 bytes from any offset, out of two aligned words
+        shift = (at & 7).astype(U) << U(3)
+        return (block[at >> 3] >> shift) | (block[(at >> 3) + 1] << U(1) << (U(63) - shift))
+    keys = (load(starts) & KEEP[np.minimum(lens, 8)]) | lens.astype(U) << U(56)
+    for i in range(0, min(LONG, int(lens.max(initial=0))), 8):
+        go = np.flatnonzero(lens > max(i, 7))
+        h = ((keys[go] if i else lens[go].astype(U)) ^ (load(starts[go] + i) & KEEP[np.minimum(lens[go] - i, 8)])) * MIX[0]
+        keys[go] = ((h ^ h >> U(32)) * MIX[1]) | U(1 << 63)
+    for i in np.flatnonzero(lens > LONG):
+        keys[i] = hash(raw[starts[i]:starts[i] + lens[i]]) & (1 << 63) - 1 | 1 << 63
+    return keys
+
+def room(a, n):
+    """`a`, or a longer copy with room for n entries."""
+    return a if n <= len(a) else np.concatenate([a, np.zeros(max(n - len(a), len(a)), a.dtype)])
+
+class Table:
+    """Distinct uint64 keys, numbered in the order they are added. Open addressing, linear probing, at most half full."""
+
+    def __init__(self):
+        self.n, self.keys, self.numbers = 0, np.zeros(1 << 12, U), np.full(1 << 12, -1, np.int32)
+
+    def slots(self, keys):
+        return (keys * MIX[2] >> U(65 - len(self.keys).bit_length())).view(np.int64)
+
+    def find(self, keys):
+        """-> number of each key, int32, -1 where it is not in the table."""
+        slot = self.slots(keys)
+        out = self.numbers.take(slot)
+        todo = np.flatnonzero((self.keys.take(slot) != keys) & (out >= 0))   # another key sits there: try the next slot
+        while len(todo):
+            slot[todo] = s = (slot[todo] + 1) & (len(self.keys) - 1)
+            out[todo] = self.numbers[s]
+            todo = todo[(self.keys[s] != keys[todo]) & (out[todo] >= 0)]
+        return out
+
+    def add(self, keys):
+        """Number new, distinct keys."""
+        numbers = np.arange(self.n, self.n + len(keys), dtype=np.int32)
+        self.n += len(keys)
+        if 2 * self.n > len(self.keys):
+            old, size = self.numbers >= 0, 1 << (2 * self.n).bit_length()
+            keys, numbers = np.concatenate([self.keys[old], keys]), np.concatenate([self.numbers[old], numbers])
+            self.keys, self.numbers = np.zeros(size, U), np.full(size, -1, np.int32)
+        slot, todo = self.slots(keys), np.arange(len(keys))
+        while len(todo):
+            free = todo[self.numbers[slot[todo]] < 0]
+            self.keys[slot[free]], self.numbers[slot[free]] = keys[free], numbers[free]   # of several, the last one stays
+            todo = todo[self.numbers[slot[todo]] != numbers[todo]]
+            slot[todo] = (slot[todo] + 1) & (len(self.keys) - 1)
+
+class Words:
+    """Numbers the distinct words of a text in the order they come, and keeps the new ones, end to end, until `new` takes them."""
+
+    def __init__(self):
+        self.table, self.kept = Table(), []
+
+    def number(self, raw, starts, lens):
+        keys = word_keys(raw, starts, lens)
+        number = self.table.find(keys)
+        miss = np.flatnonzero(number < 0)
+        miss = miss[np.argsort(keys[miss])]
+        first = runs(keys[miss])
+        number[miss] = self.table.n + np.repeat(np.arange(len(first)), np.diff(first, append=len(miss)))
+        first = miss[first]
+        self.table.add(keys[first])
+        self.kept.append((gather(np.frombuffer(raw, np.uint8), starts[first], lens[first]), lens[first]))
+        return number
+
+    def new(self):
+        """-> (their bytes, their lens), in the order of their numbers."""
+        texts, lens = zip((np.zeros(0, np.uint8), np.zeros(0, np.int64)), *self.kept)
+        self.kept = []
+        return np.concatenate(texts), np.concatenate(lens)
+
+def count_words(pieces, pattern):
+    """list of bytes -> (distinct words end to end, their lens, their counts as int64); runs in a worker."""
+    words, counts = Words(), np.zeros(4096, np.int64)
+    for group in groups(pieces, CHUNK):
+        number = words.number(*split(group, pattern)[:3])
+        counts = room(counts, words.table.n)
+        np.add.at(counts, number, 1)
+    return *words.new(), counts[:words.table.n]
+
+def count_parallel(pieces, pattern, workers, tell):
+    """The same for any number of pieces. Batches go to worker processes, at most two per worker at a time: memory is bounded."""
+    words, counts, waiting, done, pool = Words(), np.zeros(4096, np.int64), [], 0, None
+    def take(size, result):
+        nonlocal counts
+        text, lens, times = result if isinstance(result, tuple) else result.result()
+        number = words.number(text.tobytes(), np.cumsum(lens) - lens, lens)
+        counts = room(counts, words.table.n)
+        counts[number] += times
+        tell("counting", size / 1e6, None, "MB")
+    try:
+        for batch in groups(pieces, BATCH):
+            done += sum(map(len, batch))
+            if workers == 1 or done < PARALLEL_FROM:
+                take(done, count_words(batch, pattern))
+                continue
+            if not pool:
+                import concurrent.futures, signal
+                pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+            waiting.append((done, pool.submit(count_words, batch, pattern)))
+            if len(waiting) > 2 * workers:
+                take(*waiting.pop(0))
+        while waiting:
+            take(*waiting.pop(0))
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    return *words.new(), counts[:words.table.n]
+
+# ---- Merging --------------------------------------------------------------------------------------------------------------------
+
+def every_other(pos, before):
+    """Sorted positions of a pair, and the positions before each -> a mask. In a run of a's each (a, a) overlaps the next: keep the
+    first, third, ... of each run."""
+    i, alone = np.arange(len(pos)), np.ones(len(pos), bool)
+    alone[1:] = before[1:] != pos[:-1]
+    return (i - np.maximum.accumulate(np.where(alone, i, 0))) % 2 == 0
+
+class Pairs:
+    """The neighbouring pairs of a list of words: key (left << 32 | right), count, and where they are.
+
+    The words stand in linked lists (sym, nxt, prv) with a separator -1 around each. pid[pos] is the pair that starts at pos, so a
+    position that has changed since it was stored shows in one comparison. The positions of pair p are pool[begin[p]:begin[p + 1]].
+    """
+
+    def __init__(self, text, lens, counts):
+        self.sep = np.append(0, np.cumsum(lens + 1))
+        n = int(self.sep[-1]) + 1
+        self.sym = np.zeros(n, np.int32)
+        self.sym[self.sep] = -1
+        self.sym[self.sym >= 0] = text
+        self.nxt, self.prv = np.arange(1, n + 1, dtype=np.int32), np.arange(-1, n - 1, dtype=np.int32)
+        self.weight = np.append(0, np.repeat(counts, lens + 1))    # how often the word around a position occurs
+        self.pid = np.full(n, -1, np.int32)
+        self.n, self.key, self.count, self.begin, self.pool = 0, *(np.zeros(n, t) for t in (np.int64, np.int64, np.int64, np.int32))
+        self.store(np.flatnonzero(self.sym >= 0).astype(np.int32))
+
+    def store(self, at):
+        """Enter the pairs that start at these positions, all new; -> their numbers."""
+        right = self.sym[self.nxt[at]]
+        at, right = at[right >= 0], right[right >= 0]
+        key = self.sym[at].astype(np.int64) << 32 | right
+        order = np.argsort(key) if self.n else np.argsort((key >> 24 | key & 255).astype(np.uint16), kind="stable")   # bytes: radix sort
+        at, key = at[order], key[order]
+        first = runs(key)
+        n, self.n, used = self.n, self.n + len(first), int(self.begin[self.n])
+        self.key, self.count, self.begin = room(self.key, self.n), room(self.count, self.n), room(self.begin, self.n + 1)
+        self.pool = room(self.pool, used + len(at))
+        new = np.arange(n, self.n)
+        if len(new):
+            self.key[new], self.count[new] = key[first], np.add.reduceat(self.weight[at], first)
+            self.begin[n:self.n + 1] = used + np.append(first, len(at))
+            self.pool[used:used + len(at)] = at
+            self.pid[at] = np.repeat(new, np.diff(first, append=len(at)))
+        return new
+
+    def positions(self, pairs):
+        """-> positions of these pairs, and for each position the index of its pair."""
+        parts = [self.pool[i:j] for i, j in zip(self.begin[pairs].tolist(), self.begin[pairs + 1].tolist())]
+        pos, who = np.concatenate(parts), np.repeat(np.arange(len(pairs)), list(map(len, parts)))
+        live = self.pid[pos] == pairs[who]
+        return pos[live], who[live]
+
+    def merge(self, pairs, pos, who, base):
+        """Replace pairs, found at (pos, who), by the symbols base, base + 1, ...; -> the numbers of the pairs this makes."""
+        if len(pairs) == 1:    # it may be (a, a)
+            pos = np.sort(pos)
+            pos = pos[every_other(pos, self.prv[pos])]
+            who = who[:len(pos)]
+        right, w = self.nxt[pos], self.weight[pos]
+        for beside in right, self.prv[pos]:    # the pairs around lose their occurrences
+            p = self.pid[beside]
+            np.subtract.at(self.count, p[p >= 0], w[p >= 0])
+            self.pid[beside] = -1
+        self.count[pairs], self.pid[pos] = 0, -1
+        after = self.nxt[right]
+        self.sym[pos], self.sym[right], self.nxt[pos], self.prv[after] = base + who, -1, after, pos
+        left = self.prv[pos]
+        return self.store(np.concatenate([left[(self.sym[left] >= 0) & (self.sym[left] < base)], pos]))   # each position once
+
+def learn_merges(text, lens, counts, n_merges, tell):
+    """Distinct words, end to end, and how often each occurs -> up to n_merges pairs (left id, right id), most frequent first.
+
+    Many merges at a time. Let p1, p2, ... be the pairs in order (count falling, then key rising). Merging p1 = (a, b) takes away pairs
+    (x, a) and (b, y) only, and no old count ever rises, so p2 = (l, r) keeps its count and place if l != b and r != a. A new
+    pair (x, ab) or (ab, y) is at most as frequent as the old (x, a) or (b, y) and has a larger key; so if it came before p2, the old one would
+    too, and the old one touches p1. Hence: walk down the order, stop at the first pair that touches an earlier one, l == b or r == a, or
+    that is (a, a), which overlaps itself and goes alone; what is passed is exactly what one merge at a time would take.
+    """
+    pairs = Pairs(text, lens, counts)
+    merges, hot, window = [], np.zeros(0, np.int64), 16
+    least = last = 0    # hot holds the pairs with more than `least` occurrences, or as many and a key up to `last`
+    while len(merges) < n_merges:
+        tell("merging", len(merges), n_merges, "merges")
+        count, key = pairs.count, pairs.key
+        hot = hot[(count[hot] > least) | ((count[hot] == least) & (key[hot] <= last))]
+        if not len(hot):    # take the next few thousand
+            c = count[:pairs.n]
+            least = max(1, int(np.partition(c, -2048)[-2048])) if len(c) > 2048 else 1
+            ties = np.flatnonzero(c == least)
+            ties = ties[np.argsort(key[ties])][:2048]
+            hot = np.concatenate([np.flatnonzero(c > least), ties])
+            if not len(hot):
+                break       # every word is one token
+            last = int(key[ties[-1]]) if len(ties) else -1
+        top = hot if len(hot) <= window else hot[count[hot] >= np.partition(count[hot], -window)[-window]]
+        top = top[np.lexsort((key[top], -count[top]))][:min(window, n_merges - len(merges))]
+        batch, a, b = [], set(), set()
+        for l, r in zip((key[top] >> 32).tolist(), (key[top] & 0xFFFFFFFF).tolist()):
+            if l in b or r in a or (l == r and batch):
+                break
+            batch.append((l, r))
+            a.add(l), b.add(r)
+            if l == r:
+                break
+        top, window = top[:len(batch)], 2 * len(batch) + 8
+        merges += batch
+        new = pairs.merge(top, *pairs.positions(top), 256 + len(merges) - len(batch))
+        hot = np.concatenate([hot, new[pairs.count[new] >= least]])
+    return merges
+
+def ranks(table, left, right):
+    """Rank of the merge (left, right) in a Table of merges' keys, NONE where there is none."""
+    rank = table.find((left.astype(np.int64) << 32 | right).view(U))
+    rank[(rank < 0) | (right < 0)] = NONE
+    return rank
+
+def merge_long(table, text, lens):
+    """Apply learned merges in their order to words of any length, in time that grows with the length."""
+    pairs = Pairs(text, lens, np.ones(len(lens), np.int64))
+    queue, new = [], np.arange(pairs.n)
+    while len(new) or queue:
+        for item in zip(ranks(table, pairs.key[new] >> 32, pairs.key[new] & 0xFFFFFFFF).tolist(), new.tolist()):
+            heapq.heappush(queue, item)
+        rank, p = heapq.heappop(queue)
+        if rank == NONE:
+            break
+        new = pairs.merge(np.array([p]), *pairs.positions(np.array([p])), 256 + rank)
+    return pairs.sym[pairs.sym >= 0], np.diff(np.cumsum(pairs.sym >= 0)[pairs.sep])
+
+def merge_words(table, text, lens):
+    """Words end to end -> (their tokens end to end, number of tokens of each). All words go in step: each round merges in every word
+    the pair learned first, so there are as many rounds as the busiest word has merges."""
+    short = lens <= LONG
+    owner = np.repeat(np.arange(len(lens)), lens)
+    tokens, sizes = merge_long(table, text[~short[owner]], lens[~short]) if not short.all() else (np.zeros(0, np.int32), 0)
+    tokens, owners = [tokens], [np.repeat(np.flatnonzero(~short), sizes)]
+    sym, word = np.append(text[short[owner]].astype(np.int32), -1), np.append(owner[short[owner]], -1)   # -1 closes the last word
+    rank = np.append(np.where(word[1:] == word[:-1], ranks(table, sym[:-1], sym[1:]), NONE), NONE)
+    while len(sym) > 1:
+        start = runs(word)
+        best, size = np.minimum.reduceat(rank, start), np.diff(start, append=len(word))
+        best[-1] = 0
+        done = np.repeat(best == NONE, size)
+        tokens.append(sym[done])
+        owners.append(word[done])
+        hit = np.flatnonzero((rank == np.repeat(best, size)) & ~done)
+        hit = hit[every_other(hit, hit - 1)]
+        sym[hit] = 256 + rank[hit]
+        keep = ~done
+        keep[hit + 1] = False
+        hit = (np.cumsum(keep) - 1)[hit]
+        sym, word, rank = sym[keep], word[keep], rank[keep]
+        hit = np.concatenate([hit, hit[hit > 0] - 1])
+        rank[hit] = np.where(word[hit] == word[hit + 1], ranks(table, sym[hit], sym[hit + 1]), NONE)
+    owners = np.concatenate(owners)
+    return np.concatenate(tokens)[np.argsort(owners, kind="stable")], np.bincount(owners, minlength=len(lens))
+
+# ---- The tokenizer --------------------------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache); pickles.
+
+    merges: list of (left id, right id). special_tokens: dict text -> id. ids: the id of every byte and then of every merge, None for
+    0, 1, 2, ... vocab_size: the number of ids a model needs, special tokens included. hash: identifies all these and the pattern.
+    """
+
+    def __init__(self, merges, pattern=GPT2_SPLIT, special_tokens=(), ids=None):
+        n = 256 + len(merges)
+        number = np.arange(n) if ids is None else np.array(ids, np.int64)
+        if not isinstance(special_tokens, dict):
+            special_tokens = {t: int(number.max()) + 1 + i for i, t in enumerate(dict.fromkeys(special_tokens))}
+        pattern = GPT2_SPLIT if pattern == GPT2_TIKTOKEN else pattern
+        if pattern not in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT):
+            raise ValueError(f"split pattern {pattern!r} is not supported: use bpe.GPT2_SPLIT or bpe.GPT4_SPLIT")
+        inside = {j: i for i, j in enumerate(number.tolist())}
+        pairs = [(inside.get(a, n), inside.get(b, n)) for a, b in merges]
+        if any(max(p) >= 256 + i for i, p in enumerate(pairs)) or len(set(pairs)) < len(pairs):
+            raise ValueError("damaged merges: each must be a new pair of ids that are bytes or earlier merges")
+        taken = {*inside, *special_tokens.values()}
+        if len(number) != n or len(taken) != n + len(special_tokens) or min(taken) < 0 or "" in special_tokens:
+            raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
+        self.pattern, self.special_tokens, self.vocab_size = pattern, special_tokens, max(taken) + 1
+        self.merges, self.ids = [tuple(m) for m in merges], None if (number == np.arange(n)).all() else number.tolist()
+        self._number = number.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self._table = Table()    # of merges
+        self._table.add(np.array([a << 32 | b for a, b in pairs], U))
+        self._forget()
+
+    @classmethod
+    def train(cls, docs, vocab_size, pattern=GPT2_SPLIT, special_tokens=(ENDOFTEXT,), workers=None, verbose=False):
+        """Learn merges from documents; only the distinct words are held in memory.
+
+        docs: any iterable of str, or bytes, or iterables of parts of one document (a file too large for memory, say). A special token in
+        a str or bytes document is no text: it parts it, as the end of a document does.
+        vocab_size: the number of ids, bytes and special tokens included; 256 is the plain byte tokenizer, its special tokens on top.
+        If the text has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count; None: one per
+        core. Small texts are counted here. verbose: progress on stderr. Raises ValueError for vocab_size < 256 or another pattern.
+        """
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
+        plain = cls([], pattern, special_tokens)
+        n_merges = max(0, vocab_size - 256 - len(plain.special_tokens))
+        tell = progress() if verbose else lambda *a: None
+        def pieces():
+            for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
+                whole = isinstance(doc, (str, bytes))
+                for part in plain._parts(doc, plain.special_tokens)[::2] if whole else [doc]:
+                    yield from cut([part] if whole else part, plain.pattern)
+        words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), tell) if n_merges else None
+        merges = learn_merges(*words, n_merges, tell) if n_merges else []
+        tell(None)
+        if len(merges) < n_merges:
+            print(f"bpe.py: the text has only {len(merges)} pairs to merge, so vocab_size is {vocab_size - n_merges + len(merges)}, "
+                  f"not {vocab_size}", file=sys.stderr)
+        return cls(merges, pattern, special_tokens)
+
+    def _forget(self):
+        self._words, self._tokens, self._used = Words(), np.zeros(4096, self._number.dtype), 0
+        self._begin, self._size = np.zeros(4096, np.int64), np.zeros(4096, np.int64)
+
+    def _encode(self, pieces):
+        """Pieces of text -> an array of ids for each, in order. The new words of several chunks are merged together."""
+        for batch in groups(pieces, 8 * CHUNK):
+            if self._words.table.n > CACHE or self._used > 8 * CACHE:
+                self._forget()
+            chunks, old = [], self._words.table.n
+            for group in groups(batch, CHUNK):
+                *words, ends = split(group, self.pattern)
+                chunks.append((self._words.number(*words), ends))
+            tokens, size = merge_words(self._table, *self._words.new())
+            n, used = self._words.table.n, self._used + len(tokens)
+            self._begin, self._size, self._tokens = room(self._begin, n), room(self._size, n), room(self._tokens, used)
+            self._begin[old:n], self._size[old:n] = self._used + np.cumsum(size) - size, size
+            self._tokens[self._used:used], self._used = self._number[tokens], used
+            for number, ends in chunks:
+                size = self._size[number]
+                ids = gather(self._tokens, self._begin[number], size)
+                yield from np.split(ids, np.append(0, np.cumsum(size))[ends[:-1]])
+
+    def _parts(self, text, special):
+        """[ordinary, special token, ordinary, ...] as bytes."""
+        tokens = sorted(map(as_bytes, special), key=len, reverse=True)
+        text = as_bytes(text)
+        return re.split(b"(" + b"|".join(map(re.escape, tokens)) + b")", text) if any(t in text for t in tokens) else [text]
+
+    def encode(self, text, allowed_special=()):
+        """str or bytes -> list of ids. Special tokens named in allowed_special ("all" for all) get their id; the rest, by default all, is
+        ordinary text."""
+        allowed = self.special_tokens if allowed_special == "all" else allowed_special
+        for name in allowed:
+            if name not in self.special_tokens:
+                raise ValueError(f"allowed_special has {name!r}, which is none of this tokenizer's: {list(self.special_tokens)}")
+        parts = self._parts(text, allowed)
+        out = self.encode_batch(parts[:1])[0].tolist()
+        for name, ids in zip(parts[1::2], self.encode_batch(parts[2::2])):
+            out += [self.special_tokens[name.decode()], *ids.tolist()]
+        return out
+
+    def encode_batch(self, texts):
+        """Any iterable of str or bytes -> list of arrays of ids, uint16 where the vocabulary fits, else uint32. No special tokens."""
+        sizes = []
+        def pieces():
+            for text in texts:
+                sizes.append(0)
+                for piece in cut([text], self.pattern):
+                    sizes[-1] += 1
+                    yield piece
+        arrays = iter(list(self._encode(pieces())))
+        return [next(arrays) if n == 1 else np.concatenate(list(itertools.islice(arrays, n))) for n in sizes]
+
+    def encode_iterable(self, lines):
+        """Parts of one text (str or bytes; an open file, say) -> its ids one by one, as of the whole text, in bounded memory."""
+        for ids in self._encode(cut(lines, self.pattern)):
+            yield from ids.tolist()
+
+    @functools.cached_property
+    def vocab(self):
+        """dict id -> bytes of every token."""
+        vocab = {i: bytes([b]) for b, i in enumerate(self._number[:256].tolist())}
+        for (left, right), i in zip(self.merges, self._number[256:].tolist()):
+            vocab[i] = vocab[left] + vocab[right]
+        return vocab | {i: as_bytes(t) for t, i in self.special_tokens.items()}
+
+    def decode_bytes(self, ids):
+        """ids (any iterable of int) -> bytes. Raises ValueError for an id that is no token."""
+        try:
+            return b"".join([self.vocab[i] for i in (ids.tolist() if hasattr(ids, "tolist") else ids)])
+        except KeyError as e:
+            raise ValueError(f"token id {e.args[0]} is not in the vocabulary of {self.vocab_size}") from None
+
+    def decode(self, ids):
+        """ids -> str; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_stream(self, ids):
+        """Yields text as ids arrive, holding back the bytes of a character until it is whole."""
+        import codecs
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in itertools.chain(ids, [None]):
+            text = decoder.decode(b"", True) if i is None else decoder.decode(self.decode_bytes([int(i)]))
+            if text:
+                yield text
+
+    # Files. The file's own form is JSON of to_dict(); a checkpoint may carry the dict itself.
+
+    def to_dict(self):
+        d = {"pattern": self.pattern, "special_tokens": dict(self.special_tokens), "ids": self.ids, "merges": list(map(list, self.merges))}
+        return d | {"hash": hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()}
+
+    @classmethod
+    def from_dict(cls, d):
+        try:
+            tok, said = cls(d["merges"], d["pattern"], dict(d["special_tokens"]), d["ids"]), d["hash"]
+        except (KeyError, TypeError, OverflowError) as e:
+            raise ValueError(f"not a tokenizer of bpe.py: {type(e).__name__} {e}") from None
+        if tok.hash != said:
+            raise ValueError(f"damaged tokenizer: its hash is {tok.hash[:12]}, it says {str(said)[:12]}")
+        return tok
+
+    hash = functools.cached_property(lambda self: self.to_dict()["hash"])
+
+    def __reduce__(self):
+        return Tokenizer.from_dict, (self.to_dict(),)
+
+    def save(self, path):
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path):
+        """Raises ValueError if the file is no tokenizer of this program, or was damaged."""
+        return read(path, lambda text: cls.from_dict(json.loads(text)))
+
+    def to_tiktoken(self):
+        """-> tiktoken.Encoding with the same vocabulary, pattern and special tokens."""
+        import tiktoken
+        order = self._number[256:].tolist()
+        if order != sorted(order):
+            raise ValueError("tiktoken merges in the order of ids, and this vocabulary's ids are not in the order of its merges")
+        return tiktoken.Encoding(f"bpe-{self.hash[:8]}", pat_str=self.pattern, special_tokens=self.special_tokens,
+                                 mergeable_ranks={self.vocab[i]: i for i in self._number.tolist()})
+
+    @classmethod
+    def from_tiktoken(cls, source, pattern=GPT2_SPLIT, special_tokens=()):
+        """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line). Merges are
+        found again by merging each token's bytes as far as the tokens of lower rank go: two parts are left."""
+        if hasattr(source, "_mergeable_ranks"):
+            rank, pattern, special_tokens = source._mergeable_ranks, source._pat_str, source._special_tokens
+        else:
+            rank = read(source, lambda text: {base64.b64decode(t, validate=True): int(r) for t, r in map(str.split, text.splitlines())})
+        order, merges = sorted((t for t in rank if len(t) > 1), key=rank.get), []
+        try:
+            for token in order:
+                parts = [token[i:i + 1] for i in range(len(token))]
+                while len(parts) > 2:
+                    i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], NONE))
+                    parts[i:i + 2] = [parts[i] + parts[i + 1]]
+                merges.append((rank[parts[0]], rank[parts[1]]))
+            ids = [rank[bytes([i])] for i in range(256)] + [rank[t] for t in order]
+        except KeyError as e:
+            raise ValueError(f"not a byte-level BPE vocabulary: it has no token {e.args[0]!r}") from None
+        return cls(merges, pattern, special_tokens, ids)
+
+    @classmethod
+    def gpt2(cls):
+        """GPT-2's vocabulary, as tiktoken downloads it or remembers it. Raises ValueError if it can do neither."""
+        import tiktoken
+        try:
+            return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
+        except OSError as e:    # what requests raises is an OSError
+            raise ValueError(f"cannot get GPT-2's vocabulary ({type(e).__name__}): connect once, or read its published files with "
+                             "Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
+
+    @classmethod
+    def _from_letters(cls, merges, vocab, pattern, special_tokens):
+        """Merges as pairs of strings in GPT-2's letters; vocab: dict from such strings to ids."""
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        try:
+            ids = [vocab[letter] for _, letter in sorted(gpt2_letters().items())] + [vocab[a + b] for a, b in merges]
+            return cls([(vocab[a], vocab[b]) for a, b in merges], pattern, special_tokens, ids)
+        except KeyError as e:
+            raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
+
+    @classmethod
+    def from_gpt2(cls, merges_path, vocab_path=None):
+        """GPT-2's published merges.txt (vocab.bpe) and vocab.json (encoder.json); without the latter, numbered as GPT-2 does."""
+        def parse(text):
+            merges = [line for line in text.split("\n") if line and not line.startswith("#version")]
+            tokens = [*gpt2_letters().values(), *(a + b for a, b in map(lambda line: line.split(" "), merges)), ENDOFTEXT]
+            vocab = read(vocab_path, json.loads) if vocab_path else {t: i for i, t in enumerate(tokens)}
+            return cls._from_letters(merges, vocab, GPT2_SPLIT, {t: vocab[t] for t in [ENDOFTEXT] if t in vocab})
+        return read(merges_path, parse)
+
+    def to_hf(self, path):
+        """Write a Hugging Face tokenizer.json."""
+        name = {i: "".join(gpt2_letters()[b] for b in self.vocab[i]) for i in self._number.tolist()}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
+        regex = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+                 for t, i in self.special_tokens.items()]
+        write_json(path, {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "post_processor": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [level] if level["use_regex"] else [regex, level]}, "decoder": level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {t: i for i, t in name.items()},
+                      "merges": [[name[a], name[b]] for a, b in self.merges]}})
+
+    @classmethod
+    def from_hf(cls, path):
+        """Read a Hugging Face tokenizer.json with byte-level BPE and a pattern that __init__ takes."""
+        def parse(text):
+            d = json.loads(text)
+            model, steps = d["model"], d["pre_tokenizer"]
+            steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+            level = [s for s in steps if s["type"] == "ByteLevel"]
+            pattern = [s["pattern"]["Regex"] for s in steps if s["type"] == "Split"] + [GPT2_SPLIT for s in level if s["use_regex"]]
+            if model["type"] != "BPE" or len(level) != 1 or len(pattern) != 1 or d["normalizer"] or level[0]["add_prefix_space"]:
+                raise ValueError("only byte-level BPE with one split pattern and no normalizer or prefix space can be read")
+            special = {t["content"]: t["id"] for t in d["added_tokens"]}
+            return cls._from_letters(model["merges"], model["vocab"] | special, pattern[0], special)
+        return read(path, parse)
+
+@functools.lru_cache(1)
+def gpt2_letters():
+    """dict byte -> the printable character that GPT-2's files write for it, in GPT-2's own order of bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
+
+def read(path, parse):
+    """parse(the text of the file); what is wrong with it becomes a ValueError that names the file."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return parse(f.read())
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
+
+def write_json(path, d):
+    """Atomic: the whole file or none."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        json.dump(d, f, separators=(",", ":"), ensure_ascii=False)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+# ---- Command line ---------------------------------------------------------------------------------------------------------------
+
+def progress():
+    """-> tell(stage, done, total, unit): a line on stderr that rewrites itself, with rate and time left."""
+    began, shown = {}, [0.0]
+    def tell(stage, done=0, total=None, unit=""):
+        now = time.time()
+        if stage is None or now - shown[0] < 0.5:
+            return print(file=sys.stderr) if stage is None and shown[0] else None
+        shown[0], rate = now, done / max(now - began.setdefault(stage, now), 1e-3)
+        left = f" of {total:,}, {(total - done) / max(rate, 1e-3):.0f} s left" if total else ""
+        print(f"\r{stage}: {done:,.0f} {unit}{left}, {rate:,.0f} {unit}/s      ", end="", file=sys.stderr, flush=True)
+    return tell
+
+def main(argv=None):
+    import argparse
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on files, each one document.")
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="number of ids, bytes and special tokens included")
+    parser.add_argument("--out", default="tok.json", help="file to write")
+    parser.add_argument("--pattern", default="gpt2", choices=["gpt2", "gpt4"], help="how text is split into words")
+    parser.add_argument("--special", default=ENDOFTEXT, help="special tokens, separated by commas")
+    parser.add_argument("--workers", type=int, help="processes that count words (default: one per core)")
+    a = parser.parse_args(argv)
+    try:
+        began, total = time.time(), sum(map(os.path.getsize, a.files))
+        if not total or not os.path.isdir(os.path.dirname(a.out) or "."):
+            raise ValueError(f"no text in {', '.join(a.files)}: give files that are not empty" if not total else
+                             f"--out={a.out}: its folder does not exist")
+        docs = (iter(lambda f=f: f.read(CHUNK), b"") for f in map(lambda path: open(path, "rb"), a.files))
+        tok = Tokenizer.train(docs, a.vocab_size, GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT,
+                              [s for s in a.special.split(",") if s], a.workers, verbose=sys.stderr.isatty())
+        tok.save(a.out)
+        seconds = time.time() - began
+        with open(a.files[0], "rb") as f:
+            sample = f.read(1 << 20)
+        print(f"{a.out}: {len(tok.merges):,} merges, vocab_size {tok.vocab_size:,}; {total / 1e6:.1f} MB in {seconds:.2f} s, "
+              f"{total / 1e6 / seconds:.1f} MB/s; {len(sample) / max(1, len(tok.encode_batch([sample])[0])):.2f} bytes per token")
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted, nothing written")
+
+if __name__ == "__main__":
+    main()

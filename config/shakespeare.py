@@ -1,0 +1,6 @@
+# Tiny Shakespeare (1.1 MB of text), sized for a CPU.
+dataset = "shakespeare"
+vocab_size = 2048
+n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
+batch_size, max_iters = 8, 600
+eval_interval = 100

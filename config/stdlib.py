@@ -1,0 +1,6 @@
+# The offline default: trains on the source of the Python standard library that runs it. Needs no download and no GPU.
+dataset = "stdlib"
+vocab_size = 4096
+n_layer, n_head, n_embd, block_size = 3, 4, 256, 256
+batch_size, max_iters = 8, 350
+eval_interval, eval_tokens = 175, 32768

@@ -1,0 +1,616 @@
+"""
+FlashAttention in one file: exact attention, forward and backward, without ever storing the T x S matrix of scores.
+
+    from flash_attn import flash_attention
+    y = flash_attention(q, k, v, causal=True)       # for F.scaled_dot_product_attention, on NVIDIA GPUs from Ampere on
+    $ python flash_attn.py                          # compile every shipped configuration, no GPU needed, and print what it uses
+    $ TRITON_INTERPRET=1 python your_script.py      # the same kernels on CPU tensors, slowly: print and breakpoints work inside
+
+Notation, here and in the code:
+
+    B batch, T queries, S keys, H query heads, K key/value heads, G = H / K query heads per kv head, D head dim
+    q_i, k_j, v_j rows of length D; scores s_ij = scale * q_i.k_j; weights p_ij = softmax_j(s_ij); output o_i = sum_j p_ij v_j
+
+Forward, the online softmax (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022). One program owns a tile of queries and
+walks over tiles of keys. Of every query it keeps the largest score so far, m, the sum l of exp(s - m), and the unnormalised
+output a = sum_j exp(s_ij - m) v_j. A new tile may raise the maximum to m'; what was summed under m is then rescaled, once:
+
+    alpha = exp(m - m')        l <- alpha l + sum_j exp(s_ij - m')        a <- alpha a + sum_j exp(s_ij - m') v_j        m <- m'
+
+In the end o = a / l, and the log-sum-exp L = m + log l is all the backward needs to rebuild any p_ij = exp(s_ij - L_i). In the
+code all of it is in base 2, because the hardware has exp2: scores carry a factor log2(e), and with them m and L.
+
+Backward (FlashAttention-2, Dao 2023). With do_i the gradient of o_i, the chain rule through o = p v and p = softmax(s) says
+
+    dv_j = sum_i p_ij do_i      dp_ij = do_i.v_j      ds_ij = p_ij (dp_ij - delta_i),   delta_i = sum_j p_ij dp_ij = do_i.o_i
+    dq_i = scale * sum_j ds_ij k_j        dk_j = scale * sum_i ds_ij q_i
+
+so one small kernel computes delta, one owns a tile of keys and sums dk and dv over all queries, one owns a tile of queries and
+sums dq over all keys. Scores are computed twice, but nothing is added atomically: every run gives the same bits.
+
+The mask. Query i sits at position p = i + (S - T), so that the last query meets the last key, and sees keys first <= j < end:
+end is p + 1 if causal, else S; first is 0, raised by a window to p - window + 1 and by a document to doc_start[b, i]. A query
+that sees nothing yields zeros and passes no gradient (its L is +inf, which makes every p_ij zero). Of the tiles of the score
+matrix, those that nobody sees are skipped, and only those on an edge of the mask are masked.
+"""
+import contextlib
+import math
+import re
+import subprocess
+import tempfile
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    jit, INTERPRET = triton.jit, tl.constexpr(bool(triton.knobs.runtime.interpret))
+except ImportError:                                     # not on this platform: the reference still works
+    triton, jit, INTERPRET, tl = None, lambda kernel: kernel, False, type("tl", (), dict(constexpr=None))
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The specification
+
+def attention_ref(q, k, v, causal=True, window=0, scale=None, doc_start=None):
+    """What flash_attention computes, in plain PyTorch with the T x S matrix in memory; same arguments, any device and float type.
+
+    q: (B, H, T, D), k and v: (B, K, S, D) with H a multiple of K -> (B, H, T, D)"""
+    T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)                                     # (B, H, S, D)
+    p, j = torch.arange(T, device=q.device)[:, None] + (S - T), torch.arange(S, device=q.device)    # positions: (T, 1), (S,)
+    seen = j <= p if causal else torch.ones(T, S, dtype=torch.bool, device=q.device)
+    if window > 0:
+        seen = seen & (j > p - window)
+    if doc_start is not None:
+        seen = seen & (j >= doc_start[:, None, :, None])                                            # (B, 1, T, S)
+    s = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return s.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0) @ v        # softmax over nothing is NaN: make it 0
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# What the kernels share. A constexpr is known at compile time. A tile is ROWS x WIDTH, WIDTH being D rounded up to a power of two
+
+@jit
+def dot(a, b, c):
+    """c + a @ b on the matrix units, in full precision for float32."""
+    if INTERPRET:                                       # the interpreter would multiply bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee")
+
+@jit
+def pointers(X, strides, b, h, row, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # subtle: 64 bits up to the tile's corner, since tensors may have more than 2^31 elements; 32 inside, to save registers
+    corner = X + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
+    return corner + (tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, WIDTH)[None, :] * strides[3])
+
+@jit
+def load(X, strides, b, h, row, rows, EDGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+         TMA: tl.constexpr):
+    """Tile X[b, h, row : row + ROWS], zeros outside the tensor: (ROWS, WIDTH). X is a pointer or, if TMA, a descriptor for the
+    copy engine, which looks after the tensor's edges itself."""
+    if TMA:
+        tile = X.load([b, h, row, 0]).reshape(ROWS, WIDTH)
+    elif EDGE or D < WIDTH:
+        inside = (tl.arange(0, ROWS)[:, None] < rows - row) & (tl.arange(0, WIDTH)[None, :] < D)
+        tile = tl.load(pointers(X, strides, b, h, row, ROWS, WIDTH), mask=inside, other=0.0)
+    else:
+        tile = tl.load(pointers(X, strides, b, h, row, ROWS, WIDTH))
+    return tile
+
+@jit
+def store(X, strides, b, h, row, rows, tile, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    inside = (tl.arange(0, ROWS)[:, None] < rows - row) & (tl.arange(0, WIDTH)[None, :] < D)
+    tl.store(pointers(X, strides, b, h, row, ROWS, WIDTH), tile.to(X.dtype.element_ty), mask=inside)
+
+@jit
+def bounds(rows, doc, T, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr):
+    """The mask: query rows[i] sees the keys first[i] <= j < end[i]. doc points to doc_start[b]."""
+    first, end = rows * 0, rows * 0 + S
+    if CAUSAL:
+        end = tl.minimum(tl.maximum(rows + (S - T + 1), 0), S)
+    if WINDOW:
+        first = tl.maximum(rows + (S - T + 1) - window, 0)
+    if DOC:
+        first = tl.maximum(first, tl.load(doc + tl.minimum(rows, T - 1)))
+    return first, end
+
+@jit
+def hide(s, cols, first, end, value, LEFT: tl.constexpr):
+    """s where first <= cols < end, else value. Only a window or a document (LEFT) hides keys on the left."""
+    seen = cols < end
+    if LEFT:
+        seen = seen & (cols >= first)
+    return tl.where(seen, s, value)
+
+@jit
+def split(start, full_start, full_stop, stop, BLOCK: tl.constexpr):
+    """Cut start <= x < stop, of which full_start <= x < full_stop needs no mask, into blocks. -> index of the first block, number
+    of edge blocks before the full ones, of full blocks, of all edge blocks: (70, 128, 300, 310), 64 -> 1, 1, 2, 2."""
+    first = start // BLOCK
+    last = tl.maximum(tl.cdiv(stop, BLOCK), first)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(full_start, BLOCK), first), last)
+    full = tl.maximum(tl.minimum(full_stop // BLOCK, last) - full_first, 0)
+    return first, full_first - first, full, last - first - full
+
+@jit
+def block(i, EDGE: tl.constexpr, first, before, full):
+    """Index of the i-th edge block or of the i-th full block."""
+    return first + i + (tl.where(i < before, 0, full) if EDGE else before)
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Forward
+
+@jit
+def empty_state(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """m, l and a of queries that have seen no key yet."""
+    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+
+@jit
+def online_softmax(s, v, m, l, a, scale):
+    """One step of the recurrence at the top. s: (ROWS, BLOCK) scores before scaling; scale includes log2(e)."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    base = tl.maximum(m_new, -3.0e38)                   # subtle: queries that have seen nothing have m = -inf; -inf - -inf is NaN
+    p = tl.exp2(s * scale - base[:, None])
+    alpha = tl.exp2(m - base)
+    return m_new, l * alpha + tl.sum(p, 1), dot(p.to(v.dtype), v, a * alpha[:, None])
+
+@jit
+def finish(m, l, a):
+    """-> output and log-sum-exp (base 2); 0 and +inf for queries that have seen nothing."""
+    l_safe = tl.where(l == 0.0, 1.0, l)
+    return a / l_safe[:, None], tl.where(l == 0.0, float("inf"), m + tl.log2(l_safe))
+
+@jit
+def forward_kernel(Q, K, V, Out, LSE, Doc, q_strides, k_strides, v_strides, o_strides, H, G, T, S, T_pad, window, scale,
+                   D: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr,
+                   TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One tile of queries or, where matrix units are asynchronous, TWO: they work for one while the other is at its softmax."""
+    TWO: tl.constexpr = TMA
+    ROWS: tl.constexpr = 2 * BLOCK_M if TWO else BLOCK_M
+    tiles = tl.cdiv(T, ROWS)
+    pid = tl.program_id(0)
+    m_start = (tiles - 1 - pid % tiles) * ROWS                          # the tiles with the most keys to see start first
+    h, b = pid // tiles % H, pid // tiles // H
+    doc = Doc + tl.cast(b, tl.int64) * T
+    first, end = bounds(m_start + tl.arange(0, ROWS), doc, T, S, window, CAUSAL, WINDOW, DOC)
+    start, before, full, edges = split(tl.min(first, 0), tl.max(first, 0), tl.min(end, 0), tl.max(end, 0), BLOCK_N)
+
+    rows0 = m_start + tl.arange(0, BLOCK_M)
+    first0, end0 = bounds(rows0, doc, T, S, window, CAUSAL, WINDOW, DOC)
+    q0 = load(Q, q_strides, b, h, m_start, T, True, D, BLOCK_M, WIDTH, TMA)
+    m0, l0, a0 = empty_state(BLOCK_M, WIDTH)
+    if TWO:
+        rows1 = rows0 + BLOCK_M
+        first1, end1 = bounds(rows1, doc, T, S, window, CAUSAL, WINDOW, DOC)
+        q1 = load(Q, q_strides, b, h, m_start + BLOCK_M, T, True, D, BLOCK_M, WIDTH, TMA)
+        m1, l1, a1 = empty_state(BLOCK_M, WIDTH)
+
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for EDGE in tl.static_range(1, -1, -1):                             # the blocks on an edge of the mask, then the full ones
+        # subtle: hoisting what does not change out of the loop costs more registers than it saves instructions, and spills
+        for i in tl.range(0, edges if EDGE else full, disable_licm=True):
+            n = block(i, EDGE, start, before, full) * BLOCK_N
+            k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
+            s0 = dot(q0, k.T, zero)
+            if TWO:
+                s1 = dot(q1, k.T, zero)
+            if EDGE:
+                cols = n + tl.arange(0, BLOCK_N)[None, :]
+                s0 = hide(s0, cols, first0[:, None], end0[:, None], float("-inf"), WINDOW or DOC)
+                if TWO:
+                    s1 = hide(s1, cols, first1[:, None], end1[:, None], float("-inf"), WINDOW or DOC)
+            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
+            m0, l0, a0 = online_softmax(s0, v, m0, l0, a0, scale)
+            if TWO:
+                m1, l1, a1 = online_softmax(s1, v, m1, l1, a1, scale)
+
+    lse = LSE + tl.cast(pid // tiles, tl.int64) * T_pad
+    out, lse0 = finish(m0, l0, a0)
+    store(Out, o_strides, b, h, m_start, T, out, D, BLOCK_M, WIDTH)
+    tl.store(lse + rows0, lse0, mask=rows0 < T)
+    if TWO:
+        out, lse1 = finish(m1, l1, a1)
+        store(Out, o_strides, b, h, m_start + BLOCK_M, T, out, D, BLOCK_M, WIDTH)
+        tl.store(lse + rows1, lse1, mask=rows1 < T)
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Backward
+
+@jit
+def delta_kernel(Out, dOut, Delta, o_strides, do_strides, H, T, T_pad, D: tl.constexpr, WIDTH: tl.constexpr,
+                 BLOCK_M: tl.constexpr):
+    """delta_i = do_i.o_i, and 0 past T."""
+    tiles = T_pad // BLOCK_M
+    pid = tl.program_id(0)
+    m, h, b = pid % tiles * BLOCK_M, pid // tiles % H, pid // tiles // H
+    o = load(Out, o_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, False).to(tl.float32)
+    do = load(dOut, do_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, False).to(tl.float32)
+    tl.store(Delta + tl.cast(pid // tiles, tl.int64) * T_pad + m + tl.arange(0, BLOCK_M), tl.sum(o * do, 1))
+
+@jit
+def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_strides, v_strides, do_strides, dk_strides,
+                dv_strides, H, G, T, S, T_pad, window, scale, scale_log2, D: tl.constexpr, WIDTH: tl.constexpr,
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, TMA: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One tile of keys against every query that sees it, in all G heads of its group. Scores are transposed, (keys, queries), to
+    be the left operand of both sums without a detour through shared memory."""
+    tiles = tl.cdiv(S, BLOCK_N)
+    pid = tl.program_id(0)
+    n, kv, b = pid % tiles * BLOCK_N, pid // tiles % (H // G), pid // tiles // (H // G)
+    k = load(K, k_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH, TMA)
+    v = load(V, v_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH, TMA)
+    dk = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    dv = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+
+    # The mask as the keys n..n_last see it: some of them are seen by the queries start..stop, all by full_start..full_stop
+    n_last, past = tl.minimum(n + BLOCK_N, S) - 1, S - T
+    start, full_start, full_stop, stop = n * 0, n * 0, n * 0 + T, n * 0 + T
+    if CAUSAL:
+        start, full_start = tl.maximum(n - past, 0), tl.maximum(n_last - past, 0)
+    if WINDOW:
+        full_stop, stop = tl.maximum(tl.minimum(T, n - past + window), 0), tl.maximum(tl.minimum(T, n_last - past + window), 0)
+    if DOC:
+        ends = DocEnd + 2 * (tl.cast(b, tl.int64) * tiles + pid % tiles)
+        full_stop, stop = tl.minimum(full_stop, tl.load(ends)), tl.minimum(stop, tl.load(ends + 1))
+    start, before, full, edges = split(start, full_start, full_stop, stop, BLOCK_M)
+
+    zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for EDGE in tl.static_range(1, -1, -1):
+        number = edges if EDGE else full
+        for i in tl.range(0, G * number, disable_licm=True):            # (head of the group, block) in one: two loops would spill
+            h, m = kv * G + i // number, block(i % number, EDGE, start, before, full) * BLOCK_M
+            rows = m + tl.arange(0, BLOCK_M)
+            stats = (tl.cast(b, tl.int64) * H + h) * T_pad + rows
+            q = load(Q, q_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH, TMA)
+            p = tl.exp2(dot(k, q.T, zero) * scale_log2 - tl.load(LSE + stats)[None, :])
+            if EDGE:
+                first, end = bounds(rows, Doc + tl.cast(b, tl.int64) * T, T, S, window, CAUSAL, WINDOW, DOC)
+                p = hide(p, n + tl.arange(0, BLOCK_N)[:, None], first[None, :], end[None, :], 0.0, WINDOW or DOC)
+            do = load(dOut, do_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH, TMA)
+            dv = dot(p.to(do.dtype), do, dv)
+            ds = p * (dot(v, do.T, zero) - tl.load(Delta + stats)[None, :])
+            dk = dot(ds.to(q.dtype), q, dk)
+    store(dK, dk_strides, b, kv, n, S, dk * scale, D, BLOCK_N, WIDTH)
+    store(dV, dv_strides, b, kv, n, S, dv, D, BLOCK_N, WIDTH)
+
+@jit
+def dq_kernel(Q, K, V, dOut, LSE, Delta, dQ, Doc, q_strides, k_strides, v_strides, do_strides, dq_strides, H, G, T, S, T_pad,
+              window, scale, scale_log2, D: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+              DOC: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One tile of queries against every key it sees: the walk of the forward."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    m, h, b = (tiles - 1 - pid % tiles) * BLOCK_M, pid // tiles % H, pid // tiles // H
+    rows = m + tl.arange(0, BLOCK_M)
+    first, end = bounds(rows, Doc + tl.cast(b, tl.int64) * T, T, S, window, CAUSAL, WINDOW, DOC)
+    start, before, full, edges = split(tl.min(first, 0), tl.max(first, 0), tl.min(end, 0), tl.max(end, 0), BLOCK_N)
+    q = load(Q, q_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, TMA)
+    do = load(dOut, do_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, TMA)
+    stats = tl.cast(pid // tiles, tl.int64) * T_pad + rows
+    lse, delta = tl.load(LSE + stats)[:, None], tl.load(Delta + stats)[:, None]
+    dq = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for EDGE in tl.static_range(1, -1, -1):
+        for i in tl.range(0, edges if EDGE else full, disable_licm=True):
+            n = block(i, EDGE, start, before, full) * BLOCK_N
+            k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
+            p = tl.exp2(dot(q, k.T, zero) * scale_log2 - lse)
+            if EDGE:
+                p = hide(p, n + tl.arange(0, BLOCK_N)[None, :], first[:, None], end[:, None], 0.0, WINDOW or DOC)
+            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
+            ds = p * (dot(do, v.T, zero) - delta)
+            dq = dot(ds.to(k.dtype), k, dq)
+    store(dQ, dq_strides, b, h, m, T, dq * scale, D, BLOCK_M, WIDTH)
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Decode: few queries against a long cache. One tile of queries would leave most of the GPU idle, so the keys are shared out among
+# programs (Flash-Decoding, Dao et al. 2023), each leaving its own output and log-sum-exp; the heads of a group fill one tile.
+
+@jit
+def decode_kernel(Q, K, V, Lengths, Part, LSE, q_strides, k_strides, v_strides, H, G, T, S, splits, window, scale,
+                  D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    tiles = tl.cdiv(G * T, BLOCK_M)
+    pid = tl.program_id(0)
+    part, m, row_kv = pid % splits, pid // splits % tiles, pid // splits // tiles
+    kv, b = row_kv % (H // G), row_kv // (H // G)
+    r, d = m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)     # row r of the tile is query r // G of head kv * G + r % G
+    inside = (r[:, None] < G * T) & (d[None, :] < D)
+    corner = Q + tl.cast(b, tl.int64) * q_strides[0]
+    rows = (kv * G + r % G).to(tl.int64) * q_strides[1] + (r // G).to(tl.int64) * q_strides[2]
+    q = tl.load(corner + rows[:, None] + d[None, :] * q_strides[3], mask=inside, other=0.0)
+
+    length = tl.minimum(tl.load(Lengths + b), S)
+    first, end = bounds(tl.minimum(r // G, T - 1), Lengths, T, length, window, True, WINDOW, False)
+    start, stop = tl.min(first, 0) // BLOCK_N, tl.cdiv(tl.max(end, 0), BLOCK_N)
+    share = tl.cdiv(tl.maximum(stop - start, 0), splits)                # whatever this row's length, its programs share it evenly
+    start += part * share
+    m_i, l_i, a_i = empty_state(BLOCK_M, WIDTH)
+    for i in range(start, tl.minimum(start + share, stop)):
+        n = i * BLOCK_N
+        k = load(K, k_strides, b, kv, n, length, True, D, BLOCK_N, WIDTH, False)
+        v = load(V, v_strides, b, kv, n, length, True, D, BLOCK_N, WIDTH, False)
+        s = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        s = hide(s, n + tl.arange(0, BLOCK_N)[None, :], first[:, None], end[:, None], float("-inf"), WINDOW)
+        m_i, l_i, a_i = online_softmax(s, v, m_i, l_i, a_i, scale)
+    out, lse = finish(m_i, l_i, a_i)
+    at = (tl.cast(row_kv, tl.int64) * (G * T) + r) * splits + part      # Part and LSE: (B, K, T * G, splits)
+    tl.store(Part + at[:, None] * D + d[None, :], out, mask=inside)
+    tl.store(LSE + at, lse, mask=r < G * T)
+
+@jit
+def combine_kernel(Part, LSE, Out, o_strides, H, G, T, splits, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """Weigh every part by exp(its log-sum-exp): the online softmax all at once."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    r, kv, b = row % (G * T), row // (G * T) % (H // G), row // (G * T) // (H // G)
+    i, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    lse = tl.load(LSE + row * splits + i, mask=i < splits, other=float("inf"))
+    lse = tl.where(lse == float("inf"), float("-inf"), lse)             # +inf: this part saw nothing
+    w = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -3.0e38))
+    part = tl.load(Part + (row * splits + i)[:, None] * D + d[None, :], mask=(i < splits)[:, None] & (d < D)[None, :], other=0.0)
+    out = tl.sum(part * w[:, None], 0) / tl.maximum(tl.sum(w, 0), 1.0)  # the largest weight is 1, unless no part saw anything
+    at = b * o_strides[0] + (kv * G + r % G) * o_strides[1] + (r // G) * o_strides[2] + d * o_strides[3]
+    tl.store(Out + at, out.to(Out.dtype.element_ty), mask=d < D)
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Launches: lists of (kernel, number of programs, arguments, options). Making one is apart from running it, so that the report at
+# the end of this file can compile exactly what is shipped on a machine that cannot run it.
+
+# Tiles (BLOCK_M, BLOCK_N, warps, stages) by WIDTH. 80: loads by pointers, for any GPU and any tensor; 90 and 100: copy engine and
+# wgmma (compute capability 9.0) or tcgen05 (10.x). Chosen by registers and shared memory, not yet by the clock. The backward's
+# BLOCK_M must divide 128, to which LSE and Delta are padded.
+TILES = {
+    "forward": {80: {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 4, 2)},
+                90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+                100: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}},
+    "dkdv": {80: {64: (32, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+             90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)},
+             100: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
+    "dq": {80: {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)},
+           90: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)},
+           100: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
+    "decode": {80: {64: (16, 64, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}},
+}
+FLOAT32 = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}        # no matrix units in full precision: for checking
+
+def architecture(device):
+    """The key into TILES for a device. Under the interpreter, on the CPU, any will do."""
+    major = torch.cuda.get_device_properties(device).major if device.type == "cuda" else 8
+    return {9: 90, 10: 100}.get(major, 80)
+
+def copy_engine(arch, *tensors):
+    """Whether the copy engine (TMA), which saves registers, can load all of these: 16-bit numbers, rows in one piece, and
+    everything else at multiples of 16 bytes."""
+    return arch >= 90 and all(x.numel() > 0 and x.element_size() == 2 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 and
+                              all(0 < stride < 2 ** 39 and stride % 8 == 0 for stride in x.stride()[:3]) for x in tensors)
+
+def tile_options(which, arch, tma, q):
+    width = max(16, triton.next_power_of_2(q.shape[3]))
+    table = FLOAT32 if q.dtype == torch.float32 else TILES[which][arch if tma else 80]
+    m, n, warps, stages = table[max(64, width)]
+    return m, n, dict(D=q.shape[3], WIDTH=width, TMA=tma, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+
+def tiled(x, rows, options):
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, options["WIDTH"]]) if options["TMA"] else x
+
+def forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, arch):
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    M, N, options = tile_options("forward", arch, copy_engine(arch, q, k, v), q)
+    options.update(CAUSAL=causal, WINDOW=0 < window < S, DOC=doc_start is not None)
+    doc = lse if doc_start is None else doc_start                       # never read without documents, but it must be a pointer
+    args = (tiled(q, M, options), tiled(k, N, options), tiled(v, N, options), out, lse, doc, q.stride(), k.stride(), v.stride(),
+            out.stride(), H, H // K, T, S, lse.shape[2], min(window, S), scale * math.log2(math.e))
+    return [(forward_kernel, triton.cdiv(T, M * (1 + options["TMA"])) * H * B, args, options)]
+
+def backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch):
+    (B, H, T, D), (K, S), T_pad, tma = q.shape, k.shape[1:3], lse.shape[2], copy_engine(arch, q, k, v, dout)
+    launches = [(delta_kernel, T_pad // 64 * H * B, (out, dout, delta, out.stride(), dout.stride(), H, T, T_pad),
+                 dict(D=D, WIDTH=triton.next_power_of_2(D), BLOCK_M=64, num_warps=8))]
+    for which in ("dkdv", "dq"):
+        M, N, options = tile_options(which, arch, tma, q)
+        options.update(CAUSAL=causal, WINDOW=0 < window < S, DOC=doc_start is not None)
+        doc = lse if doc_start is None else doc_start
+        inputs = (tiled(q, M, options), tiled(k, N, options), tiled(v, N, options), tiled(dout, M, options), lse, delta)
+        strides = (q.stride(), k.stride(), v.stride(), dout.stride())
+        sizes = (H, H // K, T, S, T_pad, min(window, S), scale, scale * math.log2(math.e))
+        if which == "dkdv":
+            ends = lse if doc_start is None else document_ends(doc_start, S, N)
+            launches.append((dkdv_kernel, triton.cdiv(S, N) * K * B,
+                             (*inputs, dk, dv, doc, ends, *strides, dk.stride(), dv.stride(), *sizes), options))
+        else:
+            launches.append((dq_kernel, triton.cdiv(T, M) * H * B, (*inputs, dq, doc, *strides, dq.stride(), *sizes), options))
+    return launches
+
+def document_ends(doc_start, S, block):
+    """For every block of keys, as far as documents decide: how many of the first queries see all of it, and how many there are up
+    to the last query that sees any of it. (B, blocks, 2)"""
+    first = torch.arange(0, S, block, device=doc_start.device, dtype=doc_start.dtype).repeat(doc_start.shape[0], 1)
+    rising, falling = doc_start.cummax(1).values, doc_start.flip(1).cummin(1).values.flip(1)
+    return torch.stack([torch.searchsorted(rising, first, right=True), torch.searchsorted(falling, first + block)], -1).int()
+
+def decode_launches(q, k, v, lengths, out, window, scale, arch, processors):
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    rows = T * H // K                                                   # of all heads in a group
+    _, N, options = tile_options("decode", arch, False, q)
+    options.update(BLOCK_M=min(64, max(16, triton.next_power_of_2(rows))), WINDOW=0 < window < S)
+    tiles, blocks = triton.cdiv(rows, options["BLOCK_M"]) * K * B, triton.cdiv(S, N)
+    splits = max(1, min(processors // max(tiles, 1), blocks)) if blocks > 4 else 1
+    part = q.new_empty(B * H * T * splits, D, dtype=torch.float32)
+    lse = q.new_empty(B * H * T * splits, dtype=torch.float32)
+    args = (q, k, v, lengths, part, lse, q.stride(), k.stride(), v.stride(), H, H // K, T, S, splits, min(window, S),
+            scale * math.log2(math.e))
+    combine = dict(D=D, WIDTH=options["WIDTH"], SPLITS=triton.next_power_of_2(splits))
+    options.pop("TMA")
+    return [(decode_kernel, tiles * splits, args, options),
+            (combine_kernel, B * H * T, (part, lse, out, out.stride(), H, H // K, T, splits), combine)]
+
+def run(launches, device):
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for kernel, programs, args, options in launches:
+            if programs > 0:
+                kernel[(programs,)](*args, **options)
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The operators PyTorch sees: opaque to torch.compile, each with a fake that only knows shapes. The second is the first's backward
+
+def empty_like(x):
+    """(B, H, T, D), in memory (B, T, H, D), as a transformer wants its heads back: no copy when they are joined."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+def new_stats(q):
+    """One float32 per query, padded to a multiple of 128. Past T, +inf: there the backward finds p = 0 without a mask."""
+    return q.new_full((q.shape[0], q.shape[1], (q.shape[2] + 127) // 128 * 128), math.inf, dtype=torch.float32)
+
+@torch.library.custom_op("flash_attn_py::forward", mutates_args=())
+def forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float,
+               doc_start: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    out, lse = empty_like(q), new_stats(q)
+    run(forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, architecture(q.device)), q.device)
+    return out, lse
+
+@torch.library.custom_op("flash_attn_py::backward", mutates_args=())
+def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, window: int, scale: float,
+                doc_start: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    if dout.stride(3) != 1 or 0 in dout.stride():                       # out.sum().backward() sends one number, expanded
+        dout = dout.contiguous()
+    dq, dk, dv, delta, arch = empty_like(q), empty_like(k), empty_like(v), torch.empty_like(lse), architecture(q.device)
+    run(backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch), q.device)
+    return dq, dk, dv
+
+@torch.library.custom_op("flash_attn_py::decode", mutates_args=())
+def decode_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale: float) -> Tensor:
+    out, cuda = empty_like(q), q.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if cuda else 8
+    run(decode_launches(q, k, v, lengths, out, window, scale, architecture(q.device), processors), q.device)
+    return out
+
+forward_op.register_fake(lambda q, k, v, causal, window, scale, doc_start: (empty_like(q), new_stats(q)))
+backward_op.register_fake(lambda dout, q, k, v, *rest: (empty_like(q), empty_like(k), empty_like(v)))
+decode_op.register_fake(lambda q, k, v, lengths, window, scale: empty_like(q))
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, ctx.causal, ctx.window, ctx.scale, doc_start = inputs
+    ctx.save_for_backward(q, k, v, *output, doc_start)
+
+def backward(ctx, dout, dlse):
+    *saved, doc_start = ctx.saved_tensors
+    return *backward_op(dout, *saved, ctx.causal, ctx.window, ctx.scale, doc_start), None, None, None, None
+
+forward_op.register_autograd(backward, setup_context=save_for_backward)
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# What people call
+
+def why_not(q, k, v, dropout_p=0.0):
+    """None if the kernels can run on tensors like these, else one line saying why not. Does not synchronise or break a graph."""
+    if triton is None:
+        return "Triton is not installed: pip install triton (Linux only)"
+    if dropout_p > 0:
+        return f"attention dropout is {dropout_p}, and the kernels have none"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: all must be one of float16, bfloat16, float32"
+    if not 1 <= q.shape[-1] <= 256:
+        return f"head dim is {q.shape[-1]}, the kernels take 1 to 256"
+    if not q.device == k.device == v.device:
+        return f"q, k, v are on {q.device}, {k.device}, {v.device}"
+    if q.device.type == "cpu" and INTERPRET:
+        return None
+    if q.device.type != "cuda" or torch.version.hip:
+        return f"the kernels need an NVIDIA GPU (or, on the CPU, TRITON_INTERPRET=1), the tensors are on {q.device.type}"
+    gpu = torch.cuda.get_device_properties(q.device)
+    return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, the kernels need 8.0" if gpu.major < 8 else None
+
+def check(q, k, v, window, scale):
+    """Raise ValueError for what the kernels cannot take; -> q and scale, with a positive scale."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or \
+            k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+                         "want (B, H, T, D) and twice (B, K, S, D), H a multiple of K")
+    if window < 0:
+        raise ValueError(f"window is {window}: want the number of keys a query may see, or 0 for all")
+    reason = why_not(q, k, v)
+    if reason:
+        raise ValueError(f"{reason}; attention_ref and F.scaled_dot_product_attention take anything")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:                                      # subtle: the largest scaled score is the scaled largest only if scale > 0
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    return q, scale
+
+def flash_attention(q, k, v, causal=True, window=0, scale=None, doc_start=None):
+    """softmax(scale * q k^T + mask) v. q: (B, H, T, D); k, v: (B, K, S, D), H a multiple of K, query head h reading kv head
+    h // (H / K); float16, bfloat16 or float32, D up to 256, any lengths and strides -> (B, H, T, D). Differentiable once.
+
+    causal: query i sees the keys up to i + (S - T), so that the last query sees the last key
+    window: if > 0, of those only the last `window`, its own included
+    scale: None for 1 / sqrt(D)
+    doc_start: integers (B, T); query i of row b sees no key before doc_start[b, i]
+    A query that may see nothing yields zeros. ValueError if shapes do not fit or the kernels cannot run here (see why_not)."""
+    q, scale = check(q, k, v, window, scale)
+    if doc_start is not None:
+        if doc_start.shape != (q.shape[0], q.shape[2]) or doc_start.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"doc_start is {doc_start.dtype} {tuple(doc_start.shape)}: "
+                             f"want int32 or int64 {(q.shape[0], q.shape[2])}")
+        doc_start = doc_start.to(q.device).clamp(0, k.shape[2]).to(torch.int32).contiguous()
+    return forward_op(q, k, v, causal, window, scale, doc_start)[0]
+
+def flash_decode(q, k, v, lengths, window=0, scale=None):
+    """Causal attention of the newest T tokens of every row over a cache in which rows have their own lengths; no gradient.
+
+    q: (B, H, T, D); k, v: (B, K, S, D), the cache or a slice of it; lengths: integers (B,), the cached tokens of each row
+    INCLUDING the new ones, so that query i of row b is at position lengths[b] - T + i. Nothing further is read -> (B, H, T, D)"""
+    q, scale = check(q, k, v, window, scale)
+    if lengths.shape != (q.shape[0],) or lengths.is_floating_point():
+        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}: want one integer per row, {(q.shape[0],)}")
+    return decode_op(q, k, v, lengths.to(q.device, torch.int32).contiguous(), window, scale)
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The report: compile what is shipped for a GPU that is not there
+
+def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, B=2, H=8, K=8, T=1024, S=1024, aligned=True):
+    """[(pass, compiled kernel)] for one architecture and head dim: the launches above, on tensors without memory."""
+    from triton.backends.compiler import GPUTarget
+
+    class Target:                                       # all that the compiler asks of a driver
+        get_current_device = staticmethod(lambda: arch)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+
+    def tensor(heads, rows):
+        return torch.empty(B, rows, heads, D if aligned else D + 1, dtype=dtype, device="meta")[..., :D].transpose(1, 2)
+
+    triton.runtime.driver.set_active(Target)
+    q, one, k, v, lse = tensor(H, T), tensor(H, 1), tensor(K, S), tensor(K, S), new_stats(tensor(H, T))
+    ints = torch.empty(B, T, dtype=torch.int32, device="meta")
+    launches = forward_launches(q, k, v, q, lse, causal, window, 0.1, ints if docs else None, arch)
+    launches += backward_launches(q, k, v, q, lse, q, q, k, v, lse, causal, window, 0.1, ints if docs else None, arch)
+    launches += decode_launches(one, k, v, ints, one, window, 0.1, arch, 132)
+    return [(kernel.fn.__name__.removesuffix("_kernel"), kernel.warmup(*args, grid=(1,), **options))
+            for kernel, _, args, options in launches]
+
+def usage(kernel, arch):
+    """What a compiled kernel uses: registers, bytes spilled, shared memory, programs per multiprocessor; ptxas warnings."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", ptx.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = int(re.search(r"Used (\d+) registers", log)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    warps, shared, room = kernel.metadata.num_warps, kernel.metadata.shared, {80: 164, 90: 228, 100: 228}[arch] * 1024
+    programs = min(65536 // (-(-registers // 8) * 8 * 32 * warps), room // (shared + 1024), 64 // warps)
+    return dict(registers=registers, spilled=spilled, shared=shared, warps=warps, programs=programs,
+                warnings=re.findall(r"C75\d\d", log))
+
+def report():
+    print("arch    D  pass      warps  registers  bytes spilled  shared memory  programs per multiprocessor")
+    for arch, D in ((arch, D) for arch in (80, 90, 100) for D in (64, 128, 256)):
+        for name, kernel in shipped(arch, D):
+            u = usage(kernel, arch)
+            print(f"{arch:4} {D:4}  {name:8} {u['warps']:6} {u['registers']:10} {u['spilled']:14} {u['shared']:14}"
+                  f" {u['programs']:10}", *u["warnings"], flush=True)
+
+if __name__ == "__main__":
+    report()

@@ -1,0 +1,416 @@
+"""
+A GPT in one file: the modern one by default, GPT-2 itself by switches of the same config, and the cache that makes sampling fast.
+
+    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
+    logits, loss = model(idx, targets)                   # training
+    logits, _ = model(idx, cache=KVCache(...))           # inference, only the new tokens
+    model = GPT.load("out/stdlib/ckpt.pt")               # and python train.py, python sample.py for the rest
+
+What the parts are and where they come from:
+    pre-norm residual blocks, GPT-2's init          Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+    RoPE, rotary positions                          Su et al. 2021, arXiv:2104.09864
+    grouped queries (GQA), one kv head (MQA)        Ainslie et al. 2023, arXiv:2305.13245; Shazeer 2019, arXiv:1911.02150
+    RMSNorm                                         Zhang and Sennrich 2019, arXiv:1910.07467
+    SwiGLU; ReLU^2                                  Shazeer 2020, arXiv:2002.05202; So et al. 2021, arXiv:2109.08668
+    QK-norm                                         Henry et al. 2020, arXiv:2010.04245
+    logit soft-cap                                  Gemma 2, arXiv:2408.00118
+    Muon for hidden matrices                        Jordan et al. 2024, kellerjordan.github.io/posts/muon
+
+Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = H*D = n_embd, V vocab_size.
+"""
+import contextlib, math, os
+from dataclasses import fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import flash_attn
+from config import GPTConfig
+
+# ---------------------------------------------------------------------------- positions
+
+def rope_table(config):
+    """
+    cos and sin of every position's rotation angles, each (block_size, D/2); pair d turns by position / theta^(2d/D). Scaling stretches
+    a model trained at block_size / s to block_size, s = rope_factor: linear (arXiv:2306.15595) slows every pair by s; ntk (bloc97 2023)
+    raises theta so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (arXiv:2407.21783) slow those that turn less than
+    once in the trained context, leave those that turn often, and blend between; yarn also sharpens the attention.
+    """
+    s, D, sharpen = config.rope_factor, config.head_dim, 1.0
+    theta = config.rope_theta * s ** (D / max(D - 2, 1)) if config.rope_scaling == "ntk" else config.rope_theta
+    frequency = theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    if config.rope_scaling == "linear": frequency /= s
+    elif config.rope_scaling in ("yarn", "llama3"):
+        often = 32 if config.rope_scaling == "yarn" else 4
+        keep = ((config.block_size / s * frequency / (2 * math.pi) - 1) / (often - 1)).clamp(0, 1)
+        frequency *= keep + (1 - keep) / s
+        if config.rope_scaling == "yarn": sharpen = 0.1 * math.log(s) + 1
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequency)
+    return (sharpen * angle.cos()).float(), (sharpen * angle.sin()).float()
+
+
+def apply_rope(x, cos, sin):
+    """
+    Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), as one complex product (x1 + i x2)(cos + i sin), so that q.k
+    depends on the distance alone. cos, sin: (T, D/2), or (B, 1, T, D/2) where rows stand at different positions.
+    subtle: Llama's published code pairs (x[2d], x[2d+1]); the halves used here and by Hugging Face are the same up to a permutation.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def sinusoidal_table(config):
+    """Vaswani et al. 2017, arXiv:1706.03762, section 3.5: sines in the even columns, cosines in the odd; (block_size, C)."""
+    frequency = 10000.0 ** -(torch.arange(0, config.n_embd, 2, dtype=torch.float64) / config.n_embd)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequency)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
+
+# ---------------------------------------------------------------------------- attention and its cache
+
+class KVCache:
+    """
+    Keys and values of every layer, allocated once: k, v (n_layer, B, K, max_len, D). Row b holds lengths[b] valid positions, so
+    prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what stands beyond a row's
+    length is never seen and overwritten later. Memory: 2 * n_layer * B * K * max_len * D * bytes per element. A static cache has one
+    shape in every step, all of max_len, as compiled steps and CUDA graphs want it.
+    """
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.max_len, self.end, self.ragged, self.static = max_len, 0, False, False    # end: the longest row, known on the host
+        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
+
+    def set_lengths(self, lengths):
+        """lengths: one int per row. Forget everything beyond them; all zero empties the cache."""
+        if len(lengths) != len(self.lengths) or max(lengths) > self.max_len:
+            raise ValueError(f"lengths {list(lengths)} do not fit {len(self.lengths)} rows of {self.max_len} positions")
+        self.end = 0 if self.static else max(lengths)       # a static cache must not show a number that changes to the compiler
+        self.ragged = self.static or min(lengths) != max(lengths)
+        self.lengths.copy_(torch.tensor(lengths))
+
+    def reorder(self, rows):
+        """Row b becomes what row rows[b] was, for beams; fewer rows than before drop the others."""
+        rows = torch.as_tensor(rows, device=self.k.device)
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+    def grow(self, T):
+        """Make room for T new tokens a row and return their positions: (T,), or (B, T) where rows differ."""
+        if self.end + T > self.max_len:
+            raise ValueError(f"the cache holds {self.end} of {self.max_len} tokens: no room for {T} more")
+        pos = torch.arange(T, device=self.k.device) + (self.lengths[:, None] if self.ragged else self.end)
+        self.lengths += T
+        if not self.static: self.end += T
+        return pos
+
+    def update(self, layer, pos, k, v):
+        """Write the new k, v (B, K, T, D) of one layer at pos; return all that is valid so far, (B, K, end, D)."""
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.ragged:     # subtle: indices around a slice put (B, T) first and K after them
+                store[torch.arange(len(new), device=new.device)[:, None], :, pos] = new.transpose(1, 2).to(store.dtype)
+            else:
+                store[:, :, self.end - new.shape[2]:self.end] = new
+        end = self.max_len if self.static else self.end
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def attention_backend(config, device, training=True):
+    """("flash_attn", line) where our Triton kernels run on this device, else ("sdpa", line); the line tells the user which and why."""
+    if device.type != "cuda": return "sdpa", "torch SDPA (no CUDA device, which the Triton kernels need)"
+    q = torch.empty(1, 1, 1, config.head_dim, device=device, dtype=torch.bfloat16)
+    why_not = flash_attn.why_not(q, q, q, dropout_p=config.dropout if training else 0.0)
+    return ("flash_attn", "flash_attn.py, Triton kernels") if why_not is None else ("sdpa", f"torch SDPA ({why_not})")
+
+
+def attention(q, k, v, backend="sdpa", cache=None, pos=None, dropout_p=0.0):
+    """
+    Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. Query i is at position
+    i + S - T of its keys (bottom-right), or, in rows of different lengths, at pos[b, i].
+    """
+    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if backend == "flash_attn":
+        if cache is None or T == S and not cache.ragged: return flash_attn.flash_attention(q, k, v, causal=True)
+        return flash_attn.flash_decode(q, k, v, cache.lengths)
+    if cache is not None and cache.ragged:
+        mask = torch.arange(S, device=q.device) <= pos[:, None, :, None]                                    # (B, 1, T, S)
+    elif 1 < T < S: mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    else: mask = None                            # one query sees all its keys; T == S is what is_causal means
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None and T > 1,
+                                          enable_gqa=grouped)
+
+# ---------------------------------------------------------------------------- the blocks
+
+class Norm(nn.Module):
+    """RMSNorm without a gain (the next matrix absorbs it), or LayerNorm with one."""
+    def __init__(self, config):
+        super().__init__()
+        self.shape = (config.n_embd,)
+        layernorm = config.norm == "layernorm"
+        self.weight = nn.Parameter(torch.ones(config.n_embd)) if layernorm else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if layernorm and config.bias else None
+
+    def forward(self, x):
+        if self.weight is None: return F.rms_norm(x, self.shape, eps=1e-5)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer, self.backend = config, layer, "sdpa"
+        C, kv = config.n_embd, config.kv_heads * config.head_dim
+        self.c_q = nn.Linear(C, C, bias=config.bias)    # three matrices, not one: Muon orthogonalises each on its own
+        self.c_k = nn.Linear(C, kv, bias=config.bias)
+        self.c_v = nn.Linear(C, kv, bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+
+    def qkv(self, x, rope):
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), normalised and rotated as they meet in the dot product."""
+        B, T, D = *x.shape[:2], self.config.head_dim
+        q = self.c_q(x).view(B, T, -1, D).transpose(1, 2)       # (B, H, T, D)
+        k = self.c_k(x).view(B, T, -1, D).transpose(1, 2)       # (B, K, T, D)
+        v = self.c_v(x).view(B, T, -1, D).transpose(1, 2)       # (B, K, T, D)
+        if self.config.qk_norm: q, k = F.rms_norm(q, (D,), eps=1e-5), F.rms_norm(k, (D,), eps=1e-5)
+        if rope is not None: q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q.type_as(v), k.type_as(v), v
+
+    def forward(self, x, rope, cache, pos):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x, rope)
+        if cache is not None: k, v = cache.update(self.layer, pos, k, v)       # (B, K, S, D)
+        y = attention(q, k, v, self.backend, cache, pos, self.config.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.config.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.c_fc = nn.Linear(config.n_embd, config.inner, bias=config.bias)
+        self.c_gate = nn.Linear(config.n_embd, config.inner, bias=config.bias) if config.mlp == "swiglu" else None
+        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        h = self.c_fc(x)
+        if self.config.mlp == "relu2": h = F.relu(h).square()
+        elif self.config.mlp == "gelu": h = F.gelu(h, approximate="tanh")      # GPT-2's own approximation
+        else: h = F.silu(self.c_gate(x)) * h
+        return F.dropout(self.c_proj(h), self.config.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1, self.attn = Norm(config), CausalSelfAttention(config, layer)
+        self.ln_2, self.mlp = Norm(config), MLP(config)
+
+    def forward(self, x, rope=None, cache=None, pos=None):
+        x = x + self.attn(self.ln_1(x), rope, cache, pos)
+        return x + self.mlp(self.ln_2(x))
+
+# ---------------------------------------------------------------------------- the loss
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: 2048 rows of them exist at a time, and
+    their gradient, softmax - onehot, is turned into dx and dW at once, so the backward pass only scales. x (N, C), W (V, C), targets (N) with
+    -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, rows=2048):
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        x, w, train = x.to(dtype), weight.to(dtype), any(ctx.needs_input_grad)
+        with torch.autocast(x.device.type, enabled=False):
+            valid = targets >= 0
+            count, total = valid.sum().clamp(min=1), torch.zeros((), device=x.device)
+            dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if train else (None, None)
+            for i in range(0, len(x), rows):
+                part, ok, t = x[i:i + rows], valid[i:i + rows], targets[i:i + rows].clamp(min=0)
+                logits = (part @ w.T).float()                                                   # (rows, V)
+                if cap: logits = cap * torch.tanh(logits / cap)
+                logp = logits.log_softmax(-1)
+                total -= torch.where(ok, logp.gather(1, t[:, None])[:, 0], 0.0).sum()
+                if train:
+                    g = logp.exp_().scatter_add_(1, t[:, None], torch.full_like(logp[:, :1], -1.0)).mul_((ok / count)[:, None])
+                    if cap: g *= 1 - (logits / cap).square()                                    # tanh' = 1 - tanh^2
+                    g = g.to(dtype)
+                    dx[i:i + rows] = g @ w
+                    dw += g.T @ part
+        ctx.save_for_backward(dx, dw)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, scale):
+        dx, dw = ctx.saved_tensors
+        return dx * scale, dw * scale, None, None, None
+
+# ---------------------------------------------------------------------------- the model
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=Norm(config)))
+        if config.pos == "learned": self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights: self.lm_head.weight = self.transformer.wte.weight
+        tables = rope_table(config) if config.pos == "rope" else (sinusoidal_table(config),) if config.pos == "sinusoidal" else ()
+        for i, table in enumerate(tables): self.register_buffer(f"table{i}", table, persistent=False)
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):      # what a block adds to the stream: nothing at first, or GPT-2's 1/sqrt(2L)
+                nn.init.zeros_(p) if config.zero_init else nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        if config.zero_init: nn.init.zeros_(self.lm_head.weight)
+        self.backend = None
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None: nn.init.zeros_(module.bias)
+
+    def set_backend(self, training=True):
+        """Choose the attention backend for the device that the weights are on; returns the line that says which and why."""
+        self.backend, line = attention_backend(self.config, self.transformer.wte.weight.device, training)
+        for block in self.transformer.h: block.attn.backend = self.backend
+        return line
+
+    def forward(self, idx, targets=None, cache=None):
+        """
+        idx (B, T) token ids -> (logits (B, T, V), None), or with targets (B, T; -1 = ignore) -> (logits, mean loss in nats per token).
+        With a cache, idx are the tokens after those it holds, and their keys and values are added to it.
+        """
+        x = self.hidden(idx, cache)
+        if targets is None: return self.head(x), None
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.logit_softcap)
+
+    def hidden(self, idx, cache=None):
+        """idx (B, T) -> what the head reads, (B, T, C); whoever needs few positions' logits calls head on those alone."""
+        if self.backend is None: self.set_backend(self.training)
+        T, past = idx.shape[1], cache.end if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}: shorten the text or train with a larger one")
+        pos = cache.grow(T) if cache is not None else torch.arange(T, device=idx.device)        # (T,) or (B, T)
+        x = self.transformer.wte(idx)                                                           # (B, T, C)
+        if self.config.pos == "learned": x = x + self.transformer.wpe(pos)
+        elif self.config.pos == "sinusoidal": x = x + self.table0[pos].type_as(x)
+        x = F.dropout(x, self.config.dropout, self.training)
+        rope = None
+        if self.config.pos == "rope":
+            rope = tuple(t[pos] if pos.dim() == 1 else t[pos][:, None] for t in (self.table0, self.table1))
+        for block in self.transformer.h: x = block(x, rope, cache, pos)
+        return self.transformer.ln_f(x)
+
+    def head(self, x):
+        logits, cap = self.lm_head(x), self.config.logit_softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def estimate_flops(self):
+        """
+        Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding look-ups),
+        and 12*L*C*T for the attention matrix, not halved for causality; PaLM, arXiv:2204.02311, appendix B.
+        """
+        looked_up = 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
+        if self.config.pos == "learned": looked_up += self.transformer.wpe.weight.numel()
+        return 6 * (self.num_params() - looked_up) + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    def configure_optimizers(self, cfg):
+        """
+        cfg: a config.Config -> list of optimizers, each parameter in exactly one group. adamw: weight decay on matrices, none on gains
+        and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head and the rest to AdamW.
+        """
+        blocks, fused = list(self.transformer.h.parameters()), self.lm_head.weight.device.type in ("cuda", "cpu")
+        matrices = [p for p in blocks if p.dim() == 2]
+        head = [] if self.config.tie_weights else [self.lm_head.weight]
+        embeddings = [m.weight for name, m in self.transformer.items() if name in ("wte", "wpe")]
+        rest = [p for p in self.parameters() if p.dim() < 2]
+        if cfg.optimizer == "adamw":
+            groups = [dict(params=matrices + head + embeddings, weight_decay=cfg.weight_decay), dict(params=rest)]
+        else:
+            groups = [dict(params=embeddings, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr), dict(params=rest)]
+        optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                        eps=1e-8 if cfg.optimizer == "adamw" else 1e-10, weight_decay=0.0, fused=fused)]
+        if cfg.optimizer == "muon":
+            optimizers.append(torch.optim.Muon(matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay, momentum=0.95))
+        return optimizers
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+        """
+        Continue idx (B, T) by max_new_tokens: (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its newer
+        half is read again and generation goes on, so the length has no limit. sample.py has what else one may want.
+        """
+        weight, size, new = self.lm_head.weight, self.config.block_size, idx
+        cache = KVCache(self.config, len(idx), min(size, idx.shape[1] + max_new_tokens), weight.device, weight.dtype)
+        for _ in range(max_new_tokens):
+            if cache.end + new.shape[1] > size:
+                cache.set_lengths([0] * len(idx))
+                new = idx[:, -max(size // 2, 1):]
+            logits = self.head(self.hidden(new, cache)[:, -1])
+            if temperature == 0: new = logits.argmax(-1, keepdim=True)
+            else: new = torch.multinomial(filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1), 1, generator=generator)
+            idx = torch.cat((idx, new), dim=1)
+        return idx
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """The model of a checkpoint file, in evaluation mode."""
+        return cls.from_checkpoint(load_checkpoint(path), path).to(device)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, path="checkpoint"):
+        try:
+            known = {f.name for f in fields(GPTConfig)}
+            model = cls(GPTConfig(**{k: v for k, v in checkpoint["config"].items() if k in known}))
+            model.load_state_dict(checkpoint["model"])
+        except (KeyError, RuntimeError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}: not a checkpoint of this project's model: {str(e).splitlines()[0]}") from None
+        return model.eval()
+
+
+def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """
+    logits (B, V) -> logits / temperature with what may not be drawn at -inf: outside the k likeliest, outside the likeliest that add up
+    to top_p (Holtzman et al. 2020, arXiv:1904.09751), or less than min_p times as likely as the likeliest (arXiv:2407.01082).
+    """
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True, stable=True)
+        drop = p.cumsum(-1) - p >= top_p            # a token stays if those before it do not reach top_p yet: the first always does
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+    return logits
+
+# ---------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, checkpoint):
+    """torch.save that leaves the old file or the new one, never half a file: temporary name, fsync, rename. OSError says what to do."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:        # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError): os.unlink(temporary)
+        raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}): free space or choose another --out_dir; the last one saved stands") from None
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved (tensors and primitives), on the CPU. ValueError where there is none or it is damaged."""
+    if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: train one first, e.g. python train.py config/stdlib.py")
+    try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): use another of its folder, such as best.pt, or train again") from None
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint: raise ValueError(f"{path} is not a checkpoint of train.py")
+    return checkpoint

@@ -1,0 +1,2358 @@
+"""
+What every stage promises, each against an independent twin: naive code, float64, a library.
+
+    python -m pytest test_all.py                    # everything that can run here; a skip says what would make it run
+    python -m pytest test_all.py -k "model or train"
+    python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
+"""
+import base64, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
+    shutil, signal, subprocess, sys, threading, time, types, warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")    # before anything imports triton
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+
+from torch.utils.flop_counter import FlopCounterMode
+from bpe import GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, Tokenizer
+import bpe
+import config
+import flash_attn
+import model as model_py
+import prepare
+import sample
+import train
+
+
+# ============================================================================ config/
+
+CONFIG_FILES = sorted(p for p in glob.glob(os.path.join(HERE, "config", "*.py")) if not p.endswith("__init__.py"))
+SCRIPTS = ["prepare", "train", "sample", "bench"]
+
+
+def test_config_order_types_and_flags():
+    cfg = config.load([os.path.join(HERE, "config", "stdlib.py"), "--max_iters=1e3", "--start=a=b", "--no_bias", "--compile", "--dropout=0"])
+    assert (cfg.dataset, cfg.max_iters, cfg.start, cfg.bias, cfg.compile, cfg.dropout) == ("stdlib", 1000, "a=b", False, True, 0.0)
+    assert isinstance(cfg.dropout, float) and config.load(["--compile=none"]).compile is None
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--max_iter=3"], "did you mean 'max_iters'"), (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
+    (["--bias=1"], "wants True or False"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"), (["nothing.py"], "no config file"),
+    (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"), (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"),
+    (["--n_embd=12"], "must be even"), (["--top_p=0"], "(0, 1]"), (["--tie_weights"], "zero_init"), (["--batch_size=0"], "at least 1")])
+def test_config_errors(argv, message):
+    with pytest.raises(ValueError) as e: config.load(argv)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_config_file_errors(tmp_path):
+    for text, message in (("max_iters = 'ten'", "max_iters wants int, not 'ten'"), ("n_layers = 3", "did you mean 'n_layer'"), ("x = (", "SyntaxError")):
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(ValueError, match=re.escape(message)): config.load([str(tmp_path / "bad.py")])
+
+
+def test_config_help_names_every_knob_and_comment():
+    text = config.usage()
+    for f in dataclasses.fields(config.Config): assert re.search(rf"^  --{f.name} .*\w.*\(default ", text, re.M), f.name
+
+
+def test_config_every_knob_is_used():
+    source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in SCRIPTS + ["model"])
+    source += open(os.path.join(HERE, "config", "__init__.py")).read().split("def head_dim")[1].split("@dataclass")[0]
+    assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"(cfg|config|self)\.{f.name}\b", source)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_config_files_load_in_every_script(script, capsys, monkeypatch):
+    """main(load(file)) is all a script does, and load is shared: what each script must not do is refuse a knob or run on import."""
+    importlib.import_module(script)
+    for path in CONFIG_FILES:
+        cfg = config.load([path, "--seed=7"])
+        assert cfg.seed == 7 and cfg.model().vocab_size <= 65536
+        with pytest.raises(SystemExit): config.load([path, "--help"])
+    assert "--max_iters" in capsys.readouterr().out
+
+# ============================================================================ model.py
+
+def tiny(**kw):
+    return config.GPTConfig(**{**dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32), **kw})
+
+
+def tiny_gpt(seed=0, noise=0.2, **kw):
+    """A small model with no parameter left at zero, so that every path matters."""
+    torch.manual_seed(seed)
+    model = model_py.GPT(tiny(**kw)).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p) * noise)
+    return model
+
+
+CLASSIC = dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True, zero_init=False)
+SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp="swiglu", logit_softcap=5.0), CLASSIC, dict(pos="sinusoidal", qk_norm=False)]
+
+
+def test_model_classic_has_gpt2_parameter_count():
+    with torch.device("meta"): model = model_py.GPT(config.load([os.path.join(HERE, "config", "gpt2_124m_classic.py")]).model())
+    assert model.num_params() == 124_439_808
+
+
+def test_model_rope_is_complex_multiplication():
+    cfg = tiny(n_embd=64, rope_theta=500.0)
+    x, (cos, sin) = torch.randn(2, 3, 32, 16, dtype=torch.float64), model_py.rope_table(cfg)
+    z = torch.complex(x[..., :8], x[..., 8:])
+    turn = torch.polar(torch.ones(32, 8, dtype=torch.float64), torch.arange(32.0, dtype=torch.float64)[:, None] * 500.0 ** -(torch.arange(0, 16, 2).double() / 16))
+    ours = model_py.apply_rope(x, cos.double(), sin.double())
+    torch.testing.assert_close(ours, torch.cat(((z * turn).real, (z * turn).imag), -1), atol=2e-6, rtol=0)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)       # q.k depends on the distance alone
+    dot = lambda i, j: (model_py.apply_rope(q, cos[i], sin[i]) * model_py.apply_rope(k, cos[j], sin[j])).sum()
+    torch.testing.assert_close(dot(9, 4), dot(25, 20), atol=1e-5, rtol=1e-5)
+    assert (dot(9, 4) - dot(9, 5)).abs() > 1e-3
+
+
+def naive_attention(q, k, v):
+    """Float64, row by row, the textbook formula; bottom-right aligned; grouped heads by index."""
+    B, H, T, D = q.shape
+    S, out = k.shape[2], torch.zeros_like(q)
+    for b, h, i in itertools.product(range(B), range(H), range(T)):
+        kh, n = h * k.shape[1] // H, i + S - T + 1
+        weights = (k[b, kh, :n] @ q[b, h, i] / D ** 0.5).exp()
+        out[b, h, i] = (weights / weights.sum()) @ v[b, kh, :n]
+    return out
+
+
+@pytest.mark.parametrize("T, S, K", [(7, 7, 4), (1, 9, 2), (3, 9, 1), (1, 1, 4)])
+def test_model_attention_against_naive_float64(T, S, K):
+    q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in ((4, T), (K, S), (K, S)))
+    torch.testing.assert_close(model_py.attention(q, k, v), naive_attention(q, k, v))
+
+
+def naive_gpt2(p, idx, n_head, n_layer):
+    """GPT-2's forward from its state dict, in plain float64 algebra, sharing nothing with model.py."""
+    p = {k: v.double() for k, v in p.items()}
+    ln = lambda x, n: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * p[n + ".weight"] + p[n + ".bias"]
+    lin = lambda x, n: x @ p[n + ".weight"].T + p[n + ".bias"]
+    x = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][:idx.shape[1]]
+    heads = lambda t: t.view(*t.shape[:2], n_head, -1).transpose(1, 2)
+    for i in range(n_layer):
+        n = f"transformer.h.{i}."
+        h = ln(x, n + "ln_1")
+        y = naive_attention(*(heads(lin(h, n + "attn." + c)) for c in ("c_q", "c_k", "c_v"))).transpose(1, 2).flatten(2)
+        x = x + lin(y, n + "attn.c_proj")
+        h = lin(ln(x, n + "ln_2"), n + "mlp.c_fc")
+        x = x + lin(0.5 * h * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h ** 3))), n + "mlp.c_proj")
+    return ln(x, "transformer.ln_f") @ p["transformer.wte.weight"].T
+
+
+def test_model_classic_against_naive_gpt2():
+    model, idx = tiny_gpt(**CLASSIC), torch.randint(61, (2, 11))
+    torch.testing.assert_close(model(idx)[0].double(), naive_gpt2(model.state_dict(), idx, 4, 2), atol=2e-4, rtol=1e-4)
+
+
+def test_model_modern_against_naive():
+    """RMSNorm, QK-norm, RoPE, ReLU^2, soft-cap, untied: written out once more in float64."""
+    model, idx = tiny_gpt(logit_softcap=3.0, n_kv_head=2), torch.randint(61, (2, 11))
+    p = {k: v.double() for k, v in model.state_dict().items()}
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    turn = torch.polar(torch.ones(11, 4).double(), torch.arange(11.0).double()[:, None] * 10000.0 ** -(torch.arange(4).double() / 4))
+    def rope(x):
+        z = torch.complex(x[..., :4], x[..., 4:]) * turn
+        return torch.cat((z.real, z.imag), -1)
+    heads = lambda t: t.view(2, 11, -1, 8).transpose(1, 2)
+    x = p["transformer.wte.weight"][idx]
+    for i in range(2):
+        w = lambda n: p[f"transformer.h.{i}.{n}.weight"].T
+        h = rms(x)
+        y = naive_attention(rope(rms(heads(h @ w("attn.c_q")))), rope(rms(heads(h @ w("attn.c_k")))), heads(h @ w("attn.c_v")))
+        x = x + y.transpose(1, 2).flatten(2) @ w("attn.c_proj")
+        x = x + (rms(x) @ w("mlp.c_fc")).relu() ** 2 @ w("mlp.c_proj")
+    expected = 3 * torch.tanh(rms(x) @ p["lm_head.weight"].T / 3)
+    torch.testing.assert_close(model(idx)[0].double(), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kw", SHAPES)
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 8, 3], [19, 1]])
+def test_model_cached_logits_equal_uncached(kw, chunks):
+    model, idx = tiny_gpt(**kw), torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
+    cache = model_py.KVCache(model.config, 2, 20, torch.device("cpu"), torch.float32)
+    logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(idx)[0], atol=2e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="no room for 1 more"): model(idx[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("kw", SHAPES)
+def test_model_ragged_cache_equals_solo_rows(kw):
+    model, lengths = tiny_gpt(**kw), [3, 9, 1]
+    rows = [torch.randint(61, (1, n + 4)) for n in lengths]
+    padded = torch.zeros(3, 9, dtype=torch.long)
+    for b, n in enumerate(lengths): padded[b, :n] = rows[b][0, :n]
+    cache = model_py.KVCache(model.config, 3, 16, torch.device("cpu"), torch.float32)
+    first = model(padded, cache=cache)[0]
+    cache.set_lengths(lengths)
+    more = torch.stack([row[0, n:] for row, n in zip(rows, lengths)])
+    second = torch.cat([model(part, cache=cache)[0] for part in more.split([1, 2, 1], dim=1)], dim=1)
+    for b, n in enumerate(lengths):
+        alone = model(rows[b])[0][0]
+        torch.testing.assert_close(first[b, :n], alone[:n], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(second[b], alone[n:], atol=2e-4, rtol=1e-4)
+    cache.reorder([2, 0])
+    again = model(torch.stack([rows[2][0, -1:], rows[0][0, -1:]]), cache=cache)[0]
+    for b, r in enumerate((2, 0)):
+        torch.testing.assert_close(again[b, 0], model(torch.cat((rows[r], rows[r][:, -1:]), 1))[0][0, -1], atol=2e-4, rtol=1e-4)
+
+
+def test_model_cache_size_is_the_formula():
+    cache = model_py.KVCache(tiny(n_kv_head=2), 3, 10, torch.device("cpu"), torch.float16)
+    assert cache.k.nbytes + cache.v.nbytes == 2 * 2 * 3 * 2 * 10 * 8 * 2
+
+
+def test_model_gqa_equals_mha_with_repeated_heads():
+    gqa, mha = tiny_gpt(n_kv_head=2), tiny_gpt()
+    state = gqa.state_dict()
+    for name in [n for n in state if "c_k" in n or "c_v" in n]:
+        state[name] = state[name].view(2, 8, -1).repeat_interleave(2, dim=0).flatten(0, 1)
+    mha.load_state_dict(state)
+    idx = torch.randint(61, (2, 13))
+    torch.testing.assert_close(gqa(idx)[0], mha(idx)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kw", SHAPES)
+def test_model_is_causal(kw):
+    model, idx = tiny_gpt(**kw), torch.randint(61, (1, 16))
+    before, idx2 = model(idx)[0], idx.clone()
+    idx2[0, 9] = (idx2[0, 9] + 1) % 61
+    after = model(idx2)[0]
+    torch.testing.assert_close(before[:, :9], after[:, :9], atol=1e-6, rtol=0)
+    assert (before[:, 9] - after[:, 9]).abs().max() > 1e-3 and (before[:, 10:] - after[:, 10:]).abs().amax(-1).min() > 1e-4
+
+
+def test_model_initial_standard_deviations_and_loss():
+    torch.manual_seed(0)
+    classic = model_py.GPT(tiny(**{**CLASSIC, "n_embd": 128, "vocab_size": 512, "n_layer": 8}))
+    for name, p in classic.named_parameters():
+        if p.dim() == 1: assert torch.all(p == (1.0 if "ln" in name and "weight" in name else 0.0)), name
+        else: assert p.std().item() == pytest.approx(0.02 / 4 if name.endswith("c_proj.weight") else 0.02, rel=0.05), name
+    modern = model_py.GPT(tiny(vocab_size=512, n_embd=128))
+    for name, p in modern.named_parameters():
+        if "c_proj" in name or "lm_head" in name: assert not p.any(), name
+        else: assert p.std().item() == pytest.approx(modern_std(name), rel=0.05), name
+    idx = torch.randint(512, (4, 33))
+    for model in (classic, modern):
+        assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(512), abs=0.1 if model is classic else 1e-5)
+
+
+def modern_std(name):
+    return 0.02
+
+
+@pytest.mark.parametrize("kw", SHAPES)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_model_optimizers_cover_every_parameter_once(kw, optimizer):
+    model, cfg = model_py.GPT(tiny(**kw)), config.Config(optimizer=optimizer, weight_decay=0.1)
+    optimizers = model.configure_optimizers(cfg)
+    groups = [(g, o) for o in optimizers for g in o.param_groups]
+    assert sorted(id(p) for g, _ in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    muon = {id(p) for g, o in groups for p in g["params"] if isinstance(o, torch.optim.Muon)}
+    assert muon == ({id(p) for p in model.transformer.h.parameters() if p.dim() == 2} if optimizer == "muon" else set())
+    assert all(p.dim() == 2 for g, _ in groups if g["weight_decay"] for p in g["params"])
+
+
+def test_model_flops_against_torch_counter():
+    """Every product in forward and backward is counted; only the attention matrix is counted whole, as PaLM does."""
+    model = model_py.GPT(tiny(block_size=32, n_embd=32, vocab_size=64)).train()
+    for block in model.transformer.h: block.attn.forward = types.MethodType(lambda self, x, *_: self.c_proj(self.c_q(x) + self.c_k(x) + self.c_v(x)), block.attn)
+    idx = torch.randint(64, (1, 32))
+    with FlopCounterMode(display=False) as counter: model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == 32 * (model.estimate_flops() - 12 * 2 * 32 * 32)
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_model_fused_loss_against_plain_cross_entropy(cap):
+    """Loss and both gradients in float64, over chunks that do not divide the rows, some targets ignored."""
+    x, w = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (23,))
+    targets[[0, 7, 22]] = -1
+    logits = x @ w.T
+    expected = torch.nn.functional.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, ignore_index=-1)
+    grads = torch.autograd.grad(3 * expected, (x, w))
+    ours = model_py.LinearCrossEntropy.apply(x, w, targets, cap, 5)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(3 * ours, (x, w)), grads): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_model_generate_matches_argmax_recompute_and_passes_the_context():
+    model, idx = tiny_gpt(), torch.randint(61, (2, 5))
+    out, expected = model.generate(idx, 20, temperature=0), idx
+    for _ in range(20): expected = torch.cat((expected, model(expected)[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(out, expected)
+    assert model.generate(idx, 100, temperature=0).shape == (2, 105)        # block_size is 32
+
+
+def test_model_filters_against_plain_python():
+    rng = random.Random(0)
+    for _ in range(200):
+        V, k, top_p, min_p = rng.randint(2, 12), rng.randint(0, 12), rng.choice([1.0, 0.9, 0.5, 0.01]), rng.choice([0.0, 0.1, 0.9])
+        logits = [rng.uniform(-4, 4) for _ in range(V)]
+        keep = sorted(range(V), key=lambda i: -logits[i])[:k or V]
+        exps = {i: math.exp(logits[i] / 0.7) for i in keep}
+        probs, total, kept = {i: e / sum(exps.values()) for i, e in exps.items()}, 0.0, []
+        for i in keep:
+            if total < top_p: kept.append(i)
+            total += probs[i]
+        kept = [i for i in kept if probs[i] >= min_p * probs[keep[0]]]
+        ours = model_py.filter_logits(torch.tensor([logits], dtype=torch.float64), 0.7, k, top_p, min_p)[0]
+        assert sorted(kept) == (ours > -math.inf).nonzero().flatten().tolist()
+
+
+def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
+    path = str(tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="no checkpoint at"): model_py.load_checkpoint(path)
+    model = tiny_gpt()
+    model_py.save_checkpoint(path, dict(model=model.state_dict(), config=dataclasses.asdict(model.config)))
+    again = model_py.GPT.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file")))
+        with pytest.raises(OSError, match="free space"): model_py.save_checkpoint(path, {})
+    assert os.listdir(tmp_path) == ["ckpt.pt"] and model_py.load_checkpoint(path)      # the old file stands, no rubbish beside it
+    data = (tmp_path / "ckpt.pt").read_bytes()
+    for cut in (0, 10, len(data) // 2, len(data) - 5):
+        (tmp_path / "cut.pt").write_bytes(data[:cut])
+        with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
+    torch.save(dict(model={}, config={}), tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# bpe.py: against a naive trainer and tiktoken's engine
+
+BPE_HERE = os.path.dirname(os.path.abspath(bpe.__file__))
+BPE_GPT2 = os.path.join(BPE_HERE, "..", "shared", "data", "gpt2")
+BPE_PATTERNS = [GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT]
+BPE_BYTES = {bytes([i]): i for i in range(256)}
+
+
+def bpe_split(text, pattern):
+    """Words of bytes as bpe.py finds them."""
+    raw, starts, lens, _ = bpe.split([text], pattern)
+    return [raw[i:i + n] for i, n in zip(starts.tolist(), lens.tolist())]
+
+
+def bpe_engine_split(text, pattern, guess):
+    """Words of a str as tiktoken's engine finds them. A word that is a token comes back as that token, so take as tokens all that
+    `guess` proposes; and, so that two words taken for one would be seen, every two neighbours of it together."""
+    ranks = dict(BPE_BYTES)
+    for word in [*guess, *(a + b for a, b in zip(guess, guess[1:]))]:
+        ranks.setdefault(word, len(ranks))
+    engine = tiktoken.Encoding("split", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return engine.decode_tokens_bytes(engine.encode_ordinary(text))
+
+
+def bpe_naive_train(words, n_merges):
+    """The textbook algorithm: count every pair again after each merge. words: dict of bytes -> count."""
+    words = {tuple(w): k for w, k in words.items()}
+    merges = []
+    for new in range(256, 256 + n_merges):
+        pairs = {}
+        for w, k in words.items():
+            for p in zip(w, w[1:]):
+                pairs[p] = pairs.get(p, 0) + k
+        if not pairs:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(best)
+        merged = {}
+        for w, k in words.items():
+            out, i = [], 0
+            while i < len(w):
+                if w[i:i + 2] == best:
+                    out, i = out + [new], i + 2
+                else:
+                    out, i = out + [w[i]], i + 1
+            merged[tuple(out)] = merged.get(tuple(out), 0) + k
+        words = merged
+    return merges
+
+
+def bpe_counts(texts, pattern):
+    words = {}
+    for text in texts:
+        for w in bpe_split(text.encode() if isinstance(text, str) else text, pattern):
+            words[w] = words.get(w, 0) + 1
+    return words
+
+
+BPE_CHARS = ["a", "b", "e", "l", "r", "s", "t", "v", "L", "S", "Z", "'", "'", " ", " ", " ", "\n", "\r", "\t", "\x0b", "\x1c", "0", "7", ".", "(", "-",
+             "\x00", "é", "ß", "ſ", "\u0301", "\x85", "\xa0", "\u2003", "\u2028", "\u3000", "中", "文", "。", "½", "٣", "😀", "\U0001d7d8", "\ufeff",
+             "\U0010ffff", "'s", "'LL", "'ve", "'ſ", "123456", "  \n ", "!\n\n", "\r\n"]
+
+
+def bpe_random_text(rng, n):
+    chars = rng.sample(BPE_CHARS, rng.randint(1, len(BPE_CHARS))) if rng.random() < 0.7 else BPE_CHARS
+    return "".join(rng.choice(chars) * (rng.randint(1, 12) if rng.random() < 0.1 else 1) for _ in range(n))
+
+
+def bpe_random_bytes(rng, n):
+    pools = [range(256), [0x61, 0x20, 0xC3, 0xA9, 0xE4, 0xB8, 0xAD, 0xFF], [0x80, 0xE2, 0x61, 0x27, 0x73, 0xC2, 0xA0], [97, 98]]
+    return bytes(rng.choices(rng.choice(pools), k=n))
+
+
+@pytest.mark.parametrize("pattern", BPE_PATTERNS, ids=["gpt2", "gpt4", "cl100k"])
+def test_bpe_split_equals_tiktoken_engine(pattern):
+    rng = random.Random(1)
+    texts = [bpe_random_text(rng, rng.randint(0, 60)) for _ in range(800)]
+    texts += ["", " ", "  ", "\n", " \n", "\n ", "a ", "a  ", "'", "'s", "''s", " 's", "'st", "x'll've'", "a'", "'l", "1'd2", "\u3000x", "\u3000\u3000x"]
+    for text in texts:
+        ours = bpe_split(text.encode(), pattern)
+        assert b"".join(ours) == text.encode()
+        assert ours == bpe_engine_split(text, pattern, ours), repr(text)
+
+
+
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT], ids=["gpt2", "gpt4"])
+def test_bpe_split_every_code_point(pattern):
+    points = [*range(0xD800), *range(0xE000, 0x20000, 5), 0x10FFFF]
+    table = bpe.unicode_classes()
+    rare = [c for c in range(0x20000, 0x110000) if table[c] != table[c - 1]]   # where classes change further up
+    text = "".join(f"a{chr(c)}'{chr(c)} {chr(c)}" for c in points + rare)
+    ours = bpe_split(text.encode(), pattern)
+    assert ours == bpe_engine_split(text, pattern, ours)
+
+
+def bpe_random_corpus(rng):
+    """Few words over few symbols make heavy ties; runs make self-pairs; the rest is adversarial."""
+    kind = rng.random()
+    if kind < 0.4:
+        letters = "ab" if rng.random() < 0.5 else "abcdeé中"
+        return [" ".join("".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(1, 25))) for _ in range(rng.randint(1, 4))]
+    if kind < 0.6:
+        return [" ".join(rng.choice("ab") * rng.randint(1, 30) for _ in range(rng.randint(1, 12)))]
+    if kind < 0.8:
+        return [bpe_random_bytes(rng, rng.randint(0, 80)) for _ in range(rng.randint(1, 5))]
+    return ["", bpe_random_text(rng, rng.randint(0, 80)), ""]
+
+
+def test_bpe_train_equals_naive_and_encode_equals_tiktoken():
+    rng = random.Random(2)
+    for trial in range(1200):
+        pattern, docs, n = rng.choice(BPE_PATTERNS), bpe_random_corpus(rng), rng.randint(0, 60)
+        tok = Tokenizer.train(docs, 256 + n, pattern, special_tokens=(), workers=1)
+        assert tok.merges == bpe_naive_train(bpe_counts(docs, pattern), n), (trial, docs, pattern)
+        engine = tok.to_tiktoken()
+        more = [d for d in docs if isinstance(d, str)] + [bpe_random_text(rng, 30), "".join(rng.choices("ab \n", k=80))]
+        for text, ids in zip(more, tok.encode_batch(more)):
+            assert tok.encode(text) == ids.tolist() == engine.encode_ordinary(text), (trial, text)
+            assert tok.decode(ids) == text
+        for data in docs + [bpe_random_bytes(rng, 40)]:
+            data = data.encode() if isinstance(data, str) else data
+            assert tok.decode_bytes(tok.encode(data)) == data
+
+
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT], ids=["gpt2", "gpt4"])
+def test_bpe_train_on_real_text_equals_naive(pattern):
+    text = open(random.__file__, newline="").read()
+    tok = Tokenizer.train([text], 256 + 150, pattern, special_tokens=(), workers=1)
+    assert tok.merges == bpe_naive_train(bpe_counts([text], pattern), 150)
+
+
+def bpe_incremental_train(words, n_merges):
+    """One merge at a time in plain dicts, counts kept up to date: fast enough for thousands of merges."""
+    seqs, counts, pairs, where, merges = [list(w) for w in words], list(words.values()), {}, {}, []
+    for i, (s, k) in enumerate(zip(seqs, counts)):
+        for p in zip(s, s[1:]):
+            pairs[p] = pairs.get(p, 0) + k
+            where.setdefault(p, set()).add(i)
+    for new in range(256, 256 + n_merges):
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(best)
+        for i in where.pop(best):
+            s, k, out, j = seqs[i], counts[i], [], 0
+            while j < len(s):
+                pair = tuple(s[j:j + 2]) == best
+                out.append(new if pair else s[j])
+                j += 2 if pair else 1
+            for p in zip(s, s[1:]):
+                pairs[p] -= k
+                if not pairs[p]:
+                    del pairs[p]
+            for p in zip(out, out[1:]):
+                pairs[p] = pairs.get(p, 0) + k
+                where.setdefault(p, set()).add(i)
+            seqs[i] = out
+    return merges
+
+
+@pytest.mark.parametrize("kind", ["code", "ties"])
+def test_bpe_batched_merging_equals_one_at_a_time(kind):
+    """At thousands of merges the batches are large; among random bytes more pairs tie than the trainer looks at at once."""
+    if kind == "code":
+        text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read()
+                       for f in ("argparse.py", "typing.py", "decimal.py")).encode()
+    else:
+        text = b" ".join(bytes(random.Random(i).choices(range(128, 256), k=9)) for i in range(800))
+    tok = Tokenizer.train([text], 3000, special_tokens=(), workers=1)
+    assert tok.merges == bpe_incremental_train(bpe_counts([text], GPT2_SPLIT), 3000 - 256)
+
+
+def test_bpe_counts_beyond_32_bits():
+    """The merger sees words with their counts, so commonness is cheap to make up."""
+    text, lens = np.frombuffer(b"abcdabxy", np.uint8), np.array([4, 2, 2])
+    counts = np.array([2 ** 40, 1, 2 ** 40 + 1])
+    merges = bpe.learn_merges(text, lens, counts, 2, lambda *a: None)
+    assert merges == [(ord("a"), ord("b")), (ord("x"), ord("y"))]
+    counts[2] += 1
+    assert bpe.learn_merges(text, lens, counts, 1, lambda *a: None) == [(ord("x"), ord("y"))]
+
+
+def test_bpe_chunk_boundaries_everywhere(monkeypatch):
+    rng = random.Random(3)
+    texts = [bpe_random_text(rng, rng.randint(0, 120)) for _ in range(40)] + ["中文" * 60, "中。文," * 30, "a" * 300, " " * 200, "é " * 50]
+    texts = [t.encode() for t in texts] + [bpe_random_bytes(rng, rng.randint(0, 150)) for _ in range(40)]
+    toks = [Tokenizer.train(texts, 400, p, special_tokens=(), workers=1) for p in BPE_PATTERNS]
+    whole = [[a.tolist() for a in tok.encode_batch(texts)] for tok in toks]
+    for size in (1, 7, 33):
+        monkeypatch.setattr(bpe, "CHUNK", size)
+        for tok, expect in zip(toks, whole):
+            tok = Tokenizer.from_dict(tok.to_dict())
+            assert [a.tolist() for a in tok.encode_batch(texts)] == expect
+            if size == 7:
+                for text, ids in zip(texts, expect):
+                    parts = [text[i:i + 3] for i in range(0, len(text), 3)]
+                    assert list(tok.encode_iterable(parts)) == ids
+                    assert b"".join(bpe.cut(parts, tok.pattern)) == text
+            assert Tokenizer.train(texts, 400, tok.pattern, special_tokens=(), workers=1).merges == tok.merges
+
+
+def test_bpe_workers_agree(monkeypatch):
+    rng = random.Random(4)
+    docs = [bpe_random_text(rng, 300) for _ in range(200)]
+    monkeypatch.setattr(bpe, "BATCH", 5000)
+    monkeypatch.setattr(bpe, "PARALLEL_FROM", 6000)
+    assert Tokenizer.train(docs, 500, workers=2).hash == Tokenizer.train(iter(docs), 500, workers=1).hash
+
+
+def test_bpe_hash_collisions_of_slots_and_growth():
+    rng = np.random.default_rng(0)
+    keys = np.unique(rng.integers(0, 2 ** 63, 50_000).astype(np.uint64))
+    rng.shuffle(keys)
+    table = bpe.Table()
+    for part in np.array_split(keys, 7):
+        assert (table.find(part) == -1).all()
+        table.add(part)
+    assert (table.find(keys) == np.arange(len(keys))).all()
+    assert (table.find(keys + np.uint64(1 << 63)) == -1).all()
+
+
+def test_bpe_cache_is_bounded(monkeypatch):
+    tok = Tokenizer.train(["the cat sat on the mat " * 5], 280, workers=1)
+    texts = [" ".join(str(i * j) for i in range(50)) for j in range(40)]
+    expect = [tok.encode(t) for t in texts]
+    monkeypatch.setattr(bpe, "CACHE", 30)
+    assert [tok.encode(t) for t in texts] == expect and tok._words.table.n < 200
+
+
+@pytest.mark.parametrize("kind", ["one letter", "random letters", "spaces", "cjk", "digits"])
+def test_bpe_megabyte_words(kind):
+    rng = random.Random(5)
+    n = 1_000_000
+    text = {"one letter": "a" * n, "random letters": "".join(rng.choices("abcdefgh", k=n // 4)), "spaces": " " * n, "digits": "7" * n,
+            "cjk": "".join(rng.choices("中文字母", k=n // 12))}[kind]
+    tok = Tokenizer.train([text], 320, special_tokens=(), workers=1)
+    began = time.time()
+    ids = tok.encode(text)
+    assert time.time() - began < 10, "a long word must not take quadratic time"
+    assert tok.decode(ids) == text
+    short = text[:20_000]
+    assert tok.encode(short) == tok.to_tiktoken().encode_ordinary(short)
+
+
+def test_bpe_special_tokens():
+    text = "a<|endoftext|>b <|x|> c<|endoftext|>"
+    tok = Tokenizer.train(["abc abc", text], 262, special_tokens=("<|endoftext|>", "<|x|>"))
+    assert tok.special_tokens == {"<|endoftext|>": tok.vocab_size - 2, "<|x|>": tok.vocab_size - 1}
+    assert tok.encode(text) == tok.to_tiktoken().encode_ordinary(text)
+    assert max(tok.encode(text)) < tok.vocab_size - 2
+    for allowed in ({"<|x|>"}, {"<|endoftext|>"}, {"<|x|>", "<|endoftext|>"}):
+        assert tok.encode(text, allowed) == tok.to_tiktoken().encode(text, allowed_special=allowed, disallowed_special=())
+    assert tok.encode(text, "all") == tok.encode(text, ["<|x|>", "<|endoftext|>"]) == tok.encode(text.encode(), "all")
+    assert tok.decode(tok.encode(text, "all")) == text
+    with pytest.raises(ValueError, match="<|y|>"):
+        tok.encode(text, ["<|y|>"])
+
+
+def test_bpe_special_tokens_part_the_training_text():
+    rng = random.Random(8)
+    parts = [bpe_random_text(rng, 40) for _ in range(100)]
+    for special in ("<|endoftext|>", "<s p a c e>"):
+        joined = special.join(parts)
+        tok = Tokenizer.train([joined], 330, special_tokens=(special,))
+        assert tok.merges == Tokenizer.train(parts, 330, special_tokens=(special,)).merges
+        assert tok.merges != Tokenizer.train([joined], 329, special_tokens=()).merges
+        assert tok.encode(joined, [special]) == tok.to_tiktoken().encode(joined, allowed_special="all")
+
+
+def test_bpe_vocab_size_and_byte_tokenizer(capsys):
+    tok = Tokenizer.train(["hello"], 256)
+    assert tok.merges == [] and tok.vocab_size == 257 and tok.encode("hé") == list("hé".encode())
+    assert Tokenizer.train(["hello"], 256, special_tokens=()).vocab_size == 256
+    assert Tokenizer.train(["hello hello"], 259).vocab_size == 259
+    capsys.readouterr()
+    assert len(Tokenizer.train(["ab ab"], 1000).merges) == 2   # "ab" and " ab"
+    assert "only 2 pairs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="256"):
+        Tokenizer.train(["hello"], 255)
+    with pytest.raises(ValueError, match="pattern"):
+        Tokenizer.train(["hello"], 300, pattern=r"\w+")
+    assert tok.encode("") == [] and tok.decode([]) == "" and [len(a) for a in tok.encode_batch(["", "a", ""])] == [0, 1, 0]
+    assert tok.encode_batch([]) == [] and tok.encode_batch(["a"])[0].dtype == np.uint16
+
+
+def test_bpe_surrogates_and_unknown_ids():
+    tok = Tokenizer.train(["ab ab"], 260)
+    assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb" and tok.decode(tok.encode("\ud83d\ude00")) == "😀"
+    assert tok.encode("a\ud800b") == tok.to_tiktoken().encode_ordinary("a\ud800b")
+    for bad in ([5000], [-1], np.array([70000])):
+        with pytest.raises(ValueError, match="not in the vocabulary"):
+            tok.decode(bad)
+
+
+def test_bpe_stream_never_breaks_a_character():
+    tok = Tokenizer.train(["x"], 256)
+    text = "aé中😀z"
+    parts = list(tok.decode_stream(iter(tok.encode(text))))
+    assert parts == list(text)
+    assert "".join(tok.decode_stream(b"a\xe4\xb8")) == "a\ufffd" and "".join(tok.decode_stream(b"\xffa\xe4b")) == "\ufffda\ufffdb"
+
+
+def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
+    tok = Tokenizer.train(["the cat sat on the mat, the cat!"], 280, GPT4_SPLIT, ("<|a|>", "<|b|>"))
+    path = str(tmp_path / "tok.json")
+    tok.save(path)
+    back = Tokenizer.load(path)
+    assert (back.merges, back.pattern, back.special_tokens, back.hash, back.vocab_size) == \
+        (tok.merges, tok.pattern, tok.special_tokens, tok.hash, tok.vocab_size)
+    assert os.listdir(tmp_path) == ["tok.json"]
+    assert Tokenizer.train(["the cat"], 260).hash != tok.hash
+    d = json.load(open(path))
+    assert all(isinstance(p, list) and len(p) == 2 for p in d["merges"])
+    for change in (lambda d: d.pop("merges"), lambda d: d["merges"].reverse(), lambda d: d.update(pattern="x"), lambda d: d["merges"].pop(),
+                   lambda d: d["merges"].append([5, 999]), lambda d: d["merges"].append([5, -3]), lambda d: d["special_tokens"].update(z=5),
+                   lambda d: d["merges"].append(d["merges"][0]), lambda d: d.update(hash="0"), lambda d: d.update(merges=[["a", "b"]]),
+                   lambda d: d.update(merges=[[1, 2, 3]])):
+        bad = json.loads(json.dumps(d))
+        change(bad)
+        with open(path, "w") as f:
+            json.dump(bad, f)
+        with pytest.raises(ValueError, match="tok.json"):
+            Tokenizer.load(path)
+    for content in (b"", b"{", b"[1]", b"3", b"\xff\xfe"):
+        open(path, "wb").write(content)
+        with pytest.raises(ValueError, match="tok.json"):
+            Tokenizer.load(path)
+    with pytest.raises(OSError):
+        Tokenizer.load(str(tmp_path / "absent.json"))
+    tok.save(path)
+    before = open(path).read()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError):
+        Tokenizer.train(["zz zz"], 258).save(path)
+    assert open(path).read() == before
+
+
+@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT], ids=["gpt2", "gpt4"])
+def test_bpe_hugging_face(tmp_path, pattern):
+    tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
+    rng = random.Random(6)
+    text = open(random.__file__).read()
+    tok = Tokenizer.train([text], 700, pattern, ("<|endoftext|>", "<|x|>"))
+    path = str(tmp_path / "tokenizer.json")
+    tok.to_hf(path)
+    theirs = tokenizers.Tokenizer.from_file(path)
+    for t in [text] + [bpe_random_text(rng, 60) for _ in range(200)]:
+        assert theirs.encode(t).ids == tok.encode(t) and theirs.decode(tok.encode(t)) == t
+    assert theirs.encode("a<|x|>b").ids == tok.encode("a<|x|>b", "all")
+    assert Tokenizer.from_hf(path).hash == tok.hash
+    theirs.save(path)
+    assert Tokenizer.from_hf(path).hash == tok.hash
+
+
+def test_bpe_hugging_face_refused(tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    tok = Tokenizer.train(["ab ab"], 258)
+    tok.to_hf(path)
+    good = json.load(open(path))
+    for change in (lambda d: d["model"].update(type="WordPiece"), lambda d: d.pop("model"), lambda d: d.update(normalizer={"type": "NFC"}),
+                   lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), lambda d: d["model"]["vocab"].pop("a"),
+                   lambda d: d.update(pre_tokenizer=None), lambda d: d["model"].update(merges=["a"])):
+        bad = json.loads(json.dumps(good))
+        change(bad)
+        with open(path, "w") as f:
+            json.dump(bad, f)
+        with pytest.raises(ValueError, match="tokenizer.json"):
+            Tokenizer.from_hf(path)
+
+
+def test_bpe_gpt2_files(tmp_path):
+    if not os.path.isdir(BPE_GPT2):
+        pytest.skip("GPT-2's published files are not there: put merges.txt and vocab.json in ../shared/data/gpt2")
+    merges, vocab = (os.path.join(BPE_GPT2, f) for f in ("merges.txt", "vocab.json"))
+    tok = Tokenizer.from_gpt2(merges, vocab)
+    assert tok.vocab_size == 50257 and tok.encode("hello world<|endoftext|>", "all") == [31373, 995, 50256]
+    assert Tokenizer.from_gpt2(merges).hash == tok.hash
+    engine = tok.to_tiktoken()
+    assert Tokenizer.from_tiktoken(engine).hash == tok.hash
+    path = str(tmp_path / "gpt2.json")
+    tok.save(path)
+    assert Tokenizer.load(path).hash == tok.hash
+    rng = random.Random(7)
+    texts = [bpe_random_text(rng, 100) for _ in range(300)] + [open(os.__file__).read()]
+    for t, ids in zip(texts, tok.encode_batch(texts)):
+        assert ids.tolist() == engine.encode_ordinary(t) and tok.decode(ids) == t
+    assert tok.decode_bytes(tok.encode(bytes(range(256)))) == bytes(range(256))
+
+
+def test_bpe_gpt2_files_made_here(tmp_path):
+    """The same format without the published files: bytes in GPT-2's order, merges in its letters."""
+    tok = Tokenizer.train(["the cat sat on the mat ééé 中文"], 280, special_tokens=())
+    letters = bpe.gpt2_letters()
+    name = lambda i: "".join(letters[b] for b in tok.vocab[i])
+    path = tmp_path / "merges.txt"
+    path.write_text("#version: 0.2\n" + "".join(f"{name(a)} {name(b)}\n" for a, b in tok.merges), encoding="utf-8")
+    gpt2 = Tokenizer.from_gpt2(str(path))
+    assert gpt2.encode("!") == [0] and gpt2.special_tokens == {"<|endoftext|>": tok.vocab_size} and gpt2.hash != tok.hash
+    for t in ("the cat", "中é\n", "<|endoftext|>"):
+        assert [gpt2.vocab[i] for i in gpt2.encode(t)] == [tok.vocab[i] for i in tok.encode(t)]
+        assert gpt2.encode(t) == gpt2.to_tiktoken().encode_ordinary(t)
+    assert Tokenizer.from_dict(gpt2.to_dict()).encode("the cat") == gpt2.encode("the cat")
+    path.write_text("a b c\n")
+    with pytest.raises(ValueError, match="merges.txt"):
+        Tokenizer.from_gpt2(str(path))
+    path.write_text("a b\n")
+    vocab = tmp_path / "vocab.json"
+    vocab.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="missing"):
+        Tokenizer.from_gpt2(str(path), str(vocab))
+
+
+def test_bpe_tiktoken_files(tmp_path, monkeypatch):
+    tok = Tokenizer.train([open(random.__file__).read()], 600, GPT4_SPLIT, ("<|endoftext|>",))
+    assert Tokenizer.from_tiktoken(tok.to_tiktoken()).hash == tok.hash
+    path = tmp_path / "x.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in sorted(tok.vocab.items()) if i < 599))
+    assert Tokenizer.from_tiktoken(str(path), GPT4_SPLIT, ("<|endoftext|>",)).hash == tok.hash
+    for content in ("YQ==", "YQ== 1\n", "?? 1\n", "YQ== x\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError):
+            Tokenizer.from_tiktoken(str(path))
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(ValueError, match="from_gpt2"):
+        Tokenizer.gpt2()
+
+
+def test_bpe_equals_rustbpe():
+    rustbpe = pytest.importorskip("rustbpe", reason="not installed: pip install rustbpe")
+    text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read() for f in ("turtle.py", "pydoc.py"))
+    for pattern in (GPT2_SPLIT, GPT4_SPLIT):
+        theirs = rustbpe.Tokenizer()
+        theirs.train_from_iterator([text], 5000, pattern=pattern)
+        tok = Tokenizer.train([text], 5000, pattern, special_tokens=())
+        assert {bytes(t): i for t, i in theirs.get_mergeable_ranks()} == {t: i for i, t in tok.vocab.items()}
+
+
+def test_bpe_equals_hugging_face_trainer():
+    """Hugging Face numbers the 256 bytes by the letters it writes for them, and breaks ties by those numbers: so do the same here."""
+    tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
+    text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read() for f in ("turtle.py", "pydoc.py"))
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=5000, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    model = json.loads(theirs.to_str())["model"]
+    order = sorted(range(256), key=lambda b: bpe.gpt2_letters()[b])
+    number = np.argsort(order).astype(np.uint8)
+    words, lens, counts = bpe.count_words([text.encode()], GPT2_SPLIT)
+    merges = bpe.learn_merges(number[words], lens, counts, 5000 - 256, lambda *a: None)
+    assert merges == [(model["vocab"][a], model["vocab"][b]) for a, b in model["merges"]]
+
+
+def test_bpe_workers_that_are_spawned(tmp_path):
+    """As on macOS and Windows: the workers import a script's main module anew."""
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing, bpe\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    bpe.PARALLEL_FROM = bpe.BATCH = 1000\n"
+        "    docs = [f'the cat {i} sat é' for i in range(300)]\n"
+        "    print(bpe.Tokenizer.train(docs, 300, workers=2).hash == bpe.Tokenizer.train(docs, 300, workers=1).hash)\n")
+    r = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": BPE_HERE})
+    assert r.stdout == "True\n", r.stderr
+
+
+def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
+    monkeypatch.setattr(bpe, "PARALLEL_FROM", 1000)
+    monkeypatch.setattr(bpe, "BATCH", 1000)
+
+    def docs():
+        for i in range(300):
+            yield f"the cat {i} sat on the mat " * 5
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(docs(), 300, workers=2)
+    import multiprocessing
+    assert not multiprocessing.active_children()
+
+
+def test_bpe_memory_of_a_stream_is_bounded(monkeypatch):
+    """Training takes no more from the iterator than the batches in flight."""
+    monkeypatch.setattr(bpe, "PARALLEL_FROM", 1000)
+    monkeypatch.setattr(bpe, "BATCH", 1000)
+    taken, counted = 0, []
+
+    def docs():
+        nonlocal taken
+        for i in range(200):
+            taken += 1
+            yield "a b c d " * 125
+    count_words, number = bpe.count_words, bpe.Words.number
+    monkeypatch.setattr(bpe.Words, "number", lambda self, *a: (counted.append(taken), number(self, *a))[1])
+    Tokenizer.train(docs(), 258, workers=2)
+    assert max(b - a for a, b in zip(counted, counted[1:])) <= 2 and counted[0] <= 8 and len(counted) >= 195
+
+
+def test_bpe_command_line(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, os.path.join(BPE_HERE, "bpe.py"), *args], capture_output=True, text=True, cwd=tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"the cat sat\r\n on the mat \xff\xfe" * 50)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    r = run("a.txt", "--vocab_size=280", "--out=tok.json")
+    assert r.returncode == 0 and "merges" in r.stdout and "bytes per token" in r.stdout, r.stderr
+    expect = Tokenizer.train([(tmp_path / "a.txt").read_bytes()], 280)
+    assert Tokenizer.load(tmp_path / "tok.json").hash == expect.hash
+    r = run("a.txt", "--vocab_size=270", "--pattern=gpt4", "--special=<|a|>,<|b|>", "--out=tok4.json")
+    tok = Tokenizer.load(tmp_path / "tok4.json")
+    assert tok.pattern == GPT4_SPLIT and list(tok.special_tokens) == ["<|a|>", "<|b|>"] and tok.vocab_size == 270
+    for args in (["absent.txt"], ["empty.txt"], ["a.txt", "--vocab_size=100"], ["a.txt", "--out=no/such/folder.json"]):
+        r = run(*args)
+        assert r.returncode and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1, r.stderr
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "empty.txt", "tok.json", "tok4.json"]
+
+
+def test_bpe_pickles():
+    import pickle
+    tok = Tokenizer.train(["the cat sat on the mat"], 262)
+    back = pickle.loads(pickle.dumps(tok))
+    assert back.hash == tok.hash and back.encode("the mat") == tok.encode("the mat")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare.py
+
+PREPARE_ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
+PREPARE_WORDS = "the of a model token Byte learns runs über naïve 東京 don't 42 <|endoftext|> \t x=1; {} \r\n".split(" ")
+
+
+def prepare_text(seed, n):
+    r = random.Random(seed)
+    return " ".join(r.choice(PREPARE_WORDS) for _ in range(n)) + f" {seed}\n"
+
+
+def prepare_files(folder, files):
+    """{"a/b.txt": bytes or str} -> the files, under folder."""
+    for name, text in files.items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f: f.write(text if isinstance(text, bytes) else text.encode())
+
+
+def prepare_cfg(**kw):
+    return config.Config(**{"dataset": "mine", "input": "in", "vocab_size": 300, "workers": 1, **kw})
+
+
+def prepare_run(**kw):
+    cfg = prepare_cfg(**kw)
+    prepare.main(cfg)
+    return prepare.verify(cfg, deep=True)
+
+
+def prepare_documents(meta, split):
+    """The documents of a bin as bytes, cut at end-of-text."""
+    folder = f"data/{meta['dataset']}"
+    tok = bpe.Tokenizer.load(f"{folder}/tokenizer.json")
+    ids = np.fromfile(f"{folder}/{split}.bin", np.uint16)
+    assert ids[-1] == meta["eot"] == tok.special_tokens["<|endoftext|>"]
+    return [tok.decode_bytes(part[:-1]) for part in np.split(ids, np.flatnonzero(ids == meta["eot"]) + 1)[:-1]], tok
+
+
+def prepare_hashes(folder):
+    return {name: hashlib.sha256(open(os.path.join(folder, name), "rb").read()).hexdigest() for name in sorted(os.listdir(folder))}
+
+
+def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = {f"in/{i:02d}{ending}": prepare_text(i, 50 + i) for i, ending in enumerate([".txt", ".md", ".py"] * 12)}
+    files |= {"in/sub/bad.txt": b"caf\xc3\xa9 \xff\xfe\x80 broken \xe6\x9d", "in/sub/crlf.txt": "one\r\ntwo\r\n\r\nthree",
+              "in/z.txt": "text with <|endoftext|> in it, twice: <|endoftext|>", "in/empty.txt": "", "in/copy.md": files["in/00.txt"]}
+    lines = [prepare_text(100 + i, 20) for i in range(30)] + ["", prepare_text(100, 20), "lone \ud83d half", "in a string: <|endoftext|>"]
+    jsonl = "\n".join(json.dumps({"id": i, "text": t}) for i, t in enumerate(lines)).encode()
+    files["in/docs.jsonl"] = jsonl + b'\n\n{"text": "raw \xff byte"}'
+    files |= {"in/picture.png": "not text", "in/.hidden/secret.txt": "not read", "in/__pycache__/x.py": "not read"}
+    prepare_files(".", files)
+    meta = prepare_run()
+    assert "dropped 2 duplicate and 2 empty" in capsys.readouterr().out
+    train, tok = prepare_documents(meta, "train")
+    val, _ = prepare_documents(meta, "val")
+    texts = [t for name, t in files.items() if re.search(r"^in/(sub/)?\w+\.(txt|md|py)$", name) and t]
+    want = [t if isinstance(t, bytes) else t.encode() for t in texts]
+    want += [t.encode("utf-8", "surrogatepass") for t in lines if t] + [b"raw \xff byte"]
+    assert sorted(train + val) == sorted(set(want))
+    assert (meta["duplicates"], meta["empty"]) == (2, 2)
+    for split, docs in (("train", train), ("val", val)):
+        assert meta["documents"][split] == len(docs) > 0 and meta["bytes"][split] == sum(map(len, docs))
+        flat = [i for doc in docs for i in (*tok.encode(doc), meta["eot"])]
+        assert flat == np.fromfile(f"data/mine/{split}.bin", np.uint16).tolist() and meta["tokens"][split] == len(flat)
+    again = bpe.Tokenizer.train(train, 300)         # learned from the training split alone
+    assert tok.merges == again.merges and meta["tokenizer_hash"] == tok.hash and meta["vocab_size"] == 300
+    assert sorted(os.listdir("data/mine")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert json.load(open("data/mine/meta.json"))["knobs"]["vocab_size"] == 300
+    prepare.main(prepare_cfg())
+    assert "prepared already" in capsys.readouterr().out
+
+
+def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 1000)      # so that it makes many spans
+    monkeypatch.setattr(bpe, "CHUNK", 500)
+    for pad in (b"", b"!"):                         # in one of them nine tenths end inside a character
+        text = pad + prepare_text(1, 4000).encode() + b"\xc3\xa9" * 3000 + b"end"
+        prepare_files(".", {"a.txt": text})
+        meta = prepare_run(input="a.txt", vocab_size=400)
+        middle = int(len(text) * 0.9)
+        middle += text[middle] & 0xC0 == 0x80
+        tok = bpe.Tokenizer.load("data/mine/tokenizer.json")
+        for split, part in (("train", text[:middle]), ("val", text[middle:])):
+            ids = np.fromfile(f"data/mine/{split}.bin", np.uint16)
+            assert ids.tolist() == tok.encode(part)     # in pieces or whole: the same; nothing to separate, so no end-of-text
+            assert meta["bytes"][split] == len(part) and meta["documents"][split] == 1
+    assert prepare_run(input="a.txt", vocab_size=256)["vocab_size"] == 256
+    assert np.fromfile("data/mine/train.bin", np.uint16).astype(np.uint8).tobytes() == text[:middle]
+
+
+def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    r = random.Random(0)
+    docs = [prepare_text(i, r.randrange(1, 900)).encode() for i in range(20)]
+    docs += [b"\xe6\x9d\xb1\xe4\xba\xac" * 400, b"a" * 3000, b"\xff" * 2500, b" \r\n" * 900, ("word\u3000" * 300).encode()]
+    prepare_files("in", {f"{i:02d}.txt": doc for i, doc in enumerate(docs)} | {"99.txt": docs[0], "98.txt": docs[3]})
+    results = []
+    for unit in (300, 1 << 20):                 # bytes: from many pieces a document to all in one unit
+        monkeypatch.setattr(prepare, "UNIT", unit)
+        monkeypatch.setattr(bpe, "CHUNK", 1 + unit // 3)
+        for pattern in ("gpt2", "gpt4"):
+            meta = prepare_run(split_pattern=pattern, dataset=f"d{unit}{pattern}")
+            found = [prepare_documents(meta, split) for split in ("train", "val")]
+            assert sorted(found[0][0] + found[1][0]) == sorted(docs) and meta["duplicates"] == 2
+            for split, (part, tok) in zip(("train", "val"), found):
+                flat = [i for doc in part for i in (*tok.encode(doc), meta["eot"])]
+                assert flat == np.fromfile(f"data/{meta['dataset']}/{split}.bin", np.uint16).tolist()
+
+
+def test_prepare_output_does_not_depend_on_workers_or_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 2000)
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(150)})
+    hashes = []
+    for workers in (1, 2, 3):
+        prepare_run(workers=workers)
+        hashes.append(prepare_hashes("data/mine"))
+        for name in os.listdir("data/mine"): os.remove(f"data/mine/{name}")
+    assert hashes[0] == hashes[1] == hashes[2] and set(hashes[0]) == {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
+
+
+def test_prepare_split_stays_when_data_is_added(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 10) for i in range(100)})
+    old = prepare_documents(prepare_run(), "val")[0]
+    prepare_files("in", {f"0{i:03d}.md": prepare_text(1000 + i, 10) for i in range(100)})
+    meta = prepare_run()
+    assert "text has changed" in capsys.readouterr().out
+    new = prepare_documents(meta, "val")[0]
+    assert set(old) < set(new) and 3 <= len(old) <= 20
+    assert not set(old) & set(prepare_documents(meta, "train")[0])
+    more = prepare_documents(prepare_run(val_fraction=0.5), "val")[0]
+    assert set(new) < set(more) and 70 < len(more) < 130
+
+
+def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 300)       # some of them long, some short
+    monkeypatch.setattr(bpe, "CHUNK", 100)
+    for seed in range(6):
+        prepare_files(f"in{seed}", {f"{i}.txt": prepare_text(10 * seed + i, 20 + 200 * i) for i in range(2)})
+        meta = prepare_run(input=f"in{seed}", dataset=f"d{seed}")
+        assert meta["documents"] == {"train": 1, "val": 1}
+    assert "one was moved there" in capsys.readouterr().out
+
+
+PREPARE_KILLED = """
+import sys, config, prepare
+prepare.UNIT = 3000
+encode = prepare.encode_unit
+def slow(job):
+    import time; time.sleep(0.004)
+    return encode(job)
+prepare.encode_unit = slow
+config.run(prepare.main)
+"""
+
+
+def prepare_kill_and_restart(kills, seed, sig=signal.SIGKILL):
+    """Start prepare.py, kill it at a random moment, again and again; then let it finish. -> how many were killed in the middle."""
+    r, command = random.Random(seed), [sys.executable, "-c", PREPARE_KILLED, "--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
+    env, cut = {**os.environ, "PYTHONPATH": PREPARE_ROOT}, 0
+    for n in range(kills):
+        p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        if sig == signal.SIGINT or n % 2: p.stdout.readline()    # Ctrl-C while Python still imports is Python's affair
+        time.sleep(r.uniform(0, 0.3 if sig == signal.SIGINT else 0.8))
+        if p.poll() is None:
+            cut += 1
+            p.send_signal(sig) if sig == signal.SIGKILL else os.killpg(p.pid, sig)
+        err = p.communicate(timeout=20)[1]
+        assert p.returncode in (0, -9 if sig == signal.SIGKILL else 130) and "Traceback" not in err, err
+        if not os.path.exists("data/mine/meta.json"): assert not os.path.exists("data/mine/train.bin")
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cut, done.stdout
+
+
+def test_prepare_killed_at_any_moment_restarts_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 200) for i in range(300)})
+    hashes = []
+    for sig in (signal.SIGKILL, signal.SIGINT):
+        cut, _ = prepare_kill_and_restart(3, seed=1, sig=sig)
+        assert cut
+        killed = prepare_hashes("data/mine")
+        hashes.append(killed)
+        for name in killed: os.remove(f"data/mine/{name}")
+    prepare_kill_and_restart(0, seed=0)
+    assert hashes == [prepare_hashes("data/mine")] * 2 and set(killed) == {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
+
+
+def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 2000)
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(50)})
+    encode, seen = prepare.encode_unit, []
+
+    def encode_unit(job):
+        if len(seen) == 5: raise KeyboardInterrupt
+        seen.append(job[0])
+        return encode(job)
+    monkeypatch.setattr(prepare, "encode_unit", encode_unit)
+    with pytest.raises(KeyboardInterrupt): prepare_run()
+    assert not prepare.prepared(prepare_cfg())
+    monkeypatch.setattr(prepare, "encode_unit", encode)
+    monkeypatch.setattr(bpe.Tokenizer, "train", None)       # it has been trained
+    monkeypatch.setattr(prepare.bpe.Tokenizer, "encode_batch",
+                        lambda self, texts, batch=bpe.Tokenizer.encode_batch: seen.append("again") or batch(self, texts))
+    prepare_run()
+    out = capsys.readouterr().out
+    units = int(re.search(r"going on: 5 of (\d+) units", out)[1])
+    assert seen.count("again") == 2 * (units - 5)
+
+
+@pytest.mark.parametrize("kw, files, message", [
+    (dict(input="nowhere"), {}, "no file or folder 'nowhere'"),
+    (dict(input="in/a.txt,gone.txt"), {"a.txt": "x"}, "no file or folder 'gone.txt'"),
+    (dict(), {"a.bin": "x"}, "nothing to read in 'in'"),
+    (dict(input="in/a.bin"), {"a.bin": "x"}, "nothing to read in 'in/a.bin'"),
+    (dict(), {"a.txt": ""}, "nothing to read: in/a.txt is empty"),
+    (dict(), {"a.txt": "", "b.md": ""}, "nothing to read"),
+    (dict(input=""), {}, "say what to read"),
+    (dict(dataset="stdlib"), {"a.txt": "x"}, "needs a name of its own"),
+    (dict(dataset="../up"), {"a.txt": "x"}, "not a plain name"),
+    (dict(vocab_size=255), {"a.txt": "x"}, "between 256"),
+    (dict(vocab_size=65537), {"a.txt": "x"}, "65536"),
+    (dict(vocab_size=256), {"a.txt": "x", "b.txt": "y"}, "vocab_size to 257"),
+    (dict(tokenizer="gone.json"), {"a.txt": "x"}, "neither bpe nor gpt2 nor a file"),
+    (dict(tokenizer="in/a.txt"), {"a.txt": "x"}, "in/a.txt"),
+    (dict(), {"a.txt": "same", "b.txt": "same"}, "does not make two splits"),
+    (dict(input="in/a.txt"), {"a.txt": "x"}, "does not make two splits"),
+    (dict(), {"a.txt": "x", "b.jsonl": '{"text": "fine"}\n\n{"text": 3}\n'}, "in/b.jsonl, line 3: not a JSON object"),
+    (dict(), {"b.jsonl": '{"text": "fine"}\n{"text": "cut'}, "in/b.jsonl, line 2: not a JSON object"),
+    (dict(), {"b.jsonl": '{"body": "fine"}'}, "in/b.jsonl, line 1"),
+    (dict(), {"b.jsonl": "[1]"}, "in/b.jsonl, line 1"),
+    (dict(dataset="fineweb", input=""), {}, "needs --tokenizer=gpt2"),
+    (dict(input="in", dataset="other", val_fraction=0.5), {"a.txt": "x" * 10, "b.txt": "y"}, None),
+])
+def test_prepare_bad_input(tmp_path, monkeypatch, kw, files, message):
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", files)
+    if message is None:
+        prepare_run(**kw)
+        return
+    with pytest.raises(ValueError, match=re.escape(message)) as e: prepare_run(**kw)
+    assert "\n" not in str(e.value) and not prepare.prepared(prepare_cfg()) and not os.path.exists("data/mine/train.bin")
+
+
+def test_prepare_bad_line_in_a_later_unit_has_its_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 500)
+    lines = [json.dumps({"text": prepare_text(i, 20)}) for i in range(100)]
+    prepare_files("in", {"x.jsonl": "\n".join(lines)})
+    meta = prepare_run(workers=2)
+    assert sum(meta["documents"].values()) == 100
+    lines[76] = "{}"
+    prepare_files("in", {"x.jsonl": "\n".join(lines)})
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="x.jsonl, line 77: not"): prepare_run(workers=workers)
+
+
+def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    choose = prepare.choose
+    for old, new in (('{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '), ("some text", "some")):
+        name = "x.jsonl" if "{" in old else "x.txt"
+        prepare_files("in", {name: old, "y.txt": "y"})
+        monkeypatch.setattr(prepare, "choose", lambda *a: (prepare_files("in", {name: new}), choose(*a))[1])
+        with pytest.raises(ValueError, match="changed while it was being read: run again"): prepare_run()
+        assert not prepare.prepared(prepare_cfg())
+
+
+def test_prepare_verify(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not prepare.prepared(prepare_cfg())
+    with pytest.raises(FileNotFoundError, match="is not prepared"): prepare.verify(prepare_cfg())
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 20) for i in range(40)})
+    meta = prepare_run()
+    assert prepare.verify(prepare_cfg(input="")) == meta            # a later run need not say again what was read
+    for kw in (dict(vocab_size=301), dict(split_pattern="gpt4"), dict(val_fraction=0.2), dict(input="other"), dict(tokenizer="gpt2")):
+        (key, value), = kw.items()
+        with pytest.raises(ValueError, match=f"prepared with {key}=.*not {value!r}: run prepare.py"): prepare.verify(prepare_cfg(**kw))
+    tokenizer = dict(tokenizer="data/mine/tokenizer.json", dataset="again")
+    with pytest.raises(ValueError, match="has 300 tokens, more than 299"): prepare_run(**tokenizer, vocab_size=299)
+    again = prepare_run(**tokenizer, vocab_size=320)
+    assert again["vocab_size"] == 300 and again["sha256"] == meta["sha256"] and again["tokenizer_hash"] == meta["tokenizer_hash"]
+    with pytest.raises(ValueError, match="300 tokens, more than 299"): prepare.verify(prepare_cfg(**tokenizer, vocab_size=299))
+    with open("data/mine/train.bin", "r+b") as f: f.write(b"\0\0\0\0")
+    prepare.verify(prepare_cfg())
+    with pytest.raises(ValueError, match="sha256"): prepare.verify(prepare_cfg(), deep=True)
+    for size in (-2, 2):
+        with open("data/mine/val.bin", "r+b") as f: f.truncate(2 * meta["tokens"]["val"] + size)
+        with pytest.raises(ValueError, match="val.bin has .* bytes, not .*: run prepare.py"): prepare.verify(prepare_cfg())
+    assert prepare_run() == meta                                    # which prepares again
+    with open("data/mine/meta.json", "r+") as f: f.truncate(30)
+    with pytest.raises(ValueError, match="meta.json is damaged: run prepare.py"): prepare.verify(prepare_cfg())
+    assert prepare_run() == meta
+    os.remove("data/mine/train.bin")
+    with pytest.raises(ValueError, match="train.bin has 0 bytes"): prepare.verify(prepare_cfg())
+
+
+def test_prepare_keeps_the_old_dataset_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 20) for i in range(40)})
+    prepare_run()
+    old = prepare_hashes("data/mine")
+    monkeypatch.setattr(prepare, "write_bins", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError): prepare_run(vocab_size=310)
+    assert {name: old[name] for name in old} == {n: hashlib.sha256(open(f"data/mine/{n}", "rb").read()).hexdigest() for n in old}
+    prepare.verify(prepare_cfg(), deep=True)
+
+
+def test_prepare_disk_space_is_checked_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {"a.txt": "x " * 100000})
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr(bpe.Tokenizer, "train", None)
+    with pytest.raises(ValueError, match="disk space"): prepare_run()
+
+
+class PrepareServer:
+    """A server on 127.0.0.1 that does what `script` says, one entry per request, the last one again and again."""
+    def __init__(self, body, script, headers={}):
+        self.ranges, server = [], self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *a): pass
+
+            def do_GET(self):
+                kind = script.pop(0) if len(script) > 1 else script[0]
+                start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+                server.ranges.append(start)
+                if isinstance(kind, int): return self.send_error(kind)
+                if start >= len(body): return self.send_error(416)
+                data, total = (body, len(body)) if kind == "norange" else (body[start:], len(body))
+                if kind == "long": data, total = data, total + 1000          # says more than it has
+                if kind == "short": data, total = data[:-1000], total - 1000  # says less than there is
+                if kind == "garbage": data = bytes(len(data))
+                self.send_response(200 if kind == "norange" else 206)
+                self.send_header("Content-Length", str(total - (0 if kind == "norange" else start)))
+                if kind != "norange": self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+                for name, value in headers.items(): self.send_header(name, value)
+                self.end_headers()
+                try:
+                    if kind == "cut": self.wfile.write(data[:len(data) // 2])
+                    elif kind == "stall":
+                        self.wfile.write(data[:len(data) // 2]); self.wfile.flush(); time.sleep(1.5)
+                    elif kind == "dead": time.sleep(0.6)
+                    else: self.wfile.write(data)
+                except OSError: pass
+                self.close_connection = True
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/file"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *a):
+        self.server.shutdown(); self.server.server_close()
+
+
+PREPARE_BODY = random.Random(0).randbytes(300_000)
+
+
+@pytest.mark.parametrize("script, error", [
+    (["whole"], None), (["norange"], None), (["cut", "cut", "cut", "cut", "cut", "cut", "cut", "whole"], None), (["cut", "norange"], None),
+    (["stall", "whole"], None), ([500, 503, 429, "whole"], None), (["dead", "whole"], None), (["cut", 500, "stall", "cut", "whole"], None),
+    (["long", "whole"], None), (["cut", "garbage", "whole"], None), (["short"], "sha256"), (["garbage"], "sha256"), ([404], "404"),
+    ([500], "500"), (["dead"], "timed out"), (["long"], "1000 more expected|of 301,000 bytes"),
+])
+def test_prepare_fetch(tmp_path, monkeypatch, script, error):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path, sha = str(tmp_path / "new" / "file.txt"), hashlib.sha256(PREPARE_BODY).hexdigest()
+    for given, headers in ((sha, {}), ("", {"X-Linked-Etag": f'"{sha}"'})):
+        with PrepareServer(PREPARE_BODY, list(script), headers) as server:
+            if error:
+                with pytest.raises(ValueError, match=error) as e: prepare.fetch(server.url, path, given, stall=0.3, tries=3, wait=0.01)
+                assert f"Put the file at {path} by hand" in str(e.value) and "config/stdlib.py" in str(e.value) and not os.path.exists(path)
+                for name in os.listdir(tmp_path / "new"): os.remove(tmp_path / "new" / name)
+            else:
+                prepare.fetch(server.url, path, given, stall=0.3, tries=5, wait=0.01)
+                assert open(path, "rb").read() == PREPARE_BODY and os.listdir(tmp_path / "new") == ["file.txt"]
+                if script[0] == "cut" and script[1] != "norange": assert 141_000 < server.ranges[1] < 150_000    # it went on
+                os.remove(path)
+
+
+def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path, sha = str(tmp_path / "f"), hashlib.sha256(PREPARE_BODY).hexdigest()
+    for part in (PREPARE_BODY[:1000], PREPARE_BODY, PREPARE_BODY + b"more", b"another file" * 100, b""):
+        with open(path + ".part", "wb") as f: f.write(part)
+        with PrepareServer(PREPARE_BODY, ["whole"]) as server: prepare.fetch(server.url, path, sha, wait=0.01)
+        assert open(path, "rb").read() == PREPARE_BODY and server.ranges[0] == max(len(part) - 1, 0)
+        os.remove(path)
+
+
+def test_prepare_shakespeare(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    text = prepare_text(0, 2000).encode()
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA", hashlib.sha256(text).hexdigest())
+    cfg = dict(dataset="shakespeare", input="")
+    with PrepareServer(text, ["cut", "whole"]) as server:
+        monkeypatch.setattr(prepare, "SHAKESPEARE", server.url)
+        meta = prepare_run(**cfg)
+    assert sum(meta["bytes"].values()) == len(text) and open("data/shakespeare/input.txt", "rb").read() == text
+    with open("data/shakespeare/input.txt", "ab") as f: f.write(b"!")
+    with pytest.raises(ValueError, match="input.txt is not tiny Shakespeare.*delete it to download it again"): prepare.main(prepare_cfg(**cfg))
+    os.remove("data/shakespeare/input.txt")
+    with PrepareServer(b"a proxy's login page", ["norange"]) as server:
+        monkeypatch.setattr(prepare, "SHAKESPEARE", server.url)
+        with pytest.raises(ValueError, match="sha256.*Put the file at data/shakespeare/input.txt by hand"): prepare.main(prepare_cfg(**cfg))
+
+
+def test_prepare_tinystories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 400)
+    stories = [prepare_text(i, 30).strip() for i in range(60)] + ["ends in <|endoftext|>", "two\n\nparts"]
+    def joined(docs, end="\n"): return (end + f"{end}<|endoftext|>{end}{end}".join(docs) + f"{end}<|endoftext|>{end}").encode()
+    names = [f"data/tinystories/TinyStoriesV2-GPT4-{name}.txt" for name in ("valid", "train")]
+    prepare_files(".", {names[0]: joined(stories[:9]), names[1]: joined(stories[5:] + ["", stories[20]], "\r\n")})
+    for workers in (1, 2):
+        meta = prepare_run(dataset="tinystories", input="", workers=workers)
+        assert prepare_documents(meta, "val")[0] == [s.encode() for s in stories[:9]]
+        assert prepare_documents(meta, "train")[0] == [s.encode() for s in stories[9:]]
+        assert (meta["duplicates"], meta["empty"]) == (5, 1)
+        os.remove("data/tinystories/meta.json")
+
+
+def test_prepare_fineweb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    tok = bpe.Tokenizer.train([prepare_text(0, 2000)], 300)         # stands for GPT-2's; end-of-text comes last in both
+    monkeypatch.setattr(bpe.Tokenizer, "gpt2", classmethod(lambda cls: tok))
+    prepare.load_tokenizer.cache_clear()
+    eot, shards = tok.special_tokens["<|endoftext|>"], []
+    for n in range(3):
+        docs = [prepare_text(10 * n + i, 50).encode() for i in range(4 + n)]
+        ids = np.array([i for doc in docs for i in (eot, *tok.encode(doc))], "<u2")
+        head = np.zeros(256, "<i4")
+        head[:3] = 20240520, 1, len(ids)
+        shards.append((docs, ids, head.tobytes() + ids.tobytes()))
+    cfg = dict(dataset="fineweb", input="", tokenizer="gpt2", num_shards=2)
+    prepare_files("data/fineweb", {"fineweb_val_000000.bin": shards[0][2], "fineweb_train_000001.bin": shards[1][2]})
+    with PrepareServer(shards[2][2], ["cut", "whole"]) as server:
+        monkeypatch.setattr(prepare, "FINEWEB", server.url + "?")
+        meta = prepare_run(**cfg)
+    prepare.load_tokenizer.cache_clear()
+    assert np.fromfile("data/fineweb/val.bin", "<u2").tolist() == shards[0][1].tolist()
+    assert np.fromfile("data/fineweb/train.bin", "<u2").tolist() == shards[1][1].tolist() + shards[2][1].tolist()
+    assert meta["documents"] == {"val": 4, "train": 11} and meta["tokenizer"] == "gpt2" and meta["eot"] == eot
+    assert meta["bytes"] == {"val": sum(map(len, shards[0][0])), "train": sum(map(len, shards[1][0] + shards[2][0]))}
+    assert not os.path.exists("data/fineweb/tokenizer.json")
+    with pytest.raises(ValueError, match="num_shards=2, not 1"): prepare.verify(prepare_cfg(**{**cfg, "num_shards": 1}))
+    for bad in (shards[1][2][:-2], shards[1][2] + b"xx", shards[1][2][:900], b"\0" + shards[1][2][1:], shards[1][2][:-2] + b"\xff\xff"):
+        prepare_files("data/fineweb", {"fineweb_train_000001.bin": bad})
+        os.path.exists("data/fineweb/meta.json") and os.remove("data/fineweb/meta.json")
+        with pytest.raises(ValueError, match="train_000001.bin is not a whole shard"): prepare.main(prepare_cfg(**cfg))
+        assert not prepare.prepared(prepare_cfg(**cfg))
+    prepare.load_tokenizer.cache_clear()
+
+
+def test_prepare_command_line_errors_are_one_line(tmp_path):
+    command = [sys.executable, os.path.join(PREPARE_ROOT, "prepare.py"), "--dataset=x"]
+    done = subprocess.run(command + ["--input=nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: --input: there is no file or folder 'nowhere'\n" and not os.listdir(tmp_path)
+
+
+def test_prepare_import_is_cheap():
+    code = "import sys, prepare; assert not {'torch', 'requests', 'tiktoken'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PREPARE_ROOT}).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- flash_attn.py
+
+flash_gpu = torch.cuda.is_available()
+flash_device = torch.device("cuda" if flash_gpu else "cpu")
+flash_numpy = flash_attn.triton is not None and not flash_gpu and flash_attn.triton.__version__ < "3.7" and \
+    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+needs_flash = pytest.mark.skipif(
+    flash_attn.triton is None or flash_numpy,
+    reason="no Triton: pip install triton (Linux only)" if flash_attn.triton is None else
+    "the interpreter of Triton before 3.7 fails with NumPy 2.4: pip install 'triton>=3.7' or 'numpy<2.4', or run on a GPU")
+needs_gpu = pytest.mark.skipif(not flash_gpu or torch.cuda.get_device_capability()[0] < 8,
+                               reason="no CUDA GPU: run on a machine with one of compute capability 8.0 or newer")
+# largest error of the output, and of the gradients
+FLASH_TOLERANCE = {torch.float32: (2e-6, 5e-6), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)}
+
+
+@pytest.fixture(autouse=True)
+def flash_big_tiles(monkeypatch):
+    """The interpreter pays by the tile, whatever its size: give float32, whose tiles are small on a GPU, larger ones."""
+    if not flash_gpu:
+        monkeypatch.setattr(flash_attn, "FLOAT32", {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 64, 4, 1)})
+
+
+def flash_tensors(B, H, K, T, S, D, dtype, layout="plain", seed=0):
+    """q, k, v. packed: slices of one projection, heads after time; odd: rows at odd addresses; expanded: one row of the batch shown
+    B times; transposed: D is not the fastest dimension."""
+    g = torch.Generator().manual_seed(seed)
+
+    def make(heads, rows):
+        if layout == "packed":
+            return torch.randn(B, rows, 3, heads, D, generator=g)[:, :, 1].transpose(1, 2)
+        if layout == "odd":
+            return torch.randn(B, heads, rows, D + 1, generator=g)[..., 1:]
+        if layout == "expanded":
+            return torch.randn(1, heads, rows, D, generator=g).expand(B, -1, -1, -1)
+        if layout == "transposed":
+            return torch.randn(B, heads, D, rows, generator=g).transpose(2, 3)
+        return torch.randn(B, heads, rows, D, generator=g)
+
+    def cast(x):                                                        # keeps the strides, 0 and odd ones too
+        if x.numel() == 0:
+            return x.to(flash_device, dtype)
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+        flat = torch.as_strided(x, (extent,), (1,)).to(flash_device, dtype)
+        return torch.as_strided(torch.cat([flat.new_zeros(x.storage_offset()), flat]), x.shape, x.stride(), x.storage_offset())
+    return [cast(make(*a)) for a in ((H, T), (K, S), (K, S))]
+
+
+def flash_documents(B, T, S):
+    starts = torch.arange(T) + S - T
+    return torch.stack([(starts // n * n).clamp(min=0) for n in (40, 23, 70)][:B]).to(flash_device)
+
+
+def flash_error(ours, ref):
+    """Largest error over the largest value; the floor of 1, the size of the terms, is for sums that cancel exactly."""
+    return ((ours.double() - ref).abs().max() / ref.abs().max().clamp_min(1.0)).item() if ref.numel() else 0.0
+
+
+def flash_compare(module, q, k, v, **mask):
+    """Relative errors of the output and the three gradients against float64."""
+    results = []
+    for function, cast in ((module.flash_attention, lambda x: x.detach()), (module.attention_ref, lambda x: x.detach().double())):
+        leaves = [cast(x).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, **mask)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, q.dtype)
+        results.append([out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))])
+    assert all(a.isfinite().all() for a in results[0])
+    return [flash_error(a, b) for a, b in zip(*results)]
+
+
+def flash_check(module, q, k, v, **mask):
+    forward, backward = FLASH_TOLERANCE[q.dtype]
+    errors = flash_compare(module, q, k, v, **mask)
+    assert errors[0] <= forward and max(errors[1:]) <= backward, f"relative errors of out, dq, dk, dv: {errors}"
+
+
+def flash_pairs(*dimensions):
+    """Few rows in which any two values of different dimensions meet: [0, 1], [0, 1], [0, 1] -> 000, 011, 101, 110."""
+    indexed = [list(range(len(d))) for d in dimensions]
+    pairs = lambda row: {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
+    missing, rows = set().union(*map(pairs, itertools.product(*indexed))), []
+    generator = torch.Generator().manual_seed(0)
+    while missing:
+        draw = lambda: tuple(int(torch.randint(len(d), (), generator=generator)) for d in indexed)
+        i, a, j, b = min(missing)
+        tries = [tuple(a if n == i else b if n == j else x for n, x in enumerate(draw())) for _ in range(60)]
+        best = max(tries, key=lambda row: len(pairs(row) & missing))
+        missing -= pairs(best)
+        rows.append(tuple(d[x] for d, x in zip(dimensions, best)))
+    return rows
+
+
+FLASH_MATRIX = flash_pairs(
+    [(129, 129), (1, 129), (100, 129), (127, 17), (15, 15), (1, 1), (17, 1)],      # T, S: equal, one query, fewer, more than keys
+    [64, 40, 96, 128], [True, False], [(2, 2), (4, 2), (2, 1)],                    # D, causal, (H, K): MHA, GQA, MQA
+    [(0, False), (20, False), (0, True), (50, True)],                              # window, documents
+    ["plain", "packed", "odd", "expanded", "transposed"],
+    [(torch.float32, 80), (torch.float16, 90), (torch.float16, 80), (torch.bfloat16, 90)])
+
+
+@needs_flash
+@pytest.mark.parametrize("lengths,D,causal,heads,mask,layout,kind", FLASH_MATRIX)
+def test_flash_matrix(lengths, D, causal, heads, mask, layout, kind, monkeypatch):
+    (T, S), (dtype, arch), B = lengths, kind, 1 + (layout == "expanded")
+    if not flash_gpu:
+        monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)       # 90: descriptors, two query tiles per program
+    q, k, v = flash_tensors(B, *heads, T, S, D, dtype, layout)
+    flash_check(flash_attn, q, k, v, causal=causal, window=mask[0], doc_start=flash_documents(B, T, S) if mask[1] else None)
+
+
+@needs_flash
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_flash_scale(scale):
+    flash_check(flash_attn, *flash_tensors(1, 1, 1, 33, 47, 16, torch.float32), scale=scale)
+
+
+@needs_flash
+@pytest.mark.parametrize("arch", [80, 90])
+def test_flash_large_scores_and_lone_document_starts(arch, monkeypatch):
+    """Scores in the hundreds overflow exp without the running maximum; documents need not begin in order."""
+    if not flash_gpu:
+        monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
+    q, k, v = flash_tensors(2, 2, 1, 100, 150, 64, torch.float16)
+    starts = torch.randint(-5, 160, (2, 100), generator=torch.Generator().manual_seed(0)).to(flash_device)
+    for causal in (True, False):
+        flash_check(flash_attn, q * 8, k, v, scale=1.0, doc_start=starts, causal=causal)
+
+
+@needs_flash
+@pytest.mark.parametrize("arch", [80, 90])
+def test_flash_rows_that_see_nothing(arch, monkeypatch):
+    if not flash_gpu:
+        monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
+    for T, S, starts in ((130, 40, None), (40, 40, torch.full((1, 40), 2 ** 31 - 1, device=flash_device))):
+        q, k, v = [x.requires_grad_() for x in flash_tensors(1, 2, 1, T, S, 64, torch.float16)]
+        out = flash_attn.flash_attention(q, k, v, doc_start=starts)
+        grads = torch.autograd.grad(out.float().square().sum() + out.sum(), (q, k, v))
+        blind = T if starts is not None else T - S
+        assert (out[:, :, :blind] == 0).all() and (grads[0][:, :, :blind] == 0).all()
+        assert all(x.isfinite().all() for x in (out, *grads)) and (starts is None or all((x == 0).all() for x in grads))
+    for T, S in ((5, 0), (0, 5)):
+        q, k, v = [x.requires_grad_() for x in flash_tensors(1, 2, 1, T, S, 64, torch.float16)]
+        out = flash_attn.flash_attention(q, k, v)
+        assert out.shape == q.shape and (out == 0).all()
+        assert all((x == 0).all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@needs_flash
+def test_flash_same_bits_every_time():
+    for K in (1, 2):
+        q, k, v = [x.requires_grad_() for x in flash_tensors(2, 2, K, 100, 129, 64, torch.float16)]
+        mask = dict(window=70, doc_start=flash_documents(2, 100, 129))
+        runs = []
+        for _ in range(2):
+            out = flash_attn.flash_attention(q, k, v, **mask)
+            runs.append((out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))))
+        assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@needs_flash
+def test_flash_beyond_two_to_the_31():
+    """Views with strides past 2^31 elements, into memory that is reserved and never touched between the rows."""
+    far, shape = 2 ** 31 + 64, (2, 2, 20, 16)
+    room = torch.empty(far * 2 + 4096, dtype=torch.float16, device=flash_device)
+    for strides in ((far, 320, 16, 1), (320, far, 16, 1)):
+        q, k, v = [torch.as_strided(room, shape, strides, offset) for offset in (0, 1024, 2048)]
+        for x, y in zip((q, k, v), flash_tensors(*shape[:2], 2, 20, 20, 16, torch.float16)):
+            x.copy_(y)
+        args = [x.contiguous().double() for x in (q, k, v)]
+        assert flash_error(flash_attn.flash_attention(q, k, v), flash_attn.attention_ref(*args)) < 2e-3
+        leaves = [[x.detach().requires_grad_() for x in xs] for xs in ((q, k, v), args)]
+        functions = (flash_attn.flash_attention, flash_attn.attention_ref)
+        grads = [torch.autograd.grad(f(*x).sum(), x) for f, x in zip(functions, leaves)]
+        assert max(flash_error(a, b) for a, b in zip(*grads)) < 2e-3
+        ours = flash_attn.flash_decode(q[:, :, :1], k, v, torch.tensor([20, 9], device=flash_device))
+        ref = flash_attn.attention_ref(args[0][1:, :, :1], args[1][1:, :, :9], args[2][1:, :, :9])
+        assert flash_error(ours[1:], ref) < 2e-3
+
+
+@needs_flash
+@pytest.mark.parametrize("heads,T,S,window,dtype", [((2, 2), 1, 700, 0, torch.float16), ((8, 2), 1, 700, 100, torch.float32),
+                                                    ((4, 1), 5, 300, 0, torch.bfloat16), ((6, 2), 30, 333, 40, torch.float16)])
+def test_flash_decode(heads, T, S, window, dtype):
+    """Rows of different lengths over one cache; what lies past a length is NaN here, so reading it would show."""
+    q, k, v = flash_tensors(4, *heads, T, S, 40, dtype, layout="packed")
+    lengths = torch.tensor([S, S // 2 + 3, max(T, 2), T // 2], device=flash_device)
+    for b, n in enumerate(lengths.tolist()):
+        k[b, :, n:] = float("nan")
+        v[b, :, n:] = float("nan")
+    out = flash_attn.flash_decode(q, k, v, lengths, window=window)
+    for b, n in enumerate(lengths.tolist()):
+        ref = flash_attn.attention_ref(*[x[b:b + 1].double() for x in (q, k[:, :, :n], v[:, :, :n])], window=window)
+        assert flash_error(out[b:b + 1], ref) <= FLASH_TOLERANCE[dtype][0]
+
+
+@needs_flash
+def test_flash_gradcheck():
+    """The gradients against differences of the forward. float32 is all the kernels have, so the steps are wide."""
+    for T, S, H, mask in ((2, 3, 2, {}), (3, 3, 1, dict(causal=False, window=2))):
+        inputs = [x.requires_grad_() for x in flash_tensors(1, H, 1, T, S, 2, torch.float32)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                             # of gradcheck, that float64 would be better
+            attend = lambda *x: flash_attn.flash_attention(*x, **mask)
+            assert torch.autograd.gradcheck(attend, inputs, eps=1e-2, atol=1e-3, rtol=1e-3)
+
+
+@needs_flash
+def test_flash_operators():
+    q, k, v = [x.requires_grad_() for x in flash_tensors(1, 2, 1, 5, 9, 16, torch.float32)]
+    documents = torch.zeros(1, 5, dtype=torch.int32, device=flash_device)
+    for args in ((q, k, v, True, 0, 0.25, None), (q, k, v, False, 3, 0.25, documents)):
+        torch.library.opcheck(flash_attn.forward_op, args)
+    lengths = torch.tensor([7], dtype=torch.int32, device=flash_device)
+    torch.library.opcheck(flash_attn.decode_op, (q.detach(), k.detach(), v.detach(), lengths, 0, 0.25))
+
+
+@needs_flash
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gpu)])
+def test_flash_compiles_whole(backend):
+    def block(x, w, lengths):
+        q, k, v = (x @ w).view(x.shape[0], x.shape[1], 3, 2, 16).permute(2, 0, 3, 1, 4)
+        assert flash_attn.why_not(q, k, v) is None
+        y = flash_attn.flash_attention(q, k, v, window=9) + flash_attn.flash_decode(q.detach(), k.detach(), v.detach(), lengths)
+        return y.transpose(1, 2).reshape(x.shape).square().sum()
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, w = [torch.randn(*shape, device=flash_device, requires_grad=True) for shape in ((2, 12, 32), (32, 96))]
+    lengths = torch.tensor([12, 12], device=flash_device)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for n in (12, 10):                                                  # the second length compiles with a symbolic T
+        a, b = [torch.autograd.grad(f(x[:, :n], w, lengths * 0 + n), (x, w)) for f in (block, compiled)]
+        assert max(flash_error(p, q.double()) for p, q in zip(a, b)) < 1e-5
+
+
+@needs_flash
+def test_flash_says_what_is_wrong():
+    q, k, v = flash_tensors(1, 4, 2, 5, 9, 16, torch.float32)
+    attend = flash_attn.flash_attention
+    for match, call in (("multiple of K", lambda: attend(q[:, :3], k, v)), (r"\(B, K, S, D\)", lambda: attend(q, k, v[:, :, :3])),
+                        ("window is -1", lambda: attend(q, k, v, window=-1)), ("must be one of", lambda: attend(q.half(), k, v)),
+                        ("must be one of", lambda: attend(q.double(), k.double(), v.double())),
+                        ("head dim is 512", lambda: attend(*flash_tensors(1, 1, 1, 1, 1, 512, torch.float32))),
+                        ("doc_start is", lambda: attend(q, k, v, doc_start=torch.zeros(1, 4, dtype=torch.int32))),
+                        ("doc_start is", lambda: attend(q, k, v, doc_start=torch.zeros(1, 5))),
+                        ("lengths is", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([9, 9])))):
+        with pytest.raises(ValueError, match=match) as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert flash_attn.why_not(q, k, v) is None and "dropout" in flash_attn.why_not(q, k, v, 0.1)
+    assert "meta" in flash_attn.why_not(*[x.to("meta") for x in (q, k, v)])
+
+
+def flash_python(code, *args, **env):
+    """Run code in a fresh Python that knows nothing of the interpreter."""
+    env = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1", **env}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=REPO, env=env, text=True, **pipes)
+
+
+def test_flash_without_triton():
+    out, error = flash_python("""
+import sys, torch
+sys.modules["triton"] = None                # import triton raises ImportError
+import flash_attn
+x = torch.randn(1, 1, 2, 16)
+assert flash_attn.attention_ref(x, x, x).shape == x.shape
+try: flash_attn.flash_attention(x, x, x)
+except ValueError as e: print(e)
+""").communicate(timeout=100)
+    assert "Triton is not installed: pip install triton" in out, error
+
+
+FLASH_AHEAD = """
+import json, pathlib, subprocess, sys, tempfile
+import torch, triton, flash_attn
+arch, found = int(sys.argv[1]), []
+tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+masked, fp16 = dict(window=256, docs=True, K=2), dict(causal=False, dtype=torch.float16)
+configurations = [(64, {}), (128, {})] + {80: [(64, masked)], 90: [(256, {}), (128, masked), (128, fp16)], 100: []}[arch]
+if sys.argv[2] == "all":
+    configurations += [(64, masked), (128, masked), (256, {}), (64, fp16), (128, fp16), (80, dict(T=1, S=1, H=1, K=1, causal=False))]
+    configurations += [(40, dict(causal=False, aligned=False)), (64, dict(dtype=torch.float32))] if arch == 80 else []
+for D, kw in configurations:
+    for name, kernel in flash_attn.shipped(arch, D, **kw):
+        if name in ("forward", "dkdv", "dq") or not kw:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+                f.write(kernel.asm["cubin"]); f.flush()
+                sass = subprocess.run([tools / "cuobjdump", "-sass", f.name], capture_output=True, text=True, check=True).stdout
+            ptx = kernel.asm["ptx"]
+            found.append(dict(flash_attn.usage(kernel, arch), arch=arch, D=D, name=name, kw=str(kw), tma="cp.async.bulk" in ptx,
+                              hgmma=" HGMMA" in sass, hmma=" HMMA" in sass, tcgen05="tcgen05.mma" in ptx))
+print(json.dumps(found))
+"""
+
+
+@needs_flash
+def test_flash_compiles_ahead_of_time():
+    """What is shipped for three generations of GPU, none of which need be here: nothing spilled, the matrix instructions of the
+    generation, no serialised wgmma, room for the shared memory."""
+    limit = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}            # 99K: what compute capability 8.6, 8.9 and 12.0 have
+    scope = "all" if os.cpu_count() >= 8 else "most"                    # seconds each, and slow on a small machine
+    processes = [flash_python(FLASH_AHEAD, str(arch), scope) for arch in limit]
+    for process in processes:
+        out, error = process.communicate(timeout=550)
+        assert process.returncode == 0, error[-2000:]
+        for k in json.loads(out):
+            assert k["spilled"] == 0 and not k["warnings"] and k["shared"] <= limit[k["arch"]] and k["programs"] >= 1, k
+            if k["name"] in ("forward", "dkdv", "dq") and "float32" not in k["kw"]:
+                aligned = "aligned" not in k["kw"]
+                assert k["tma"] == (k["arch"] >= 90 and aligned), k
+                if aligned:
+                    assert k[{80: "hmma", 90: "hgmma", 100: "tcgen05"}[k["arch"]]], k
+
+
+FLASH_MUTATIONS = {
+    "the sum is not rescaled": ("a * alpha[:, None]", "a"),
+    "the weights' sum is not rescaled": ("l * alpha + tl.sum(p, 1)", "l + tl.sum(p, 1)"),
+    "the diagonal is one too low": ("tl.maximum(rows + (S - T + 1), 0)", "tl.maximum(rows + (S - T), 0)"),
+    "the diagonal is one too high": ("tl.maximum(rows + (S - T + 1), 0)", "tl.maximum(rows + (S - T + 2), 0)"),
+    "the last block is skipped": ("tl.maximum(tl.cdiv(stop, BLOCK), first)", "tl.maximum(tl.cdiv(stop, BLOCK) - 1, first)"),
+    "an edge block passes for full": ("tl.cdiv(full_start, BLOCK)", "(full_start // BLOCK)"),
+    "the window is one too wide": ("tl.maximum(rows + (S - T + 1) - window, 0)", "tl.maximum(rows + (S - T) - window, 0)"),
+    "dk forgets delta": ("(dot(v, do.T, zero) - tl.load(Delta + stats)[None, :])", "dot(v, do.T, zero)"),
+    "dq forgets delta": ("(dot(do, v.T, zero) - delta)", "dot(do, v.T, zero)"),
+    "dk and dv see one head of the group": ("i // number, block(i % number", "0 * i, block(i % number"),
+    "dk and dv stop early": ("tl.minimum(T, n_last - past + window)", "tl.minimum(T, n_last - past + window - 64)"),
+    "dv ignores the mask": ("p = hide(p, n + tl.arange(0, BLOCK_N)[:, None]", "p_ = hide(p, n + tl.arange(0, BLOCK_N)[:, None]"),
+    "documents end a block early": ("torch.searchsorted(falling, first + block)", "torch.searchsorted(falling, first)"),
+    "the parts of decode weigh the same": ("w = tl.exp2(lse - ", "w = tl.exp2(0 * lse - 0 * "),
+}
+
+
+def flash_small_check(module):
+    """A few cases that a mutated kernel must fail."""
+    q, k, v = flash_tensors(1, 2, 1, 70, 130, 16, torch.float16)
+    flash_check(module, q, k, v)
+    flash_check(module, q, k, v, window=70, doc_start=flash_documents(1, 70, 130))
+    flash_check(module, q, k, v, causal=False, window=40)
+    k, v = [x.repeat(1, 1, 3, 1) for x in (k, v)]
+    out = module.flash_decode(q[:, :, :1], k, v, torch.tensor([390], device=flash_device))
+    assert flash_error(out, module.attention_ref(q[:, :, :1].double(), k.double(), v.double())) < 2e-3
+
+
+@needs_flash
+@pytest.mark.parametrize("name", ["nothing", *FLASH_MUTATIONS])
+def test_flash_mutations_are_caught(name, tmp_path, monkeypatch):
+    source = (REPO / "flash_attn.py").read_text().replace("flash_attn_py::", "flash_mutant::")      # its own operators
+    old, new = FLASH_MUTATIONS.get(name, ("", ""))
+    assert source.count(old) >= 1, f"{old!r} is no longer in flash_attn.py: bring the mutation up to date"
+    path = tmp_path / "flash_mutant.py"
+    path.write_text(source.replace(old, new) if old else source)
+    spec = importlib.util.spec_from_file_location("flash_mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "flash_mutant", mutant)
+    spec.loader.exec_module(mutant)
+    if name == "nothing":
+        flash_small_check(mutant)
+    else:
+        with pytest.raises(AssertionError):
+            flash_small_check(mutant)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D,T,S,H,K,causal", [
+    (64, 1024, 1024, 8, 8, True), (128, 2000, 2000, 8, 2, True), (96, 333, 1777, 4, 1, True), (64, 512, 4096, 4, 4, False),
+    (128, 4096, 4096, 4, 4, True)])
+def test_flash_gpu_accuracy(dtype, D, T, S, H, K, causal):
+    """No further from float64 than twice what PyTorch is in the same type, and two units in the last place."""
+    q, k, v = flash_tensors(2, H, K, T, S, D, dtype, layout="packed")
+    dout = torch.randn(q.shape, device=flash_device, dtype=dtype)
+    results = []
+    ours, ref = flash_attn.flash_attention, flash_attn.attention_ref
+    for function, cast in ((ours, dtype), (ref, dtype), (ref, torch.float64)):
+        leaves = [x.detach().to(cast).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, causal=causal)
+        results.append([x.double() for x in (out, *torch.autograd.grad(out, leaves, dout.to(cast)))])
+    for ours, torchs, ref in zip(*results):
+        assert (ours - ref).abs().max() <= 2 * (torchs - ref).abs().max() + 2 * torch.finfo(dtype).eps * ref.abs().max()
+
+
+@needs_gpu
+def test_flash_gpu_memory_is_linear():
+    peaks = []
+    for T in (4096, 8192):
+        q, k, v = [x.requires_grad_() for x in flash_tensors(1, 8, 8, T, T, 64, torch.bfloat16)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        flash_attn.flash_attention(q, k, v).sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 2.2 * peaks[0]
+
+
+# ============================================================================ train.py
+
+TRAIN_SMALL = dict(dataset="tiny", tokenizer="bpe", vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4, max_iters=20,
+                   eval_interval=10, eval_tokens=400, log_interval=1, device="cpu", dtype="float32", workers=1)
+
+
+@pytest.fixture(scope="module")
+def train_dir(tmp_path_factory):
+    """A folder with a small prepared dataset, data/tiny, made from real source files."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "notes").mkdir()
+    for name in ("ast", "bisect", "heapq", "textwrap", "shlex", "queue", "sched", "stat", "copy", "fnmatch", "glob", "csv"):
+        (folder / "notes" / f"{name}.txt").write_text(importlib.import_module(name).__doc__ * 3 + name * 200)
+    subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), *train_words()], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def train_words(**kw):
+    return [f"--{k}={v}" for k, v in {**TRAIN_SMALL, "input": "notes", **kw}.items()]
+
+
+def train_here(monkeypatch, train_dir, tmp_path, stop_at=None, **kw):
+    """main(cfg) in this process, beside its data, without the closing sample; returns the last checkpoint."""
+    monkeypatch.chdir(train_dir)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: None)
+    monkeypatch.setattr(train.signal, "signal", lambda *a: None)
+    steps = itertools.count(1)
+    class StopAt(train.Stop): asked = property(lambda self: next(steps) == stop_at, lambda self, value: None)
+    monkeypatch.setattr(train, "Stop", StopAt if stop_at else type("Never", (StopAt,), dict(asked=False)))
+    out = tmp_path / kw.pop("out", "run")
+    try: train.main(config.load(train_words(out_dir=out, **kw)))
+    finally: monkeypatch.undo()
+    return model_py.load_checkpoint(str(out / "ckpt.pt"))
+
+
+def train_log(out):
+    return [json.loads(line) for line in open(out / "log.jsonl")]
+
+
+def equal_states(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a["model"].values(), b["model"].values(), strict=True))
+
+
+def train_run(folder, *words, processes=1, wait=True, **env):
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    job = subprocess.Popen([*launch, os.path.join(HERE, "train.py"), *words], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return job.communicate(timeout=170)[0] if wait else job
+
+
+def test_train_batches_visit_every_block_once_an_epoch_and_store_nothing(tmp_path):
+    np.arange(1003, dtype="<u2").tofile(tmp_path / "a.bin")
+    batches = train.Batches(tmp_path / "a.bin", 10, seed=3)
+    orders = []
+    for epoch in range(3):
+        blocks = np.stack([batches.block(epoch * 100 + i) for i in range(100)]).astype(int)
+        assert blocks.shape == (100, 11) and np.all((blocks[:, 1:] - blocks[:, :-1]) % 1003 == 1)       # consecutive, around the end too
+        assert len(set(blocks[:, :10].flatten())) == 1000
+        orders.append(blocks[:, 0].tolist())
+    assert orders[0] != orders[1] and sorted(orders[0]) != sorted(orders[1])                            # another order, another offset
+    again = train.Batches(tmp_path / "a.bin", 10, seed=3)
+    assert again.block(277).tolist() == orders_block(orders, 2, 77) and train.Batches(tmp_path / "a.bin", 10, seed=4).block(5)[0] != orders[0][5]
+    x, y = again.get(3, 4, torch.device("cpu"))
+    assert x.shape == y.shape == (4, 10) and torch.equal(x[:, 1:], y[:, :-1])
+
+
+def orders_block(orders, epoch, i):
+    return [(orders[epoch][i] + j) % 1003 for j in range(11)]
+
+
+def test_train_lr_factor():
+    cfg = config.Config(max_iters=100, warmup_iters=9, decay_frac=0.5, min_lr_frac=0.2)
+    assert [round(train.lr_factor(s, cfg), 4) for s in (0, 4, 9, 30, 50, 75, 99, 100)] == [0.1, 0.5, 1.0, 1.0, 1.0, 0.6, 0.216, 0.2]
+    cfg = config.Config(max_iters=100, warmup_iters=0, decay_frac=1.0, lr_schedule="cosine", min_lr_frac=0.0)
+    assert train.lr_factor(50, cfg) == pytest.approx(0.5) and train.lr_factor(25, cfg) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+@pytest.mark.parametrize("tokens", [0, 100, 37])
+def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
+    np.random.default_rng(0).integers(61, size=331).astype("<u2").tofile(tmp_path / "v.bin")
+    model, cfg = tiny_gpt(), config.Config(block_size=32, batch_size=3, eval_tokens=tokens, **{k: v for k, v in vars(tiny()).items() if k != "block_size"})
+    run = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
+    data = torch.from_numpy(np.fromfile(tmp_path / "v.bin", dtype="<u2").astype(np.int64))
+    n, losses = min(330, tokens or 330), []
+    for s in range(0, n, 32):
+        e = min(s + 32, n)
+        losses.append(torch.nn.functional.cross_entropy(model(data[None, s:e])[0][0], data[s + 1:e + 1], reduction="sum").item())
+    state = torch.get_rng_state()
+    assert train.evaluate(model, tmp_path / "v.bin", cfg, run) == pytest.approx(sum(losses) / n, rel=1e-5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(optimizer="adamw", learning_rate=3e-3, dropout=0.2), dict(dtype="bfloat16", tokens_per_step=256, batch_size=8)])
+def test_train_resume_is_bit_for_bit(monkeypatch, train_dir, tmp_path, kw):
+    whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
+    half = train_here(monkeypatch, train_dir, tmp_path, out="half", stop_at=10, **kw)
+    assert half["step"] == 10 and not equal_states(whole, half)
+    resumed = train_here(monkeypatch, train_dir, tmp_path, out="half", init_from="resume", **kw)
+    assert resumed["step"] == 20 and equal_states(whole, resumed)
+    a, b = ([(r["step"], r.get("loss"), r.get("val_loss")) for r in train_log(tmp_path / out)] for out in ("whole", "half"))
+    assert [r for r in a if r[0] > 10] == [r for r in b if r[0] > 10]
+    assert a[-1][2] < a[0][1] - 0.3                                     # and it learned something
+
+
+def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path):
+    checkpoint = train_here(monkeypatch, train_dir, tmp_path, max_iters=2, compile=False)
+    assert not [k for k in checkpoint["model"] if "_orig_mod" in k or "module." in k]
+    assert checkpoint["config"]["n_embd"] == 32 and isinstance(checkpoint["tokenizer"], dict)
+    assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "ckpt.pt", "config.json", "log.jsonl"]
+    assert json.load(open(tmp_path / "run" / "config.json"))["vocab_size"] == 300
+
+
+def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch, train_dir, tmp_path, capsys):
+    real, calls, weights = torch.nn.utils.clip_grad_norm_, itertools.count(1), {}
+    def poisoned(bad):
+        def clip(parameters, limit):
+            parameters = list(parameters)
+            weights[next(calls)] = parameters[0].detach().clone()
+            if len(weights) in bad: parameters[0].grad.fill_(math.nan)
+            return real(parameters, limit)
+        return clip
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned({3, 4}))
+    train_here(monkeypatch, train_dir, tmp_path, max_iters=6)           # undoes the patch at its end
+    assert torch.equal(weights[3], weights[4]) and torch.equal(weights[4], weights[5]) and not torch.equal(weights[5], weights[6])
+    assert capsys.readouterr().out.count("step skipped") == 2
+    calls, weights = itertools.count(1), {}
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
+    with pytest.raises(ValueError, match="4 steps in a row had a non-finite gradient: the last good checkpoint is .*ckpt.pt"):
+        train_here(monkeypatch, train_dir, tmp_path, out="bad", max_bad_steps=4)
+
+
+@pytest.mark.parametrize("kw, message", [
+    (dict(tokens_per_step=100), "not a multiple of batch_size * block_size * 1 device(s) = 64: set --tokens_per_step=128"),
+    (dict(block_size=9000, n_embd=2, n_head=1, n_layer=1), "tokens, block_size is 9000: give more text"),
+    (dict(init_from="resume"), "no checkpoint at"), (dict(device="gpu"), "device='gpu' is not a device"), (dict(vocab_size=400), "vocab_size")])
+def test_train_errors(monkeypatch, train_dir, tmp_path, kw, message):
+    with pytest.raises(ValueError) as e: train_here(monkeypatch, train_dir, tmp_path, **kw)
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
+    train_here(monkeypatch, train_dir, tmp_path, max_iters=2)
+    for kw, message in ((dict(), "go on with --init_from=resume"), (dict(init_from="resume", n_layer=3), "n_layer 2 -> 3")):
+        with pytest.raises(ValueError, match=message): train_here(monkeypatch, train_dir, tmp_path, **kw)
+    path = tmp_path / "run" / "ckpt.pt"
+    data = torch.load(path, weights_only=True)
+    model_py.save_checkpoint(str(path), {**data, "meta": {**data["meta"], "tokenizer_hash": "other"}})
+    with pytest.raises(ValueError, match="another tokenizer"): train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
+    model_py.save_checkpoint(str(path), data)
+    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3, seed=5)
+    assert "max_iters 2 -> 3, seed 1337 -> 5" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged.*best.pt"): train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
+
+
+def test_train_truncated_bin_is_refused(monkeypatch, train_dir, tmp_path):
+    path = train_dir / "data" / "tiny" / "train.bin"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-2])
+        with pytest.raises(ValueError, match="train.bin"): train_here(monkeypatch, train_dir, tmp_path)
+    finally: path.write_bytes(whole)
+
+
+def test_train_one_process_equals_two_ranks(monkeypatch, train_dir, tmp_path):
+    """4 micro-batches in 1 process = 2 in each of 2 gloo ranks: the same losses, norms and weights up to the order of additions."""
+    kw = dict(tokens_per_step=128, batch_size=2, max_iters=10)
+    one = train_here(monkeypatch, train_dir, tmp_path, out="one", **kw)
+    out = train_run(train_dir, *train_words(out_dir=tmp_path / "two", **kw), processes=2)
+    two = model_py.load_checkpoint(str(tmp_path / "two" / "ckpt.pt"))
+    assert "2 device(s)" in out and "Traceback" not in out and "saved" not in out
+    for a, b in zip(train_log(tmp_path / "one"), train_log(tmp_path / "two"), strict=True):
+        assert {k: a[k] for k in ("loss", "norm", "val_loss") if k in a} == pytest.approx({k: b[k] for k in ("loss", "norm", "val_loss") if k in b}, rel=2e-3)
+    # Adam divides by the gradient's size: where that is rounding noise alone, the sign of a step is too, hence not quite every element
+    for a, b in zip(one["model"].values(), two["model"].values(), strict=True): assert ((a - b).abs() > 5e-3).float().mean() < 2e-3
+
+
+def test_train_kill_and_sigterm_then_resume(train_dir, tmp_path):
+    """kill -9 at any moment loses the steps since the last checkpoint and nothing else; SIGTERM loses nothing."""
+    words = train_words(max_iters=60, eval_interval=5)
+    train_run(train_dir, *words, f"--out_dir={tmp_path}/whole")
+    job = train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", wait=False)
+    for line in job.stdout:
+        if line.startswith("step     23"): break
+    job.kill()
+    job.communicate()
+    job = train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", "--init_from=resume", wait=False)
+    for line in job.stdout:
+        if line.startswith("step     33"): break
+    job.terminate()
+    rest = job.communicate(timeout=60)[0]
+    assert "SIGTERM: finishing this step" in rest and "--init_from=resume" in rest and job.returncode == 0
+    train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", "--init_from=resume")
+    whole, resumed = (model_py.load_checkpoint(f"{tmp_path}/{name}/ckpt.pt") for name in ("whole", "killed"))
+    assert resumed["step"] == 60 and equal_states(whole, resumed)
+    assert [r["step"] for r in train_log(tmp_path / "killed") if "loss" in r] == list(range(1, 61))
+
+
+def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train_dir, tmp_path):
+    shutil.copytree(train_dir / "notes", tmp_path / "notes")
+    out = train_run(tmp_path, *train_words(max_iters=2, batch_size=2, tokens_per_step=64), processes=2)
+    assert out.count("preparing it first") == 1 and "more: python sample.py --out_dir=out/tiny" in out and "Traceback" not in out
+    assert (tmp_path / "out" / "tiny" / "ckpt.pt").exists()
+
+
+def test_train_user_errors_are_one_line(tmp_path):
+    for words, message in ((["--max_iter=3"], "did you mean 'max_iters'"), (["--dataset=none", "--input=nowhere"], "nowhere")):
+        out = subprocess.run([sys.executable, os.path.join(HERE, "train.py"), *words], cwd=tmp_path, capture_output=True, text=True)
+        assert out.returncode == 1 and out.stderr.startswith("error: ") and message in out.stderr and "Traceback" not in out.stderr
+
+
+# ============================================================================ sample.py
+
+
+
+sample_HERE = os.path.dirname(os.path.abspath(sample.__file__))
+sample_TOK = bpe.Tokenizer.train(["the cat sat on the mat, the rat sat on the cat. déjà vu — 🙂🙂 ok\n" * 20], 280)
+sample_CPU = torch.device("cpu")
+
+
+def sample_gpt(seed=0, noise=0.3, **kw):
+    """A small random model with sharp enough opinions that a wrong cache shows in its argmax."""
+    torch.manual_seed(seed)
+    model = model_py.GPT(config.GPTConfig(**{**dict(block_size=64, vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, n_embd=32), **kw})).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p) * noise)
+    return model.requires_grad_(False)
+
+
+def sample_rows(model, prompts, seeds=None, ends=(), stops=(), limit=280, static=False, stats=None, **kw):
+    cfg = config.Config(**{**dict(max_new_tokens=20, temperature=1.0, top_k=0), **kw})
+    rows = [sample.Row(p, s, sample_TOK, cfg, ends, stops) for p, s in zip(prompts, seeds or range(len(prompts)))]
+    for _ in sample.decode(model, rows, cfg, limit, Counter() if stats is None else stats, static=static): pass
+    return rows
+
+
+def sample_checkpoint(folder, model=None, tokenizer=None, **kw):
+    model = model or sample_gpt(**kw)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "ckpt.pt")
+    model_py.save_checkpoint(path, dict(model=model.state_dict(), config=dataclasses.asdict(model.config),
+                                        tokenizer=sample_TOK.to_dict() if tokenizer is None else tokenizer))
+    return path
+
+
+SAMPLE_PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9], [44, 45, 46], [5]]
+SAMPLE_SHAPES = [dict(), dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, n_kv_head=4), dict(pos="sinusoidal", n_kv_head=1)]
+
+
+def sample_recomputed(model, prompt, seed, n, **kw):
+    """One row as nanoGPT does it, the whole text through the model for every token, with the same uniform numbers."""
+    cfg, ids = config.Config(**{**dict(temperature=1.0, top_k=0), **kw}), list(prompt)
+    u = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    for i in range(n): ids.append(sample.draw(model(torch.tensor([ids]))[0][:, -1, :280], u[i:i + 1], cfg).item())
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("shape", SAMPLE_SHAPES)
+@pytest.mark.parametrize("chunk", [1, 4, 512])
+def test_sample_ragged_batch_equals_each_row_recomputed(shape, chunk):
+    model = sample_gpt(**shape)
+    for row in sample_rows(model, SAMPLE_PROMPTS, prefill_chunk=chunk, top_p=0.95):
+        assert row.tokens == sample_recomputed(model, row.prompt, row.seed, 20, top_p=0.95)
+
+
+def test_sample_prefill_logits_equal_uncached_at_the_last_token_of_every_row():
+    model, prompts = sample_gpt(), SAMPLE_PROMPTS[:3]
+    for chunk in (1, 2, 3, 7, 64):
+        cache = model_py.KVCache(model.config, 3, 20, sample_CPU, torch.float32)
+        logits = sample.prefill(model, prompts, cache, chunk)
+        for row, p in zip(logits, prompts): torch.testing.assert_close(row, model(torch.tensor([p]))[0][0, -1], atol=1e-4, rtol=1e-4)
+        assert cache.lengths.tolist() == [1, 9, 3]
+
+
+def test_sample_rows_that_end_leave_the_batch_and_disturb_nobody():
+    model, fed = sample_gpt(), []
+    plain = sample_rows(model, SAMPLE_PROMPTS)
+    end = plain[1].tokens[4]
+    hidden = model.hidden
+    model.hidden = lambda idx, cache=None: (fed.append(idx.shape), hidden(idx, cache))[1]
+    rows = sample_rows(model, SAMPLE_PROMPTS, ends={end})
+    assert fed[0][0] == 3 and fed[-1][0] < 4, "equal prompts are read once, and finished rows cost nothing"
+    for a, b in zip(plain, rows):
+        n = a.tokens.index(end) + 1 if end in a.tokens else 20
+        assert b.tokens == a.tokens[:n] and b.finish == ("end" if end in a.tokens else "length")
+
+
+def test_sample_logprobs_are_those_of_the_model_itself():
+    model = sample_gpt()
+    for row in sample_rows(model, SAMPLE_PROMPTS, temperature=0.5, top_k=5):
+        logp = model(torch.tensor([row.prompt + row.tokens]))[0][0, :, :280].log_softmax(-1)
+        expected = [logp[len(row.prompt) - 1 + i, t].item() for i, t in enumerate(row.tokens)]
+        assert row.logprobs == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kw", [dict(top_k=0), dict(top_k=5), dict(top_p=0.8, top_k=9), dict(min_p=0.2, top_k=0), dict(temperature=2.0, top_k=0)])
+def test_sample_draws_follow_the_filtered_softmax(kw):
+    cfg, N, V = config.Config(**{**dict(temperature=0.9), **kw}), 40000, 12
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(1)) * 2
+    u = torch.rand(N, generator=torch.Generator().manual_seed(2))
+    counts = torch.bincount(sample.draw(logits.expand(N, V), u, cfg), minlength=V).double()
+    p = model_py.filter_logits(logits[None].double(), cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p).softmax(-1)[0]
+    assert (counts[p == 0] == 0).all() and (p > 0).sum() > 1
+    chi2, free = ((counts - N * p).square() / (N * p))[p > 0].sum().item(), (p > 0).sum().item() - 1
+    assert chi2 < free + 5 * math.sqrt(2 * free) + 5
+    wrong = p.roll(1)                               # the test must be able to fail
+    assert ((counts - N * wrong).square() / (N * wrong + 1e-9)).sum() > 100
+
+
+def test_sample_draw_edges_never_pick_what_is_filtered():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
+    cfg = config.Config(temperature=1.0, top_k=0)
+    for u, want in ((0.0, 1), (1 - 2 ** -24, 3)): assert sample.draw(logits, torch.tensor([u]), cfg).item() == want
+    assert sample.draw(logits, None, config.Config(temperature=0)).item() == 3
+
+
+def test_sample_repetition_penalty_against_plain_python_and_with_drafts():
+    logits, seen = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]])
+    assert sample.penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    model, prompt, ids = sample_gpt(), [5, 6, 5], [5, 6, 5]
+    for _ in range(20):
+        l = model(torch.tensor([ids]))[0][0, -1, :280]
+        for t in set(ids): l[t] = l[t] / 1.5 if l[t] > 0 else l[t] * 1.5
+        ids.append(l.argmax().item())
+    for speculate in (0, 4):
+        assert sample_rows(model, [prompt, [1]], temperature=0, repetition_penalty=1.5, speculate=speculate)[0].tokens == ids[3:]
+    assert sample_rows(model, [prompt], temperature=0)[0].tokens != ids[3:]
+
+
+@pytest.mark.parametrize("shape", SAMPLE_SHAPES[:2])
+def test_sample_speculation_changes_nothing_and_saves_passes(shape):
+    model, prompts = sample_gpt(noise=0.15, **shape), [[7, 8, 9, 7, 8, 9, 7, 8], [3], [1, 2, 1, 2, 1, 2, 1]]
+    for kw in (dict(temperature=0), dict(temperature=0.7, top_p=0.9), dict(max_new_tokens=90, temperature=0.5)):      # 90 is past the context
+        plain, fast = Counter(), Counter()
+        a = sample_rows(model, prompts, stats=plain, **{**dict(max_new_tokens=50), **kw})
+        b = sample_rows(model, prompts, stats=fast, speculate=5, **{**dict(max_new_tokens=50), **kw})
+        assert [r.tokens for r in a] == [r.tokens for r in b] and [r.finish for r in a] == [r.finish for r in b]
+        for x, y in zip(a, b): assert x.logprobs == pytest.approx(y.logprobs, abs=1e-3)
+        if kw == dict(temperature=0): assert fast["steps"] < plain["steps"]
+
+
+def test_sample_drafts_are_what_followed_the_latest_same_ending():
+    row = sample.Row([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 0, sample_TOK, config.Config())
+    assert row.draft(2) == [4, 9]                   # three alike win over the later two alike
+    for t in (7, 2, 3): row.add(t, 0.0)
+    assert row.draft(3) == [7, 2, 3]
+    row.add(100, 0.0)
+    assert row.draft(3) == []
+
+
+def test_sample_stop_strings_match_over_token_boundaries_and_are_held_back():
+    cfg = config.Config(max_new_tokens=50)
+    for text, stops, want in (("the cat sat on", [b"t s"], "the ca"), ("abcabd!", [b"abd"], "abc"), ("aab", [b"ab", b"aab"], ""),
+                              ("déjà vu", ["à".encode()], "déj"), ("x\n\ny", [b"\n\n"], "x")):
+        for ids in (sample_TOK.encode(text), list(text.encode())):          # merged tokens, and single bytes
+            row, seen = sample.Row([1], 0, sample_TOK, cfg, (), stops), ""
+            for t in ids:
+                if row.finish: break
+                row.add(t, 0.0)
+                assert row.text.startswith(seen), "what was shown is never taken back"
+                seen = row.text
+                assert want.startswith(row.text), "nothing of a stop string is ever shown"
+            assert (row.text, row.finish) == (want, "stop")
+    row = sample.Row([1], 0, sample_TOK, dataclasses.replace(cfg, max_new_tokens=3), (), [b"zzz"])
+    for t in b"azz": row.add(t, 0.0)
+    assert (row.text, row.finish) == ("azz", "length")                      # held back, then shown after all
+
+
+def test_sample_streams_whole_characters_only():
+    row, shown = sample.Row([1], 0, sample_TOK, config.Config()), []
+    for t in "é🙂—ok".encode():
+        row.add(t, 0.0)
+        shown.append(row.text)
+    assert "�" not in "".join(shown) and shown[:6] == ["", "é", "é", "é", "é", "é🙂"]
+    row = sample.Row([1], 0, sample_TOK, config.Config(max_new_tokens=2))
+    for t in "🙂".encode()[:2]: row.add(t, 0.0)
+    assert row.text == "�" and row.finish == "length"                       # the sample ends inside a character
+
+
+def test_sample_reads_stops():
+    eot = sample_TOK.special_tokens["<|endoftext|>"]
+    for text, want in (("", ({eot}, [])), ("a|<|endoftext|>|b c", ({eot}, [b"a", b"b c"])), ("\\n\\n", ({eot}, [b"\n\n"]))):
+        assert sample.read_stops(config.Config(stop=text), sample_TOK) == want
+    for text in ("a||b", "|a", "a|"):
+        with pytest.raises(ValueError, match="empty part"): sample.read_stops(config.Config(stop=text), sample_TOK)
+    with pytest.raises(ValueError, match=re.escape("<|nothing|>")): sample.read_stops(config.Config(stop="<|nothing|>"), sample_TOK)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0])
+def test_sample_beam_search_equals_exhaustive_search(penalty):
+    V, L, end = 4, 4, 2
+    for seed in range(3):
+        model = sample_gpt(seed=seed, vocab_size=V)
+        every = []
+        for n in range(1, L + 1):
+            for seq in itertools.product(range(V), repeat=n):
+                if end in seq[:-1] or n < L and seq[-1] != end: continue
+                logp = model(torch.tensor([[1, 0, *seq]]))[0][0].double().log_softmax(-1)
+                every.append((sum(logp[1 + i, t].item() for i, t in enumerate(seq)) / n ** penalty, list(seq)))
+        every.sort(reverse=True)
+        cfg = config.Config(num_beams=V ** L, temperature=0, max_new_tokens=L, length_penalty=penalty)
+        found = sample.beam_search(model, sample.Row([1, 0], 0, sample_TOK, cfg, {end}), cfg, V)
+        assert [r.tokens for r in found][:20] == [s for _, s in every][:20]
+        assert found[0].score(penalty) == pytest.approx(every[0][0], abs=1e-4)
+        narrow = dataclasses.replace(cfg, num_beams=1)
+        greedy = sample.beam_search(model, sample.Row([1, 0], 0, sample_TOK, narrow), narrow, V)[0].tokens
+        assert greedy == sample_recomputed(model, [1, 0], 0, L, temperature=0)
+
+
+def test_sample_beam_search_wider_is_no_worse_and_passes_the_context():
+    model, best = sample_gpt(vocab_size=280), []
+    for n in (1, 2, 8):
+        cfg = config.Config(num_beams=n, temperature=0, max_new_tokens=12)
+        best.append(sample.beam_search(model, sample.Row([3, 4], 0, sample_TOK, cfg), cfg, 280)[0].score(1.0))
+    assert best[0] <= best[2] + 1e-6
+    cfg = config.Config(num_beams=3, temperature=0, max_new_tokens=90)
+    assert [len(r.tokens) for r in sample.beam_search(model, sample.Row([3, 4], 0, sample_TOK, cfg), cfg, 280)] == [90] * 3
+
+
+def test_sample_window_equals_a_slow_twin():
+    """The rolling cache against one that keeps unrotated keys: attention over the kept ones with positions counted anew."""
+    for pos, kw in (("rope", {}), ("rope", dict(rope_scaling="yarn", rope_factor=2.0))):
+        model = sample_gpt(pos=pos, n_layer=1, block_size=32, **kw)         # one layer: keys depend on the tokens alone
+        rows = sample_rows(model, [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2)
+        for row in rows:
+            kept = list(row.prompt)
+            for t in row.tokens:
+                assert model(torch.tensor([kept]))[0][0, -1, :280].argmax().item() == t
+                if len(kept) == 32: kept = kept[:2] + kept[2 + (32 - 2) // 8:]
+                kept.append(t)
+    for row in sample_rows(sample_gpt(pos="learned", block_size=32), [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2):
+        assert len(row.tokens) == 60
+
+
+def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
+    for pos in ("rope", "learned"):
+        model = sample_gpt(pos=pos, block_size=24)
+        together = sample_rows(model, SAMPLE_PROMPTS, max_new_tokens=50, temperature=0.7)
+        for i, row in enumerate(together):
+            assert sample_rows(model, [row.prompt], [row.seed], max_new_tokens=50, temperature=0.7)[0].tokens == row.tokens
+
+
+def test_sample_static_shapes_give_the_same_text(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)                # the path that a compiler sees, without waiting for one
+    model = sample_gpt()
+    for speculate in (0, 3):
+        a = sample_rows(model, SAMPLE_PROMPTS, max_new_tokens=80, speculate=speculate, ends={7, 8, 9})
+        b = sample_rows(model, SAMPLE_PROMPTS, max_new_tokens=80, speculate=speculate, ends={7, 8, 9}, static=True)
+        assert [r.tokens for r in a] == [r.tokens for r in b]
+
+
+def test_sample_rope_scaling_against_the_papers_formulas():
+    base = dict(n_embd=32, n_head=2, block_size=256)
+    for kind in ("linear", "ntk", "yarn", "llama3"):
+        c = config.GPTConfig(**base, rope_scaling=kind, rope_factor=4.0)
+        for d in range(8):
+            freq, s, trained = 10000 ** (-2 * d / 16), 4.0, 64
+            turns = trained * freq / (2 * math.pi)
+            want = {"linear": freq / s, "ntk": (10000 * s ** (16 / 14)) ** (-2 * d / 16)}.get(kind)
+            if want is None:
+                high = 32 if kind == "yarn" else 4
+                blend = min(max((turns - 1) / (high - 1), 0), 1)
+                want = (1 - blend) * freq / s + blend * freq
+            cos, sin = model_py.rope_table(c)
+            scale = 0.1 * math.log(4) + 1 if kind == "yarn" else 1.0
+            for t in (0, 1, 100, 255):
+                assert cos[t, d].item() == pytest.approx(scale * math.cos(t * want), abs=1e-5) and \
+                    sin[t, d].item() == pytest.approx(scale * math.sin(t * want), abs=1e-5)
+    for bad in (dict(rope_scaling="ntk"), dict(rope_factor=2.0), dict(rope_scaling="ntk", rope_factor=2.0, pos="learned")):
+        with pytest.raises(ValueError, match="belong together"): config.GPTConfig(**base, **bad)
+
+
+def test_sample_int8_is_within_half_a_step_and_keeps_the_loss():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(96, 40), torch.randn(7, 96)
+    q = sample.Int8Linear(linear)
+    bound = (q.scale.float() / 2)[None] * x.abs().sum(-1, keepdim=True)     # each weight is off by at most half a step
+    assert ((q(x) - linear(x)).abs() <= bound + 1e-5).all() and q.weight.dtype == torch.int8
+    exact = torch.nn.functional.linear(x, q.weight.float() * q.scale.float()[:, None], linear.bias)
+    torch.testing.assert_close(q(x), exact, atol=1e-4, rtol=1e-4)
+    for rows in (1, 4, 5):                                                  # the packed kernel and the plain product
+        y = q(x[:rows].bfloat16()).float()
+        torch.testing.assert_close(y, exact[:rows], atol=0.05, rtol=0.02)
+    text = torch.tensor(sample_TOK.encode("the cat sat on the mat, the rat sat on the cat. " * 40))
+    model = model_py.GPT(config.GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=64))
+    opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for i in range(60):
+        at = torch.randint(len(text) - 33, (8,))
+        b = torch.stack([text[j:j + 33] for j in at])
+        b = torch.where(torch.rand(b.shape) < 0.2, torch.randint(280, b.shape), b)       # noise, so that the loss does not go to zero
+        model(b[:, :-1], b[:, 1:])[1].backward()
+        opt.step()
+        opt.zero_grad()
+    def loss(m):
+        logits = m(test[:, :-1])[0]
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), test[:, 1:].flatten()).item()
+    test = text[:33 * 8].view(8, 33)
+    test = torch.where(torch.rand(test.shape) < 0.2, torch.randint(280, test.shape), test)
+    before = loss(model)
+    logits = model(test)[0] if test.shape[1] <= 32 else model(test[:, :32])[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        again = model_py.GPT(model.config)
+        again.load_state_dict(model.state_dict())
+        again = sample.place(again, sample_CPU, dtype, "int8")
+        assert abs(loss(again) / before - 1) < 0.005 and sum(isinstance(m, sample.Int8Linear) for m in again.modules()) == 13
+        assert (again(test[:, :32])[0].float() - logits).abs().max() < (0.05 if dtype == torch.float32 else 0.3) * logits.abs().max()
+
+
+def test_sample_packed_weights_give_the_same_logits():
+    for shape in SAMPLE_SHAPES:
+        model, x = sample_gpt(**shape), torch.randint(280, (3, 11))
+        want = model(x)[0]
+        torch.testing.assert_close(sample.place(model, sample_CPU, torch.float32, pack=True)(x)[0], want, atol=1e-4, rtol=1e-4)
+        model = sample.place(sample_gpt(**shape), sample_CPU, torch.bfloat16, pack=True)
+        assert model(x)[0].dtype == torch.bfloat16 and (model(x)[0].float() - want).abs().max() < 0.15 * want.abs().max()
+        if shape.get("pos") != "learned": assert model.table0.dtype == torch.float32
+
+
+def test_sample_cache_memory_is_the_formula():
+    for kv in (8, 2, 1):
+        c = config.GPTConfig(n_layer=3, n_head=8, n_kv_head=kv, n_embd=64, block_size=128)
+        cache = model_py.KVCache(c, 5, 100, sample_CPU, torch.bfloat16)
+        assert cache.k.nbytes + cache.v.nbytes == 2 * 3 * 5 * 8 * 100 * 8 * 2 * kv // 8
+
+
+def test_sample_only_ids_of_the_tokenizer_are_drawn():
+    model = sample_gpt()
+    with torch.no_grad(): model.lm_head.weight[250:] *= 0
+    model.lm_head.weight[280:] += 5 * model.lm_head.weight[:1]              # the padding of the vocabulary is what it would love to say
+    assert all(t < 260 for r in sample_rows(model, SAMPLE_PROMPTS, limit=260, max_new_tokens=40) for t in r.tokens)
+
+
+def sample_main(capsys, *argv):
+    sample.main(config.load([*argv]))
+    return capsys.readouterr().out
+
+
+def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, capsys):
+    out = f"--out_dir={tmp_path}"
+    sample_checkpoint(tmp_path)
+    (tmp_path / "p.txt").write_text("the cat\non the mat, the\nvu\n")
+    args = [out, "--max_new_tokens=12", "--seed=7"]
+    lines = [json.loads(l) for l in sample_main(capsys, *args, f"--prompts={tmp_path}/p.txt", "--num_samples=2", "--logprobs").splitlines()]
+    assert [(l["prompt"], l["sample"], l["seed"]) for l in lines] == [(p, j, 7 + 2 * i + j) for i, p in
+                                                                     enumerate(("the cat", "on the mat, the", "vu")) for j in range(2)]
+    for l in lines:
+        assert len(l["token_logprobs"]) == l["tokens"] and l["logprob"] == pytest.approx(sum(p for _, p in l["token_logprobs"]))
+        assert sample_main(capsys, out, "--max_new_tokens=12", f"--seed={l['seed']}", f"--start={l['prompt']}") == l["prompt"] + l["text"] + "\n"
+    small = sample_main(capsys, *args, f"--prompts={tmp_path}/p.txt", "--num_samples=2", "--batch_size=1", "--logprobs")
+    assert [json.loads(l)["text"] for l in small.splitlines()] == [l["text"] for l in lines]
+    best = [json.loads(l) for l in sample_main(capsys, *args, "--start=the cat", "--best_of=6", "--num_samples=2", "--logprobs").splitlines()]
+    every = [json.loads(l) for l in sample_main(capsys, *args, "--start=the cat", "--num_samples=6", "--logprobs").splitlines()]
+    mean = lambda l: -l["logprob"] / l["tokens"]
+    assert [b["text"] for b in best] == [e["text"] for e in sorted(every, key=mean)[:2]]
+
+
+def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="train one first"): sample.main(config.load([]))
+    old, new = sample_checkpoint("out/old"), sample_checkpoint("out/new", seed=1)
+    os.utime(old, (1, 1))
+    assert sample.find_checkpoint(config.Config()) == new and sample.find_checkpoint(config.Config(out_dir="out/old")) == old
+    os.utime(new, (0, 0))
+    assert sample.find_checkpoint(config.Config()) == old
+    (tmp_path / "x.txt").write_text("the cat")
+    text = sample_main(capsys, "--start=FILE:x.txt", "--num_samples=3", "--max_new_tokens=8")
+    assert text == sample_main(capsys, "--start=the cat", "--num_samples=3", "--max_new_tokens=8") and text.count("---------------") == 2
+    empty = sample_main(capsys, "--max_new_tokens=8", "--temperature=0")
+    model = sample.load(config.Config())[0]
+    eot = sample_TOK.special_tokens["<|endoftext|>"]
+    assert empty == sample_rows(model, [[eot]], limit=sample_TOK.vocab_size, ends={eot}, temperature=0, max_new_tokens=8)[0].text + "\n"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--start=FILE:missing.txt"], "missing.txt"), (["--start=FILE:empty.txt"], "is empty"), (["--prompts=empty.txt"], "is empty at line 1"),
+    (["--prompts=gap.txt"], "is empty at line 2"), (["--start=FILE:latin.txt"], "not UTF-8"), (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
+    (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"), (["--stop=a||b"], "empty part"),
+    (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"), (["--num_beams=2"], "temperature=0"), (["--out_dir=nowhere"], "no checkpoint in nowhere"),
+    (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"), (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"),
+    (["--sinks=40"], "sinks=40"), (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
+def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = sample_checkpoint("out/good")
+    sample_checkpoint("nameless", tokenizer="")
+    os.mkdir("cut")
+    (tmp_path / "cut" / "ckpt.pt").write_bytes((tmp_path / path).read_bytes()[:5000])
+    for name, data in (("empty.txt", b""), ("gap.txt", b"a\n\nb\n"), ("latin.txt", b"caf\xe9 ol\xe9")): (tmp_path / name).write_bytes(data)
+    with pytest.raises((ValueError, OSError)) as e: sample.main(config.load(argv))
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_sample_command_line_exit_code(tmp_path):
+    r = subprocess.run([sys.executable, os.path.join(sample_HERE, "sample.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 1 and r.stderr.startswith("error: no checkpoint in out/*: train one first") and r.stderr.count("\n") == 1
+
+
+def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkeypatch, capsys):
+    sample_checkpoint(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\n" + "on the rat sat\n" * 6))      # the last lines pass the context
+    fed, hidden = [], model_py.GPT.hidden
+    monkeypatch.setattr(model_py.GPT, "hidden", lambda self, idx, cache=None: (fed.append(idx[0].tolist()), hidden(self, idx, cache))[1])
+    sample_main(capsys, f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0")
+    eot, turns = sample_TOK.special_tokens["<|endoftext|>"], [i for i in fed if len(i) > 1]
+    assert turns[0] == [eot] + sample_TOK.encode("the cat\n") and turns[1][1:] == sample_TOK.encode("the mat\n") and len(turns) == 8
+    model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:fed.index(turns[1]) + 1], [])
+    after = fed[fed.index(turns[1]) + 1][0]         # the first token of the second answer: what the whole text so far calls for
+    assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
+
+
+def test_sample_visualize_is_one_page_with_attention_that_sums_to_one(tmp_path, capsys):
+    sample_checkpoint(tmp_path)
+    sample_main(capsys, f"--out_dir={tmp_path}", "--start=</script> the cat", "--max_new_tokens=9", f"--visualize={tmp_path}/v.html")
+    page = (tmp_path / "v.html").read_text()
+    data = json.loads(re.search(r"const d = (\{.*\}), T =", page).group(1))
+    maps = torch.frombuffer(bytearray(__import__("base64").b64decode(data["maps"])), dtype=torch.uint8)
+    T = len(data["tokens"])
+    maps = maps.view(data["L"], data["H"], T, T).float() / 255
+    assert (maps.sum(-1) - 1).abs().max() < 0.06 and (maps.triu(1) == 0).all() and page.count("</script>") == 1 and "http" not in page
+    model = sample.load(config.Config(out_dir=str(tmp_path)))[0]
+    ids = sample_TOK.encode("</script> the cat")
+    p = model(torch.tensor([ids]))[0][0, :, :sample_TOK.vocab_size].softmax(-1)
+    assert [k["p"] for k in data["tokens"][1:len(ids)]] == pytest.approx([p[i - 1, t].item() for i, t in enumerate(ids)][1:], abs=1e-4)
+    assert "".join(k["t"] for k in data["tokens"]).startswith("</script> the cat")
+
+
+def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path, capsys):
+    sample_checkpoint(tmp_path)
+    for kind in ("linear", "ntk", "yarn", "llama3"):
+        cfg = config.load([f"--out_dir={tmp_path}", f"--rope_scaling={kind}", "--rope_factor=2"])
+        model = sample.load(cfg)[0]
+        assert model.config.block_size == 128 and model(torch.randint(280, (1, 128)))[0].isfinite().all()

@@ -1,0 +1,338 @@
+"""
+Train a GPT: one process or many, from a config to a checkpoint and a first sample.
+
+    python train.py config/stdlib.py                                     # any machine; prepares the data if it is missing
+    python train.py config/shakespeare.py --max_iters=2000 --seed=2      # every knob can be set (--help lists them)
+    torchrun --nproc_per_node=8 train.py config/gpt2_124m.py             # DDP: NCCL on GPUs, gloo on CPUs
+    python train.py config/stdlib.py --init_from=resume                  # go on from out_dir/ckpt.pt, exactly
+
+A step always means tokens_per_step tokens, however many devices share them: batches are a pure function of (seed, step, position),
+so one process and eight see the same data and a resumed run goes on as if it had never stopped.
+Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
+"""
+import contextlib, dataclasses, datetime, json, math, os, shlex, signal, subprocess, sys, time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import config, prepare
+from model import GPT, load_checkpoint, save_checkpoint
+
+# dense bf16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's name counts. Unknown: no MFU.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
+              "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
+
+# ---------------------------------------------------------------------------- data
+
+class Batches:
+    """
+    Blocks of T tokens and the T that follow each, shuffled anew every epoch. An epoch starts at a random offset (the text taken as a
+    ring), cuts the text into len // T blocks and visits each once. Everything is a function of (seed, step, position): nothing to save.
+    """
+    def __init__(self, path, block_size, seed):
+        self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
+        self.n, self.epoch = len(self.data) // block_size, None
+
+    def block(self, number):
+        """The number-th block of the run, counted over all epochs: (T + 1,) token ids."""
+        epoch, i = divmod(number, self.n)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.offset, self.order = epoch, rng.integers(len(self.data)), rng.permutation(self.n)
+        start = (self.offset + int(self.order[i]) * self.T) % len(self.data)
+        return self.data[start:start + self.T + 1] if start + self.T < len(self.data) else \
+            np.take(self.data, range(start, start + self.T + 1), mode="wrap")
+
+    def get(self, first, count, device):
+        """Blocks first .. first + count - 1 as inputs and targets, both (count, T), copied to the device without waiting for it."""
+        return to_device(np.stack([self.block(i) for i in range(first, first + count)]), device)
+
+
+def to_device(blocks, device):
+    """(B, T + 1) uint16 -> inputs and targets, both (B, T) int64 on the device."""
+    tokens = torch.from_numpy(blocks.astype(np.int64))
+    if device.type == "cuda": tokens = tokens.pin_memory().to(device, non_blocking=True)
+    else: tokens = tokens.to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(model, path, cfg, run):
+    """Mean loss in nats per token over the split at `path` (its first eval_tokens), cut into consecutive windows shared by the ranks."""
+    data, T = np.memmap(path, dtype="<u2", mode="r"), cfg.block_size
+    targets = min(len(data) - 1, cfg.eval_tokens or len(data))
+    starts = range(0, targets, T)[run.rank::run.world]
+    total = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    for b in range(0, len(starts), cfg.batch_size):
+        index = np.array(starts[b:b + cfg.batch_size])[:, None] + np.arange(T + 1)
+        x, y = to_device(data[np.minimum(index, targets)], run.device)
+        y = y.masked_fill(torch.from_numpy(index[:, 1:] > targets).to(run.device), -1)      # the last window may reach past the end
+        with run.autocast: loss = model(x, y)[1]
+        n = (y >= 0).sum()
+        total += torch.stack((loss.double() * n, n.double())).cpu()
+    model.train()
+    if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
+    return (total[0] / total[1]).item()
+
+# ---------------------------------------------------------------------------- schedule and machine
+
+def lr_factor(step, cfg):
+    """Learning rate of a step as a part of its peak: linear warm-up, constant, then decay to min_lr_frac over the last decay_frac."""
+    if step < cfg.warmup_iters: return (step + 1) / (cfg.warmup_iters + 1)
+    begin = max(cfg.warmup_iters, round(cfg.max_iters * (1 - cfg.decay_frac)))
+    if step < begin: return 1.0
+    done = min((step - begin) / max(cfg.max_iters - begin, 1), 1.0)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else 1 - done
+    return cfg.min_lr_frac + (1 - cfg.min_lr_frac) * shape
+
+
+class Machine:
+    """Where this process runs: rank and world size, device, dtype, compile; chosen from the config, sensibly where it says auto."""
+    def __init__(self, cfg):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.distributed = "RANK" in os.environ
+        self.device = pick_device(cfg.device, self.local_rank)
+        if self.distributed:
+            if self.device.type == "cuda": torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # a second group on the CPU: what waits for minutes (preparing data) or must not stall the GPU (flags) goes through it
+            self.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        self.dtype = pick_dtype(cfg.dtype, self.device)
+        self.autocast = contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
+        self.compile = self.device.type == "cuda" if cfg.compile is None else cfg.compile
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        self.peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        self.name = name if self.device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+
+    def any(self, flag):
+        """True on every rank if `flag` is true on one: ranks must stop together."""
+        if self.world == 1: return flag
+        flag = torch.tensor(int(flag))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(flag)
+
+    def wait(self):
+        if self.world > 1: dist.barrier(group=self.cpu_group)
+
+
+def pick_device(name, local_rank):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try: device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+    except RuntimeError: raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and device.index < torch.cuda.device_count()):
+        raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device=auto")
+    return device
+
+
+def pick_dtype(name, device):
+    if name != "auto": return getattr(torch, name)
+    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    instructions = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}       # absent before torch 2.12
+    return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else torch.float32
+
+# ---------------------------------------------------------------------------- the run
+
+def gradient_accumulation(cfg, world):
+    """Micro-batches per step and device: tokens_per_step = result * world * batch_size * block_size."""
+    tokens, per_pass = cfg.tokens_per_step or cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.block_size * world
+    if tokens % per_pass:
+        raise ValueError(f"tokens_per_step={tokens} is not a multiple of batch_size * block_size * {world} device(s) = {per_pass}: "
+                         f"set --tokens_per_step={-(-tokens // per_pass) * per_pass} or change batch_size")
+    return tokens // per_pass
+
+
+def prepare_data(cfg, run):
+    """meta.json's contents, after making the dataset where it is missing: rank 0 first, then one process on each machine without it."""
+    for turn in (run.rank == 0, run.local_rank == 0):
+        if turn and not prepare.prepared(cfg):
+            print(f"data/{cfg.dataset} is not there yet: preparing it first", flush=True)
+            prepare.main(cfg)
+        run.wait()
+    meta = prepare.verify(cfg)
+    for split in ("train", "val"):
+        if meta["tokens"][split] <= cfg.block_size:
+            raise ValueError(f"the {split} split of {cfg.dataset} has {meta['tokens'][split]} tokens, block_size is {cfg.block_size}: "
+                             "give more text or set a smaller --block_size" + (" or a larger --val_fraction" if split == "val" else ""))
+    path = os.path.join("data", cfg.dataset, "tokenizer.json")
+    if not os.path.exists(path): return meta, cfg.tokenizer
+    with open(path, encoding="utf-8") as f: return meta, json.load(f)
+
+
+def check_resume(checkpoint, cfg, meta, say):
+    """Say what differs from the run that wrote the checkpoint; another model shape or tokenizer is an error."""
+    shape, new = {f.name for f in dataclasses.fields(config.GPTConfig)} - {"dropout"}, dataclasses.asdict(cfg)
+    changed = {k: f"{k} {old!r} -> {new[k]!r}" for k, old in checkpoint["config"].items() if k in new and new[k] != old and k != "init_from"}
+    if fatal := [text for k, text in changed.items() if k in shape]:
+        raise ValueError(f"cannot resume, the checkpoint's model differs: {', '.join(fatal)}; use its values or another --out_dir")
+    if checkpoint["meta"]["tokenizer_hash"] != meta["tokenizer_hash"]:
+        raise ValueError(f"cannot resume: data/{cfg.dataset} was prepared with another tokenizer than the checkpoint's; prepare it again "
+                         "with that one, or train into another --out_dir")
+    if changed: say("resuming with a changed config: " + ", ".join(changed.values()))
+
+
+def clock(seconds):
+    """12 -> '0:12', 3700 -> '1:01:40'"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+class Log:
+    """log.jsonl in out_dir, one JSON object a line, written by rank 0; a resumed run drops the lines past its checkpoint."""
+    def __init__(self, out_dir, step):
+        self.path = os.path.join(out_dir, "log.jsonl")
+        if not os.path.exists(self.path): return
+        with open(self.path, encoding="utf-8") as f: lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(self.path + ".tmp", "w", encoding="utf-8") as f: f.writelines(lines)
+        os.replace(self.path + ".tmp", self.path)
+
+    def __call__(self, **record):
+        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
+
+
+class Stop:
+    """SIGINT and SIGTERM ask the loop to finish its step and save; a second one stops at once."""
+    def __init__(self, say):
+        self.asked, self.say = False, say
+        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked: raise KeyboardInterrupt
+        self.asked = True
+        self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (once more: stop at once)", flush=True)
+
+
+def main(cfg):
+    run = Machine(cfg)
+    try:
+        out_dir = train(cfg, run)
+        if out_dir and run.rank == 0:       # in a process of its own: what a reader would type, and proof that the checkpoint suffices
+            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py"), f"--out_dir={out_dir}"]
+            subprocess.run(command + ["--max_new_tokens=200", f"--device={run.device.type}"], check=False)
+            print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"")
+    except torch.OutOfMemoryError:
+        raise ValueError(f"out of GPU memory: halve --batch_size ({cfg.batch_size}); tokens_per_step keeps the run the same") from None
+    finally:
+        if run.distributed: dist.destroy_process_group()
+
+
+def train(cfg, run):
+    """The whole run; returns out_dir, or None if it was stopped before its last step."""
+    say = print if run.rank == 0 else lambda *args, **kw: None
+    say(config.show(cfg))
+    accumulate = gradient_accumulation(cfg, run.world)
+    meta, tokenizer = prepare_data(cfg, run)
+    out_dir, data_dir = cfg.out_dir or os.path.join("out", cfg.dataset), os.path.join("data", cfg.dataset)
+    last, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(last)      # by torchrun --max-restarts
+    resume = cfg.init_from == "resume" or restarted
+    if os.path.exists(last) and not resume:
+        raise ValueError(f"{last} exists: go on with --init_from=resume, choose another --out_dir, or delete {out_dir}")
+    run.wait()      # nobody writes before everybody has looked
+
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+    raw_model = GPT(cfg.model()).to(run.device)         # saved, evaluated and sampled as it is, without compile's and DDP's wrappers
+    optimizers = raw_model.configure_optimizers(cfg)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    step, best, seconds, bad = 0, math.inf, 0.0, 0
+    if resume:
+        checkpoint = load_checkpoint(last)
+        check_resume(checkpoint, cfg, meta, say)
+        raw_model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True): optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
+        del checkpoint
+        say(f"resuming {last} at step {step}")
+    backend = raw_model.set_backend()
+    model = torch.compile(raw_model) if run.compile else raw_model
+    if run.world > 1: model = DDP(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+
+    batches = Batches(os.path.join(data_dir, "train.bin"), cfg.block_size, cfg.seed)
+    sequences = accumulate * run.world * cfg.batch_size
+    tokens_per_step, flops = sequences * cfg.block_size, raw_model.estimate_flops()
+    say(f"\n{raw_model.num_params():,} parameters, {flops / 1e6:,.1f} MFLOP a token\n{tokens_per_step:,} tokens a step = {accumulate} x {run.world} "
+        f"device(s) x {cfg.batch_size} x {cfg.block_size}; {cfg.max_iters:,} steps read {cfg.max_iters * tokens_per_step:,} tokens, "
+        f"{cfg.max_iters * tokens_per_step / meta['tokens']['train']:.2f} epochs of {meta['tokens']['train']:,}\n"
+        f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}, attention: {backend}\n")
+    if run.rank == 0:
+        os.makedirs(out_dir, exist_ok=True)
+        with open(os.path.join(out_dir, "config.json"), "w") as f: json.dump(dataclasses.asdict(cfg), f, indent=1)
+    log = Log(out_dir, step) if run.rank == 0 else lambda **record: None
+    stop = Stop(say)
+
+    def save(path):
+        if run.rank == 0:
+            save_checkpoint(path, dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
+                                       step=step, best=best, seconds=seconds, config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer))
+
+    def validate():
+        nonlocal best
+        val = evaluate(raw_model, os.path.join(data_dir, "val.bin"), cfg, run)
+        bpb = val * meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)      # nats per token -> bits per byte
+        log(step=step, tokens=step * tokens_per_step, seconds=seconds, val_loss=val, val_bpb=bpb)
+        say(f"step {step:>6}/{cfg.max_iters} | validation: {val:.4f} nats per token, {bpb:.4f} bits per byte" + (" | best" if val < best else ""), flush=True)
+        if val < best:
+            best = val
+            save(best_path)
+        save(last)
+
+    started, first_step, t = seconds, step, time.time()                     # seconds: spent in steps, over all resumes
+    logged, mark, loss_sum = step, seconds, torch.zeros((), device=run.device)
+    while step < cfg.max_iters:
+        factor = lr_factor(step, cfg)
+        for optimizer, lrs in zip(optimizers, peaks):
+            for group, lr in zip(optimizer.param_groups, lrs): group["lr"] = lr * factor
+        if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)      # so a resumed run drops the same units
+        for micro in range(accumulate):
+            x, y = batches.get(step * sequences + (micro * run.world + run.rank) * cfg.batch_size, cfg.batch_size, run.device)
+            with contextlib.nullcontext() if run.world == 1 or micro == accumulate - 1 else model.no_sync():
+                with run.autocast: loss = model(x, y)[1] / accumulate
+                scaler.scale(loss).backward()       # with DDP the last one averages the gradients over the ranks
+            loss_sum += loss.detach()
+        for optimizer in optimizers: scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf).item()
+        if math.isfinite(norm):
+            for optimizer in optimizers: scaler.step(optimizer)
+            bad = 0
+        else:
+            bad += 1
+            say(f"step {step + 1:>6}/{cfg.max_iters} | gradient norm is {norm}: step skipped, {bad} in a row", flush=True)
+        scaler.update()
+        for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if bad >= cfg.max_bad_steps:
+            raise ValueError(f"{bad} steps in a row had a non-finite gradient: the last good checkpoint is {last}; go on from it with "
+                             "a lower learning rate or --dtype=float32")
+
+        if step % cfg.log_interval == 0 or step == first_step + 1 or step == cfg.max_iters:
+            if run.world > 1: dist.all_reduce(loss_sum)
+            loss_mean, seconds, t = loss_sum.item() / run.world / (step - logged), seconds + time.time() - t, time.time()
+            rate = (step - logged) * tokens_per_step / (seconds - mark)
+            mfu = flops * rate / run.world / run.peak if run.peak else None
+            say(f"step {step:>6}/{cfg.max_iters} | loss {loss_mean:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | {rate:,.0f} tok/s"
+                + (f" | mfu {mfu:.1%}" if mfu else "") + f" | {clock((cfg.max_iters - step) * (seconds - started) / (step - first_step))} left", flush=True)
+            log(step=step, tokens=step * tokens_per_step, seconds=seconds, loss=loss_mean, lr=factor, norm=norm, tok_per_s=rate, mfu=mfu)
+            logged, mark = step, seconds
+            loss_sum.zero_()
+        stopping = run.any(stop.asked)
+        if step % cfg.eval_interval == 0 or step == cfg.max_iters or stopping:
+            seconds += time.time() - t
+            validate() if not stopping or step == cfg.max_iters else save(last)
+            t = time.time()
+        if stopping and step < cfg.max_iters:
+            words = [word for word in sys.argv if word != "--init_from=resume"] + ["--init_from=resume"]
+            say(f"saved {last} at step {step}; go on with: {shlex.join(['python', *words])}")
+            return None
+    say(f"\n{step - first_step} steps in {clock(seconds - started)}, besides evaluation; best validation loss {best:.4f} nats per token: {best_path}\n", flush=True)
+    return out_dir
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,6 +1,10 @@
 """
 Every figure of the README, measured against the peer on the same machine in the same run.
 
+    python bench.py attention                     # flash_attn.py against every backend of torch's SDPA (on a GPU)
+    python bench.py tokenizer [FILE]              # bpe.py against tiktoken, rustbpe and tokenizers, where installed
+    python bench.py sample                        # sample.py against no cache and Hugging Face's generate, batch sizes, int8
+    python bench.py context --out_dir=out/x       # perplexity of a finished run past the context it was trained at
     python bench.py train config/stdlib.py        # step time, tokens/s, MFU: modern and classic, compile, our attention and SDPA
     python bench.py size config/gpt2_124m.py      # parameters, FLOPs, memory, time and compute-optimal tokens before spending any
     python bench.py plot out/a out/b              # loss of several runs against steps, tokens and seconds (needs matplotlib)
@@ -8,12 +12,15 @@ Every figure of the README, measured against the peer on the same machine in the
 
 Speed is a ratio: contestants take turns within one run and the median counts, so a machine that slows down slows all of them.
 """
-import dataclasses, json, math, os, statistics, sys, time
+import argparse, csv, dataclasses, glob, hashlib, importlib.util, json, math, os, resource, statistics, subprocess, sys, sysconfig, tempfile, time
+from collections import Counter
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import config, train as trainer
+import bpe, config, flash_attn, sample as sampler, train as trainer
 from model import GPT
 
 # ---------------------------------------------------------------------------- tools
@@ -174,12 +181,340 @@ def bench_scaling(argv):
     print(f"\nbits per byte = {E:.4f} + {A:.4g} * FLOP^-{a:.4f}")
     table(["compute of the largest run", "predicted bits/byte"], [[f"{k} x", f"{E + A * (k * points[-1][0]) ** -a:.4f}"] for k in (2, 4, 10, 100)])
 
+# ---------------------------------------------------------------------------- attention
+
+def bench_attention(argv, out=os.path.join("out", "bench"), rounds=15):
+    """flash_attn.py against every backend of torch's scaled_dot_product_attention, forward and backward, bf16: median times of runs
+    that take turns, TFLOP/s (4*B*H*T*S*D forward, half if causal, 2.5 times that backward), peak memory, ratios. A table, attention.csv,
+    a plot where matplotlib is there. Without a GPU: what can be said of correctness and memory."""
+    if not torch.cuda.is_available():
+        return bench_attention_cpu()
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+    def sdpa(backend):
+        def attend(q, k, v, causal, window):
+            if window:
+                raise RuntimeError("no sliding window without a T x S mask")
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return attend
+
+    def decode(q, k, v, causal, window):
+        return flash_attn.flash_decode(q, k, v, torch.full((len(q),), k.shape[2], device=device, dtype=torch.int32), window)
+
+    peers = {"ours": lambda q, k, v, causal, window: flash_attn.flash_attention(q, k, v, causal, window),
+             "flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+             "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION), "math": sdpa(SDPBackend.MATH)}
+
+    def milliseconds(f):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        f()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=dtype)
+    for _ in range(3):
+        a @ b
+    peak = 2 * 8192 ** 3 / statistics.median(milliseconds(lambda: a @ b) for _ in range(rounds)) / 1e9
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matrix product 8192^3: {peak:.0f} TFLOP/s")
+    # name, B, H, K, T, S, D, causal, window: 16k tokens in all, 2048 wide
+    cases = [("", max(1, 16384 // T), 2048 // D, 2048 // D, T, T, D, causal, 0)
+             for D in (64, 128) for causal in (True, False) for T in (512, 1024, 2048, 4096, 8192, 16384)]
+    cases += [("GQA 4", 4, 16, 4, 4096, 4096, 128, True, 0), ("window 1024", 1, 16, 16, 16384, 16384, 128, True, 1024),
+              ("decode", 8, 16, 4, 1, 16384, 128, False, 0), ("decode", 1, 16, 4, 1, 65536, 128, False, 0)]
+    print(f"{'':12}{'pass':9}{'B':>3}{'H':>3}{'K':>3}{'T':>6}{'S':>6}{'D':>4} causal  peer       {'ms':>9}{'TFLOP/s':>9}{'% of peak':>10}"
+          f"{'MiB':>8}  ours is faster")
+    rows, L2 = [], torch.empty(2 ** 28, dtype=torch.uint8, device=device)       # written between runs, so that none finds its inputs cached
+    for name, B, H, K, T, S, D, causal, window in cases:
+        q, k, v = [torch.randn(B, length, heads, D, device=device, dtype=dtype).transpose(1, 2).requires_grad_(name != "decode")
+                   for heads, length in ((H, T), (K, S), (K, S))]
+        flops = 4 * B * H * T * (min(window, S) if window else S) * D / (2 if causal and not window else 1)
+        runs = {}
+        for peer, attend in {**peers, **({"ours": decode} if name == "decode" else {})}.items():
+            try:                                                                # backends refuse some cases, and math may not fit
+                forward = lambda attend=attend: attend(q, k, v, causal, window)
+                y = forward()
+                runs[peer, "forward"] = forward
+                if name != "decode":
+                    dy = torch.randn_like(y)
+                    runs[peer, "backward"] = lambda y=y, dy=dy: torch.autograd.grad(y, (q, k, v), dy, retain_graph=True)
+                    runs[peer, "backward"]()
+            except RuntimeError:
+                runs.pop((peer, "forward"), None)
+        times, memory = {key: [] for key in runs}, {}
+        for _ in range(rounds):                                                 # in turns: a slower clock slows all of them
+            for key, f in runs.items():
+                L2.zero_()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                times[key].append(milliseconds(f))
+                memory[key] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+        for (peer, which), ms in sorted(((key, statistics.median(t)) for key, t in times.items()), key=lambda x: x[0][1], reverse=True):
+            rate = flops * (2.5 if which == "backward" else 1) / ms / 1e9
+            ratio = ms / statistics.median(times["ours", which])
+            rows.append(dict(case=name, which=which, B=B, H=H, K=K, T=T, S=S, D=D, causal=causal, window=window, peer=peer, ms=ms,
+                             tflops=rate, of_peak=rate / peak, mib=memory[peer, which], ours_is_faster=ratio))
+            print(f"{name:12}{which:9}{B:3}{H:3}{K:3}{T:6}{S:6}{D:4} {causal!s:6}  {peer:10} {ms:9.3f}{rate:9.1f}{rate / peak:10.1%}"
+                  f"{memory[peer, which]:8.0f}  {ratio:.2f} x", flush=True)
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "attention.csv"), "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {out}/attention.csv")
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no plot: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels = [(which, D, causal) for which in ("forward", "backward") for D in (64, 128) for causal in (True, False)]
+    figure, axes = pyplot.subplots(2, 4, figsize=(18, 8), sharex=True)
+    for axis, (which, D, causal) in zip(axes.flat, panels):
+        for peer in peers:
+            points = [(r["T"], r["tflops"]) for r in rows if (r["case"], r["which"], r["D"], r["causal"], r["peer"]) == ("", which, D, causal, peer)]
+            axis.plot(*zip(*points), marker="o", label=peer) if points else None
+        axis.set(xscale="log", title=f"{which}, D {D}, {'causal' if causal else 'not causal'}", xlabel="T = S", ylabel="TFLOP/s")
+        axis.legend()
+    figure.savefig(os.path.join(out, "attention.png"), dpi=120, bbox_inches="tight")
+    print(f"wrote {out}/attention.png")
+
+
+def bench_attention_cpu():
+    """No GPU: no speed. What each pass keeps of a training step, and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
+    print("no CUDA GPU: speed not measured. Memory a layer keeps from forward to backward beyond q, k, v and the output, B 1, H 12, bf16:")
+    for T in (1024, 4096, 16384):
+        stats = flash_attn.new_stats(torch.empty(1, 12, T, 64, device="meta")).nbytes
+        print(f"  T {T:6}: flash {stats / 2 ** 20:8.2f} MiB   naive {12 * T * T * 2 / 2 ** 20:9.1f} MiB   {12 * T * T * 2 / stats:7.0f} x")
+    q, k, v = torch.randn(3, 1, 2, 150, 64, generator=torch.Generator().manual_seed(0))
+    if flash_attn.why_not(q, k, v):
+        return print("correctness: TRITON_INTERPRET=1 python bench.py attention runs the kernels on the CPU")
+    leaves = [[x.to(t).requires_grad_() for x in (q, k, v)] for t in (torch.float32, torch.float64)]
+    outs = [f(*x) for f, x in zip((flash_attn.flash_attention, flash_attn.attention_ref), leaves)]
+    pairs = [outs, *zip(*[torch.autograd.grad(o.square().sum(), x) for o, x in zip(outs, leaves)])]
+    print("correctness, float32 under the interpreter, largest error over largest value:",
+          *[f"{n} {((a - b).abs().max() / b.abs().max()).item():.1e}" for n, (a, b) in zip(("out", "dq", "dk", "dv"), pairs)])
+
+# ---------------------------------------------------------------------------- the tokenizer
+
+def tokenizer_contender(job, name, path, vocab_size, vocab, started):
+    """One training or encoding, in a process of its own: prints seconds, peak MB, bytes, tokens and a digest of the result as JSON."""
+    def pieces(parts):   # the same for everyone: parts of the file whose words are the words of the whole
+        return (piece.decode() for piece in bpe.cut(parts, bpe.GPT2_SPLIT))
+    def blocks():
+        with open(path, "rb") as f:
+            yield from iter(lambda: f.read(1 << 20), b"")
+    digest, out, size = lambda data: hashlib.sha256(data).hexdigest(), {}, os.path.getsize(path)
+    if job == "train":
+        if name == "bpe.py":
+            tok = bpe.Tokenizer.train([blocks()], int(vocab_size), special_tokens=())
+            tokens = list(tok.vocab.values())
+        elif name == "rustbpe":
+            tok = importlib.import_module(name).Tokenizer()
+            tok.train_from_iterator(pieces(blocks()), int(vocab_size), pattern=bpe.GPT2_SPLIT)
+            tokens = [bytes(t) for t, _ in sorted(tok.get_mergeable_ranks(), key=lambda t: t[1])]
+        else:
+            hf = importlib.import_module(name)
+            tok, tokens = hf.Tokenizer(hf.models.BPE()), []   # no digest: ties go by its own order of bytes (test_all.py renumbers them)
+            tok.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tok.train_from_iterator(pieces(blocks()), hf.trainers.BpeTrainer(
+                vocab_size=int(vocab_size), initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        out["seconds"] = time.time() - float(started)   # the whole process, start-up and reading included
+        out["digest"] = digest(json.dumps([t.hex() for t in tokens]).encode()) if tokens else None
+        if name == "bpe.py":
+            tok.save(vocab)
+    else:
+        ours = bpe.Tokenizer.load(vocab)
+        with open(path, encoding="utf-8", newline="") as f:
+            text = f.read(20_000_000 if name == "tokenizers" else -1)   # the slow one gets a part
+        if name == "bpe.py":
+            run = lambda: ours.encode_batch([text])[0]
+        elif name == "tiktoken":
+            encoding = ours.to_tiktoken()
+            run = lambda: encoding.encode_ordinary(text)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                ours.to_hf(os.path.join(folder, "tokenizer.json"))
+                theirs = importlib.import_module(name).Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+            parts = list(pieces([text]))
+            run = lambda: [i for e in theirs.encode_batch_fast(parts) for i in e.ids]
+        began = time.time()
+        ids = run()
+        out["seconds"], size = time.time() - began, len(text.encode())
+        out["tokens"], out["digest"] = len(ids), digest(np.asarray(ids, np.uint32).tobytes())
+        if name == "tokenizers":
+            out["equal"] = list(ids) == ours.encode(text)
+    print(json.dumps(out | {"bytes": size, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def tree_megabytes(pid):
+    """Memory of a process and its workers now, shared pages counted once (Linux; elsewhere 0)."""
+    try:
+        kids = [kid for path in glob.glob(f"/proc/{pid}/task/*/children") for kid in open(path).read().split()]
+        return sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024 + \
+            sum(map(tree_megabytes, kids))
+    except OSError:   # it has just ended
+        return 0
+
+
+def contend(call, env):
+    """-> what the contender printed, its peak memory raised to that of the whole tree of processes, seen every tenth of a second."""
+    peak, process = 0, subprocess.Popen(call, stdout=subprocess.PIPE, env=env)
+    while process.poll() is None:
+        peak = max(peak, tree_megabytes(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        sys.exit(f"error: {' '.join(call[2:5])} failed")
+    result = json.loads(process.stdout.read())
+    return result | {"MB": max(peak, result["MB"])}
+
+
+def bench_tokenizer(argv):
+    """Training and encoding against tiktoken, rustbpe and tokenizers, whichever is installed: each run a process of its own."""
+    parser = argparse.ArgumentParser(prog="bench.py tokenizer")
+    parser.add_argument("file", nargs="?", help="UTF-8 text (default: Python's own standard library)")
+    parser.add_argument("--vocab_size", default="32000")
+    parser.add_argument("--vocab", help="encode with this tokenizer saved by bpe.py instead of the one trained")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--jobs", default="train,encode")
+    a = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        path = a.file or os.path.join(folder, "stdlib.txt")
+        if not a.file:
+            with open(path, "wb") as out:
+                for name in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
+                    with open(name, "rb") as f:
+                        out.write(f.read().decode("utf-8", "replace").encode())
+        trained = os.path.join(folder, "tok.json")
+        print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB, median of {a.runs}, {os.cpu_count()} cores (encoding: one)")
+        print(f"{'':8}{'':12}{'seconds':>9}{'MB/s':>8}{'peak MB':>9}{'bytes/token':>13}  result")
+        for job, names in ("train", ("bpe.py", "rustbpe", "tokenizers")), ("encode", ("bpe.py", "tiktoken", "tokenizers")):
+            want = None
+            for name in [n for n in names if job in a.jobs and (n == "bpe.py" or importlib.util.find_spec(n))]:
+                vocab = a.vocab if a.vocab and job == "encode" else trained
+                threads = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} if job == "encode" else {}
+                runs = []
+                while len(runs) < a.runs and (not runs or runs[0]["seconds"] < 30):   # the slowest run once
+                    call = [sys.executable, sys.argv[0], "tokenizer-contender", job, name, path, a.vocab_size, vocab, str(time.time())]
+                    runs.append(contend(call, os.environ | threads))
+                r, seconds = runs[0], statistics.median(r["seconds"] for r in runs)
+                want = want or r["digest"]
+                same = r.get("equal", r["digest"] == want) if r["digest"] else None
+                ratio = f"{r['bytes'] / r['tokens']:.3f}" if "tokens" in r else ""
+                print(f"{job:8}{name:12}{seconds:9.2f}{r['bytes'] / 1e6 / seconds:8.1f}{max(r['MB'] for r in runs):9.0f}{ratio:>13}  "
+                      + {None: "not compared", True: "same", False: "DIFFERENT"}[same], flush=True)
+
+# ---------------------------------------------------------------------------- sampling
+
+def bench_sample(argv):
+    """
+    Tokens/s of writing, random weights of the config's size (default: GPT-2 124M), without a cache, with Hugging Face's generate where it
+    is installed, and with ours in float32, bfloat16 and int8; then over batch sizes and prompt lengths. --max_new_tokens, --device.
+    """
+    cfg = config.load(argv or [os.path.join("config", "gpt2_124m_classic.py")])
+    cfg, device, tok = dataclasses.replace(cfg, temperature=1.0, top_k=200), sampler.pick_device(cfg.device), bpe.Tokenizer([])
+    tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
+    n = min(cfg.max_new_tokens, cfg.block_size - 1)
+
+    def ours(model, batch, prompt, n, static=False):
+        c = dataclasses.replace(cfg, max_new_tokens=n)
+        rows, stats = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)], Counter()
+        for _ in sampler.decode(model, rows, c, cfg.vocab_size, stats, static=static): pass
+        return stats
+
+    @torch.inference_mode()
+    def recompute(model, n):                            # nanoGPT's way: the whole text through the model for every token
+        idx = torch.ones(1, 1, dtype=torch.long, device=device)
+        for i in range(n):
+            logits = model.head(model.hidden(idx)[:, -1])
+            idx = torch.cat((idx, sampler.draw(logits, torch.full((1,), 0.5, device=device), cfg)[:, None]), 1)
+        return idx.tolist()
+
+    def seconds(f, *args):
+        start = time.perf_counter()
+        f(*args)
+        return time.perf_counter() - start
+
+    torch.manual_seed(cfg.seed)
+    raw, rows, sweep = GPT(cfg.model()).eval(), [], []
+    kinds = [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")]
+    weights, plain = raw.state_dict(), sampler.place(raw, device, torch.float32)
+    recompute(plain, 8)
+    base = n / seconds(recompute, plain, n)
+    rows.append(("every token anew, as nanoGPT, float32", base, 1.0))
+    try: import transformers
+    except ImportError: print("Hugging Face is left out: pip install transformers")
+    else:
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
+                                          n_layer=cfg.n_layer, n_head=cfg.n_head, bos_token_id=0, eos_token_id=None)).eval().to(device)
+        start = torch.ones(1, 1, dtype=torch.long, device=device)
+        work = lambda k: hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=k, min_new_tokens=k, do_sample=True, top_k=200)
+        work(8)
+        rate = n / seconds(work, n)
+        rows.append(("Hugging Face generate, cached, float32", rate, rate / base))
+    for dtype, quantize in kinds:
+        model = GPT(cfg.model())
+        model.load_state_dict(weights)
+        model = sampler.place(model, device, getattr(torch, dtype), quantize, pack=True)
+        ours(model, 1, 1, 8)
+        rate = n / seconds(ours, model, 1, 1, n)
+        name = f"{dtype}, int8 weights" if quantize == "int8" else dtype
+        rows.append((f"sample.py, {name}", rate, rate / base))
+        for batch, prompt, length in ((1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
+            if prompt + length > cfg.block_size: continue
+            s = ours(model, batch, prompt, length)
+            sweep.append((name, batch, prompt, length, s["prompt_tokens"] / s["prompt_seconds"], s["tokens"] / s["seconds"], s["bytes"] / s["seconds"] / 1e9))
+    print(f"\n{plain.num_params():,} parameters, {n} tokens from one, {device}, {torch.get_num_threads()} CPU threads")
+    table(("", "tokens/s", "times"), rows)
+    print()
+    table(("sample.py", "batch", "prompt", "new", "prefill tok/s", "decode tok/s", "GB/s read"), sweep)
+
+
+@torch.inference_mode()
+def bench_context(argv):
+    """
+    Perplexity of the last tokens before a length, as the length passes the context a finished run was trained at (--out_dir): each RoPE
+    scaling, and the rolling window with and without attention sinks. Columns differ in their text: compare within one.
+    """
+    cfg = config.load(argv)
+    plain, tok, _ = sampler.load(dataclasses.replace(cfg, compile=True, rope_scaling="none", rope_factor=1.0))
+    c, n, rows = plain.config, plain.config.block_size, []
+    data, device = np.memmap(os.path.join("data", cfg.dataset, "val.bin"), dtype="<u2", mode="r"), plain.transformer.wte.weight.device
+    texts = torch.from_numpy(np.stack([data[i:i + 8 * n + 1] for i in np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)]).astype(np.int64)).to(device)
+    lengths, last = (n, 2 * n, 4 * n, 8 * n), n // 2
+
+    def perplexity(logits, length):                     # logits (B, >= last, V) of the tokens up to `length`
+        targets = texts[:, length - last + 1:length + 1]
+        return math.exp(F.cross_entropy(logits[:, -last:].float().flatten(0, 1), targets.flatten()).item())
+
+    for kind in ("none", "linear", "ntk", "yarn", "llama3") if c.pos == "rope" else ():
+        row = [f"rope_scaling={kind}"]
+        for length in lengths:
+            scale = dict(rope_scaling=kind, rope_factor=length / n) if kind != "none" and length > n else {}
+            model = GPT(dataclasses.replace(c, block_size=length, **scale)).eval().to(device)
+            model.load_state_dict(plain.state_dict())
+            row.append(perplexity(model(texts[:, :length])[0], length))
+        rows.append(row)
+    for sinks in (0, 4):
+        cache, filled, kept = sampler.new_cache(plain, len(texts), n), 0, []
+        for t in range(lengths[-1]):
+            if filled == n:
+                filled = [sampler.make_room(plain, cache, r, n, texts[r, :t].tolist(), sinks) for r in range(len(texts))][0]
+                cache.set_lengths([filled] * len(texts))
+            kept, filled = kept[-last + 1:] + [plain(texts[:, t:t + 1], cache=cache)[0]], filled + 1
+            if t + 1 in lengths: rows.append((rows.pop() if t + 1 > n else [f"window, sinks={sinks}"]) + [perplexity(torch.cat(kept, 1), t + 1)])
+    table(["perplexity before"] + [f"{length:,} tokens" for length in lengths], rows)
+
 # ---------------------------------------------------------------------------- the command line
 
-COMMANDS = {"train": bench_train, "size": bench_size, "plot": bench_plot, "scaling": bench_scaling}
+COMMANDS = {"attention": bench_attention, "tokenizer": bench_tokenizer, "sample": bench_sample, "context": bench_context, "train": bench_train,
+            "size": bench_size, "plot": bench_plot, "scaling": bench_scaling}
 
 
 def main(argv):
+    if argv[:1] == ["tokenizer-contender"]: return tokenizer_contender(*argv[1:])       # started by bench_tokenizer
     if not argv or argv[0] not in COMMANDS:
         print(__doc__.strip())
         if argv and argv[0] not in ("-h", "--help"): raise ValueError(f"unknown benchmark {argv[0]!r}: choose {', '.join(COMMANDS)}")

@@ -30,6 +30,7 @@ CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
 BATCH = 1 << 23            # bytes sent to a worker process at once
 PARALLEL_FROM = 1 << 24    # bytes counted before worker processes are started
 CACHE = 1 << 20            # words whose ids the encoder remembers
+HOT = 1024                 # pairs the trainer keeps in sight
 LONG = 256                 # bytes; longer words are rare and are treated apart
 NONE = np.iinfo(np.int32).max
 
@@ -46,7 +47,7 @@ def unicode_classes():
     """Class of every code point, uint8 (0x110000,). Asked of tiktoken's own engine: other Unicode versions differ in 17,000."""
     import tiktoken
     table = np.full(0x110000, OTHER, np.uint8)
-    every = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, 0x110000))))
+    every = np.r_[0:0xD800, 0xE000:0x110000].astype("<u4").tobytes().decode("utf-32-le")
     for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
         plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
         table[np.frombuffer(bytes(plain.encode_ordinary(every)).decode().encode("utf-32-le"), "<u4")] = cls
@@ -388,17 +389,19 @@ def learn_merges(text, lens, counts, n_merges, tell):
     while len(merges) < n_merges:
         tell("merging", len(merges), n_merges, "merges")
         count, key = pairs.count, pairs.key
-        hot = hot[(count[hot] > least) | ((count[hot] == least) & (key[hot] <= last))]
+        c = count[hot]
+        hot = hot[(c > least) | ((c == least) & (key[hot] <= last))]
         if not len(hot):    # take the next few thousand
             c = count[:pairs.n]
-            least = max(1, int(np.partition(c, -2048)[-2048])) if len(c) > 2048 else 1
+            least = max(1, int(np.partition(c, -HOT)[-HOT])) if len(c) > HOT else 1
             ties = np.flatnonzero(c == least)
-            ties = ties[np.argsort(key[ties])][:2048]
+            ties = ties[np.argsort(key[ties])][:HOT]
             hot = np.concatenate([np.flatnonzero(c > least), ties])
             if not len(hot):
                 break       # every word is one token
             last = int(key[ties[-1]]) if len(ties) else -1
-        top = hot if len(hot) <= window else hot[count[hot] >= np.partition(count[hot], -window)[-window]]
+        c = count[hot]
+        top = hot if len(hot) <= window else hot[c >= np.partition(c, -window)[-window]]
         top = top[np.lexsort((key[top], -count[top]))][:min(window, n_merges - len(merges))]
         batch, a, b = [], set(), set()
         for l, r in zip((key[top] >> 32).tolist(), (key[top] & 0xFFFFFFFF).tolist()):

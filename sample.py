@@ -5,13 +5,13 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --start="def main" --num_samples=3 --stop='\n\n' --temperature=0.7 --top_p=0.9
     python sample.py --prompts=prompts.txt --logprobs > out.jsonl    # prompts of any lengths in one batch
     python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8 draws eight and keeps the likeliest
-    python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts looked up in the text
+    python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts looked up; --compile for long runs
     python sample.py --interactive                                  # a conversation that stays in the cache
 
-Row i of a batch draws with seed + i and nothing else, so `--seed=<seed + i>` alone gives the same text, with speculation or without.
+Row i of a batch draws with seed + i and nothing else: `--seed=<seed + i>` alone gives the same text, with speculation or without.
 
     attention sinks, rolling cache     Xiao et al. 2023, arXiv:2309.17453
-    speculation by prompt look-up      Leviathan et al. 2022, arXiv:2211.17192; Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding
+    speculation by prompt look-up      Leviathan et al. 2022, arXiv:2211.17192; Saxena 2023, prompt-lookup-decoding
     repetition penalty                 Keskar et al. 2019, arXiv:1909.05858
     int8, one scale per output row     Dettmers et al. 2022, arXiv:2208.07339, weights only
 
@@ -74,7 +74,8 @@ def place(model, device, dtype, quantize="none", pack=False):
     if quantize == "int8": replace_linear(model, Int8Linear)
     for p in model.parameters(): p.data = p.data.to(dtype)
     model.to(device).requires_grad_(False).eval()
-    if pack and device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available(): replace_linear(model, PackedLinear)
+    onednn = device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()
+    if pack and onednn: replace_linear(model, PackedLinear)
     return model
 
 
@@ -91,7 +92,7 @@ def find_checkpoint(cfg):
     """best.pt or else ckpt.pt of out_dir; without an out_dir of the newest run in out/."""
     found = [p for folder in ([cfg.out_dir] if cfg.out_dir else glob.glob(os.path.join("out", "*")))
              for p in (os.path.join(folder, "best.pt"), os.path.join(folder, "ckpt.pt")) if os.path.isfile(p)]
-    if not found: raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first, e.g. python train.py config/stdlib.py")
+    if not found: raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
     newest = os.path.dirname(max(found, key=os.path.getmtime))
     return next(p for p in found if os.path.dirname(p) == newest)
 
@@ -108,10 +109,10 @@ def load(cfg):
                       block_size=int(shape["block_size"] / shape.get("rope_factor", 1) * cfg.rope_factor))
     model, device = GPT.from_checkpoint(checkpoint, path), pick_device(cfg.device)
     if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model {model.config.vocab_size}: not from one run")
+        raise ValueError(f"{path}: a tokenizer of {tok.vocab_size} tokens, a model of {model.config.vocab_size}: not from one run")
     small = device.type != "cpu" or cfg.quantize == "int8"      # the CPU's int8 kernel multiplies with bfloat16
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
-    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype).removeprefix('torch.')}{', int8 weights' * (cfg.quantize == 'int8')}"
+    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' * (cfg.quantize == 'int8')}"
     return place(model, device, dtype, cfg.quantize, pack=not cfg.compile), tok, about
 
 
@@ -122,7 +123,7 @@ def new_cache(model, rows, length):
 # ---------------------------------------------------------------------------- one continuation
 
 class Row:
-    """One continuation: its prompt and seed, what was drawn so far, and the text that is safe to show. `finish` says why it ended."""
+    """One continuation: its prompt and seed, what was drawn so far, the text that is safe to show; `finish` says why it ended."""
     def __init__(self, prompt, seed, tok, cfg, ends=(), stops=(), fresh=None):
         self.prompt, self.fresh, self.seed, self.tok, self.ends, self.stops = prompt, fresh or prompt, seed, tok, ends, stops
         self.limit, self.tokens, self.logprobs, self.finish = cfg.max_new_tokens, [], [], None
@@ -170,7 +171,7 @@ def draw(logits, u, cfg):
     top = None
     if 0 < cfg.top_k < logits.shape[-1]: logits, top = logits.topk(cfg.top_k)       # from here on k columns, not V
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
-    i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)     # right: never a token of p = 0
+    i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)     # right: never one of p = 0
     return (i if top is None else top.gather(1, i))[:, 0]
 
 
@@ -225,7 +226,7 @@ def make_room(model, cache, row, length, text, sinks, need=1):
 # ---------------------------------------------------------------------------- decoding
 
 def compiled_step(model, cache):
-    """(R, 1) ids -> logits (R, 1, V) by torch.compile, on a GPU replayed as a CUDA graph: the cache stays where it is, so it may be."""
+    """(R, T) ids -> logits (R, T, V) by torch.compile; on a GPU replayed as a CUDA graph, as the cache stays where it is."""
     for t in (cache.k, cache.v, cache.lengths): torch._dynamo.mark_static_address(t)
     return torch.compile(lambda idx, cache: model.head(model.hidden(idx, cache)), dynamic=False,
                          mode="reduce-overhead" if cache.k.device.type == "cuda" else None)
@@ -235,30 +236,29 @@ def compiled_step(model, cache):
 def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     """
     Continue rows (Row objects) together until every one has finished; yields after every step. Only ids below `limit` are drawn.
-    Equal prompts are read once. A row that ends leaves the batch. A given cache holds one row, and the row's `fresh` tokens go behind it.
+    Equal prompts are read once. A row that ends leaves the batch. A given cache holds one row, whose `fresh` tokens go behind it.
     stats: a Counter of tokens, seconds, steps and bytes read, those of the prompts apart. static: compile, with shapes that stay.
     """
     device, clock = model.transformer.wte.weight.device, time.perf_counter()
     texts = list(dict.fromkeys(tuple(r.fresh) for r in rows))
     if cache is None: cache = new_cache(model, len(texts), max(map(len, texts)) + cfg.max_new_tokens)
     for row in rows: row.length = cache.end + len(row.fresh)
-    logits, origin = prefill(model, texts, cache, cfg.prefill_chunk)[:, None, :limit], [texts.index(tuple(r.fresh)) for r in rows]    # (R, 1, V)
+    logits = prefill(model, texts, cache, cfg.prefill_chunk)[:, None, :limit]               # (R, 1, V)
+    origin = [texts.index(tuple(r.fresh)) for r in rows]
     if origin != list(range(len(texts))):
         cache.reorder(origin)
         logits = logits[origin]
     live, drafts, new, cache.static = list(rows), [[] for _ in rows], None, static
     seen = seen_tokens([r.prompt for r in rows], limit, device) if cfg.repetition_penalty != 1 else None
     step = compiled_step(model, cache) if static else lambda idx, cache: model.head(model.hidden(idx, cache))
-    weights = sum(getattr(m, "bytes", 0) or m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
+    matrices = [m for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear))]
+    weights = sum(m.weight.nbytes if isinstance(m, nn.Linear) else m.bytes for m in matrices)
     while True:
         R, T = logits.shape[:2]
         raw = logits.float().flatten(0, 1)                  # (R*T, V)
-        if seen is not None:        # position j has seen what was drawn before it and the drafts before it
-            now = [seen]
-            for j in range(1, T): now.append(now[-1].scatter(1, new[:, j:j + 1], True))
-            logits = penalise(logits, torch.stack(now, 1), cfg.repetition_penalty)
-        u = torch.tensor([r.uniform[len(r.tokens):len(r.tokens) + T] for r in live], device=device).flatten() if cfg.temperature else None
-        picked = draw(logits.flatten(0, 1), u, cfg)         # (R*T)
+        if seen is not None: logits = penalise(logits, seen[:, None], cfg.repetition_penalty)       # what drafts add is seen already
+        u = torch.tensor([r.uniform[len(r.tokens):len(r.tokens) + T] for r in live], device=device)
+        picked = draw(logits.flatten(0, 1), u.flatten(), cfg)                                   # (R*T)
         logp = raw.gather(1, picked[:, None])[:, 0] - raw.logsumexp(-1)
         ids, logp, first = picked.view(R, T).tolist(), logp.view(R, T).tolist(), new is None
         for r, row in enumerate(live):
@@ -268,7 +268,8 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
                 row.add(ids[r][j], logp[r][j])
                 if j == len(drafts[r]) or ids[r][j] != drafts[r][j]: break
             if seen is not None: seen[r, row.tokens[before:]] = True
-            if not first: row.length, stats["tokens"] = row.length + len(row.tokens) - before, stats["tokens"] + len(row.tokens) - before
+            if not first: row.length += len(row.tokens) - before
+            if not first: stats["tokens"] += len(row.tokens) - before
         spent = time.perf_counter() - clock
         stats.update(dict(prompt_seconds=spent, prompt_tokens=sum(map(len, texts))) if first else dict(seconds=spent, steps=1))
         yield
@@ -294,8 +295,8 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
 @torch.inference_mode()
 def beam_search(model, row, cfg, limit):
     """
-    The num_beams best continuations of one prompt as finished Rows, best first, by log-probability / tokens ** length_penalty. Beams
-    share one cache that is reordered, never recomputed; the search ends when no live beam can overtake the worst of the kept.
+    The num_beams best continuations of one prompt as finished Rows, best first, by log-probability / tokens ** length_penalty. The
+    cache is reordered, never recomputed; the search ends when no live beam can overtake the worst of the kept.
     """
     def child(parent, token, logprob):
         row = copy.copy(parent)
@@ -321,7 +322,8 @@ def beam_search(model, row, cfg, limit):
         cache.reorder([b for b, _ in grown])
         beams = [r for _, r in grown]
         if cache.end == cache.max_len:
-            cache.set_lengths([make_room(model, cache, b, cache.end, (r.prompt + r.tokens)[:-1], cfg.sinks) for b, r in enumerate(beams)])
+            full = cache.max_len
+            cache.set_lengths([make_room(model, cache, b, full, (r.prompt + r.tokens)[:-1], cfg.sinks) for b, r in enumerate(beams)])
         logits = model.head(model.hidden(torch.tensor([r.tokens[-1:] for r in beams], device=device), cache)[:, -1])[:, :limit]
 
 # ---------------------------------------------------------------------------- what people type and see
@@ -340,14 +342,16 @@ def read_prompts(cfg, tok, model):
         path = cfg.prompts or cfg.start[5:]
         texts = (read_file(path).split("\n") if cfg.prompts else [read_file(path)]) or [""]
         if cfg.prompts and len(texts) > 1 and not texts[-1]: texts.pop()
-        if not all(texts): raise ValueError(f"{path} is empty" + f" at line {texts.index('') + 1}" * bool(cfg.prompts) + ": a prompt must have text")
-    if not texts[0] and begin is None: raise ValueError(f"the tokenizer has no {ENDOFTEXT} to begin with: give a prompt, --start=...")
+        line = f" at line {texts.index('') + 1}" if cfg.prompts and "" in texts else ""
+        if not all(texts): raise ValueError(f"{path} is empty{line}: a prompt must have text")
+    if not texts[0] and begin is None: raise ValueError(f"the tokenizer has no {ENDOFTEXT} to begin with: give a --start")
     prompts = [tok.encode(t) if t else [begin] for t in texts]
     longest = max(map(len, prompts))
-    if longest > size: raise ValueError(f"prompt has {longest} tokens, block_size is {size}: shorten it or train with a larger block_size")
+    if longest > size:
+        raise ValueError(f"prompt has {longest} tokens, block_size is {size}: shorten it or train with a larger block_size")
     if cfg.past_context == "error" and longest + cfg.max_new_tokens > size:
-        raise ValueError(f"{longest} prompt tokens and max_new_tokens={cfg.max_new_tokens} do not fit block_size={size}: ask for at most "
-                         f"{size - longest}, or --past_context=window")
+        raise ValueError(f"{longest} prompt tokens and max_new_tokens={cfg.max_new_tokens} do not fit block_size={size}: "
+                         f"ask for at most {size - longest}, or --past_context=window")
     return prompts, texts
 
 
@@ -358,13 +362,13 @@ def read_stops(cfg, tok):
         if not stop: raise ValueError(f"stop={cfg.stop!r} has an empty part, which would stop every sample at once")
         if stop in tok.special_tokens: ends.add(tok.special_tokens[stop])
         elif re.fullmatch(r"<\|.*\|>", stop):
-            raise ValueError(f"stop={stop!r} is no special token of this tokenizer; it has {', '.join(tok.special_tokens) or 'none'}")
+            raise ValueError(f"stop={stop!r} is no special token of this tokenizer, which has {list(tok.special_tokens)}")
         else: strings.append(stop.replace("\\n", "\n").replace("\\t", "\t").encode())
     return ends, strings
 
 
-def report(stats, device, say):
-    """Rates of reading and writing, and the memory traffic of decoding against what a plain sum over 256 MB reaches on this machine."""
+def report(stats, device, compiled, say):
+    """Rates of reading and writing, and decoding's memory traffic against what a plain sum over 256 MB reaches here."""
     if not stats["steps"]: return
     x, best = torch.ones(2 ** 26, device=device), math.inf
     for _ in range(5):
@@ -372,9 +376,11 @@ def report(stats, device, say):
         x.sum().item()
         best = min(best, time.perf_counter() - start)
     used, peak = stats["bytes"] / stats["seconds"] / 1e9, x.nbytes / best / 1e9
-    say(f"\nprefill {stats['prompt_tokens']:,} tokens at {stats['prompt_tokens'] / stats['prompt_seconds']:,.0f} tok/s | decode {stats['tokens']:,} at "
-        f"{stats['tokens'] / stats['seconds']:,.1f} tok/s, {stats['tokens'] / stats['steps']:.2f} a pass | weights and cache read at "
-        f"{used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reads here")
+    rate = stats["tokens"] / stats["seconds"]
+    say(f"\nprefill {stats['prompt_tokens']:,} tokens at {stats['prompt_tokens'] / stats['prompt_seconds']:,.0f} tok/s | "
+        f"decode {stats['tokens']:,} at {rate:,.1f} tok/s, {stats['tokens'] / stats['steps']:.2f} a pass"
+        + " (compiling included)" * compiled + f" | weights and cache read at {used:.1f} GB/s, {used / peak:.0%} of the "
+        f"{peak:.1f} GB/s that a plain sum reaches")
 
 
 def interact(model, tok, cfg, limit, ends, stops, say):
@@ -387,7 +393,8 @@ def interact(model, tok, cfg, limit, ends, stops, say):
         except EOFError: return
         need, fed = cache.end + len(fresh) - cache.max_len, text[:len(text) - len(pending)]
         if need > 0:
-            if cfg.past_context == "error": raise ValueError(f"the conversation has filled block_size={cache.max_len}: use --past_context=window")
+            if cfg.past_context == "error":
+                raise ValueError(f"the conversation has filled block_size={cache.max_len}: use --past_context=window")
             cache.set_lengths([make_room(model, cache, 0, cache.end, fed, cfg.sinks, need)])
         row, shown, turn = Row(fed + fresh, cfg.seed + turn, tok, cfg, ends, stops, fresh), 0, turn + 1
         row.length = cache.end
@@ -405,7 +412,7 @@ def interact(model, tok, cfg, limit, ends, stops, say):
 def visualize(model, row, limit, path):
     """Write one self-contained HTML page: every token's probability, its likeliest alternatives, and what each head attended to."""
     c, maps, name = model.config, [], lambda t: row.tok.decode([t])
-    ids = (row.prompt + row.tokens)[:min(c.block_size, math.isqrt(2 ** 24 // (c.n_layer * c.n_head)))]      # the maps take T*T bytes a head
+    ids = (row.prompt + row.tokens)[:min(c.block_size, math.isqrt(2 ** 24 // (c.n_layer * c.n_head)))]      # maps: T*T bytes a head
     def look(attn, args):
         q, k, _ = attn.qkv(*args[:2])                                                           # (1, H, T, D), (1, K, T, D)
         s = q.float() @ k.float().repeat_interleave(c.n_head // c.kv_heads, 1).mT / math.sqrt(c.head_dim)
@@ -415,20 +422,24 @@ def visualize(model, row, limit, path):
     p = model(torch.tensor([ids], device=model.transformer.wte.weight.device))[0][0, :, :limit].float().softmax(-1).cpu()
     for hook in hooks: hook.remove()
     top = [list(zip(map(name, i), v)) for v, i in zip(*(x.tolist() for x in p.topk(min(8, limit))))]
-    tokens = [dict(t=name(t), p=p[i - 1, t].item() if i else None, top=top[i - 1] if i else [], given=i < len(row.prompt)) for i, t in enumerate(ids)]
+    tokens = [dict(t=name(t), p=p[i - 1, t].item() if i else None, top=top[i - 1] if i else [], given=i < len(row.prompt))
+              for i, t in enumerate(ids)]
     data = dict(tokens=tokens, L=c.n_layer, H=c.n_head, maps=base64.b64encode(torch.cat(maps).numpy().tobytes()).decode())
     with open(path, "w", encoding="utf-8") as f: f.write(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c")))
 
 
 PAGE = r"""<!doctype html><meta charset="utf-8"><title>sample.py --visualize</title><style>body{font:15px/1.7 monospace;margin:2em}
-#side,#text{white-space:pre-wrap}#side{position:sticky;top:0;background:#fff;min-height:9em}.given{color:#777}.on{outline:2px solid #c30}</style>
+#side,#text{white-space:pre-wrap}
+#side{position:sticky;top:0;background:#fff;min-height:9em}.given{color:#777}.on{outline:2px solid #c30}</style>
 <div id="side"></div><div id="text"></div><script>
-const d = DATA, T = d.tokens.length, maps = Uint8Array.from(atob(d.maps), c => c.charCodeAt(0)), side = document.getElementById("side");
+const d = DATA, T = d.tokens.length, side = document.getElementById("side");
+const maps = Uint8Array.from(atob(d.maps), c => c.charCodeAt(0));
 let on = -1, at = {layer: 0, head: 0};
 function pick(key, n) { const s = document.createElement("select"); for (let i = 0; i < n; i++) s.add(new Option(i, i));
   s.value = at[key]; s.onchange = () => { at[key] = +s.value; draw(); }; return s; }
-const spans = d.tokens.map((k, i) => { const s = document.createElement("span"); s.textContent = k.t; s.className = k.given ? "given" : "";
-  s.onclick = () => { on = on == i ? -1 : i; draw(); }; document.getElementById("text").append(s); return s; });
+const spans = d.tokens.map((k, i) => { const s = document.createElement("span"); s.textContent = k.t;
+  s.className = k.given ? "given" : ""; s.onclick = () => { on = on == i ? -1 : i; draw(); };
+  document.getElementById("text").append(s); return s; });
 function draw() {
   spans.forEach((s, i) => { s.classList.toggle("on", i == on); const p = d.tokens[i].p;
     s.style.background = on < 0 ? `rgba(230,60,30,${p === null ? 0 : Math.min(1, -Math.log(p + 1e-9) / 8) * .8})`
@@ -445,7 +456,8 @@ def main(cfg):
     device, say = model.transformer.wte.weight.device, lambda *a: print(*a, file=sys.stderr, flush=True)
     limit, stats, (ends, stops) = tok.vocab_size, Counter(), read_stops(cfg, tok)
     prompts, texts = read_prompts(cfg, tok, model)
-    if 2 * cfg.sinks >= model.config.block_size: raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={model.config.block_size}")
+    if 2 * cfg.sinks >= model.config.block_size:
+        raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={model.config.block_size}")
     say(f"{about} | {model.set_backend(training=False)}\n")
     if cfg.interactive: return interact(model, tok, cfg, limit, ends, stops, say)
     beam, draws = cfg.num_beams > 1, 1 if cfg.num_beams > 1 else max(cfg.num_samples, cfg.best_of)
@@ -454,7 +466,7 @@ def main(cfg):
     stream = not as_json and not beam and draws == cfg.num_samples
     if stream: print(texts[0], end="", flush=True)
     for i in range(0, len(rows), cfg.batch_size) if not beam else ():
-        for _ in decode(model, rows[i:i + cfg.batch_size], cfg, limit, stats, static=device.type == "cuda" if cfg.compile is None else cfg.compile):
+        for _ in decode(model, rows[i:i + cfg.batch_size], cfg, limit, stats, static=bool(cfg.compile)):
             while stream and at < len(rows):        # stream the first row that is not done; those behind it catch up in their turn
                 print(rows[at].text[shown:], end="", flush=True)
                 shown = len(rows[at].text)
@@ -465,12 +477,13 @@ def main(cfg):
         best = beam_search(model, rows[i], cfg, limit) if beam else rows[i * draws:(i + 1) * draws]
         if draws > cfg.num_samples: best.sort(key=lambda r: -r.score(cfg.length_penalty))
         for j, row in enumerate(best[:cfg.num_samples]):
-            data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish, logprob=sum(row.logprobs))
+            data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
+                        logprob=sum(row.logprobs))
             if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
             if as_json: print(json.dumps(data, ensure_ascii=False), flush=True)
             elif not stream: print("---------------\n" * (j > 0) + text + row.text, flush=True)
         if cfg.visualize and i == 0: visualize(model, best[0], limit, cfg.visualize)
-    report(stats, device, say)
+    report(stats, device, bool(cfg.compile), say)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Config(GPTConfig):
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the forward pass; weights stay float32 in training
-    compile: bool | None = None     # torch.compile; unset = on CUDA only, where it pays within a minute
+    compile: bool | None = None     # torch.compile; unset = in training on CUDA, where it pays within a minute
     # sampling (sample.py)
     start: str = ""                 # the prompt, or FILE:path; "" = begin with the end-of-text token
     prompts: str = ""               # a file of prompts, one per line: continue them together and print JSON lines
@@ -216,4 +216,4 @@ def run(main, parse=load):
     """What every script's `if __name__ == "__main__"` calls: main(load(argv)), user errors as one line, exit code 1."""
     try: main(parse(sys.argv[1:]))
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
-    except KeyboardInterrupt: sys.exit(130)
+    except KeyboardInterrupt: sys.exit("interrupted")

@@ -101,26 +101,14 @@ def parts(model):
     return count
 
 
-def memory(cfg, n, muon):
-    """
-    Bytes by part for one training process. Weights and gradients are float32; AdamW keeps two more numbers a weight, Muon one.
-    Activations kept for the backward pass, in bfloat16: per layer and token 34*C bytes without an attention matrix
-    (Korthikanti et al. 2022, arXiv:2205.05198, equation 1), scaled to this MLP's width; the logits exist 2048 rows at a time.
-    """
-    per_token = cfg.n_layer * (18 * cfg.n_embd + 4 * cfg.inner * (2 if cfg.mlp == "swiglu" else 1)) * (2 if cfg.dtype == "float32" else 1)
-    return {"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n - 4 * muon, "activations": per_token * cfg.batch_size * cfg.block_size,
-            "logits": 12 * min(2048, cfg.batch_size * cfg.block_size) * cfg.vocab_size}
-
-
 def bench_size(argv):
     cfg = config.load(argv)
     with torch.device("meta"): model = GPT(cfg.model())
     n, flops, count = model.num_params(), model.estimate_flops(), parts(model)
     tokens = cfg.max_iters * (cfg.tokens_per_step or cfg.batch_size * cfg.block_size)
     table(["parameters", "count", "share"], [[k, v, f"{v / n:.1%}"] for k, v in count.items()] + [["all", n, "100.0%"]])
-    muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) if cfg.optimizer == "muon" else 0
     print()
-    parts_of = memory(cfg, n, muon)
+    parts_of = trainer.estimate_memory(cfg, model)
     table(["memory a device", "MiB"], [[k, v / 2 ** 20] for k, v in parts_of.items()] + [["all", sum(parts_of.values()) / 2 ** 20]])
     optimal = 20 * n
     print(f"\n{flops / 1e6:,.1f} MFLOP a token; {tokens:,} tokens in {cfg.max_iters:,} steps: {flops * tokens:.3g} FLOP, {tokens / n:.1f} tokens a parameter\n"

@@ -42,12 +42,12 @@ ASCII = bytes(SPACE if c == 32 else NEWLINE if c in (10, 13) else WHITE if c in 
 MAYBE_WHITE = np.isin(np.arange(256), [*range(9, 14), 32, *range(0x80, 0x8B), 0x9F, 0xA0, 0xA8, 0xA9, 0xAF])   # as last byte
 VISIBLE_SPACE_VISIBLE = re.compile(rb".*[!-~]( )[!-~]", re.S)
 
-@functools.lru_cache(1)
-def unicode_classes():
-    """Class of every code point, uint8 (0x110000,). Asked of tiktoken's own engine: other Unicode versions differ in 17,000."""
+@functools.lru_cache(None)
+def unicode_classes(n=0x110000):
+    """Class of each code point below n, uint8. Asked of tiktoken's own engine: other Unicode versions differ in 17,000 of them."""
     import tiktoken
-    table = np.full(0x110000, OTHER, np.uint8)
-    every = np.r_[0:0xD800, 0xE000:0x110000].astype("<u4").tobytes().decode("utf-32-le")
+    table = np.full(n, OTHER, np.uint8)
+    every = np.r_[0:min(n, 0xD800), 0xE000:max(n, 0xE000)].astype("<u4").tobytes().decode("utf-32-le")
     for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
         plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
         table[np.frombuffer(bytes(plain.encode_ordinary(every)).decode().encode("utf-32-le"), "<u4")] = cls
@@ -66,7 +66,7 @@ def characters(raw, edges, fold):
     size = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
     size[(code >= 0xDC80) & (code < 0xDD00)] = 1   # a byte that is not UTF-8
     first = at[np.cumsum(size) - size]
-    cls[first] = np.where(code < 0x80, cls[first], unicode_classes()[code])
+    cls[first] = np.where(code < 0x80, cls[first], unicode_classes(min(0x110000, 1 << int(code.max()).bit_length()))[code])
     near[:] = True
     near[at], near[first] = False, True
     offset = np.flatnonzero(near)
@@ -390,7 +390,8 @@ def learn_merges(text, lens, counts, n_merges, tell):
         tell("merging", len(merges), n_merges, "merges")
         count, key = pairs.count, pairs.key
         c = count[hot]
-        hot = hot[(c > least) | ((c == least) & (key[hot] <= last))]
+        keep = (c > least) | ((c == least) & (key[hot] <= last))
+        hot, c = hot[keep], c[keep]
         if not len(hot):    # take the next few thousand
             c = count[:pairs.n]
             least = max(1, int(np.partition(c, -HOT)[-HOT])) if len(c) > HOT else 1
@@ -399,8 +400,7 @@ def learn_merges(text, lens, counts, n_merges, tell):
             hot = np.concatenate([np.flatnonzero(c > least), ties])
             if not len(hot):
                 break       # every word is one token
-            last = int(key[ties[-1]]) if len(ties) else -1
-        c = count[hot]
+            last, c = int(key[ties[-1]]) if len(ties) else -1, count[hot]
         top = hot if len(hot) <= window else hot[c >= np.partition(c, -window)[-window]]
         top = top[np.lexsort((key[top], -count[top]))][:min(window, n_merges - len(merges))]
         batch, a, b = [], set(), set()

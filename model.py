@@ -24,6 +24,7 @@ from dataclasses import fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import flash_attn
 from config import GPTConfig
@@ -265,7 +266,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):      # what a block adds to the stream: nothing at first, or GPT-2's 1/sqrt(2L)
                 nn.init.zeros_(p) if config.zero_init else nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
         if config.zero_init: nn.init.zeros_(self.lm_head.weight)
-        self.backend = None
+        self.backend, self.grad_checkpoint = None, False
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -301,7 +302,9 @@ class GPT(nn.Module):
         rope = None
         if self.config.pos == "rope":
             rope = tuple(t[pos] if pos.dim() == 1 else t[pos][:, None] for t in (self.table0, self.table1))
-        for block in self.transformer.h: x = block(x, rope, cache, pos)
+        for block in self.transformer.h:
+            again = self.grad_checkpoint and self.training and cache is None
+            x = checkpoint(block, x, rope, cache, pos, use_reentrant=False) if again else block(x, rope, cache, pos)
         return self.transformer.ln_f(x)
 
     def head(self, x):
@@ -325,6 +328,10 @@ class GPT(nn.Module):
         cfg: a config.Config -> list of optimizers, each parameter in exactly one group. adamw: weight decay on matrices, none on gains
         and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head and the rest to AdamW.
         """
+        make = lambda kind, groups, **kw: kind(groups, **kw)
+        if cfg.shard_optimizer:
+            from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for importing it takes a second
+            make = lambda kind, groups, **kw: ZeroRedundancyOptimizer(groups, kind, **kw)
         blocks, fused = list(self.transformer.h.parameters()), self.lm_head.weight.device.type in ("cuda", "cpu")
         matrices = [p for p in blocks if p.dim() == 2]
         head = [] if self.config.tie_weights else [self.lm_head.weight]
@@ -334,10 +341,10 @@ class GPT(nn.Module):
             groups = [dict(params=matrices + head + embeddings, weight_decay=cfg.weight_decay), dict(params=rest)]
         else:
             groups = [dict(params=embeddings, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr), dict(params=rest)]
-        optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                                        eps=1e-8 if cfg.optimizer == "adamw" else 1e-10, weight_decay=0.0, fused=fused)]
+        optimizers = [make(torch.optim.AdamW, [g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                           eps=1e-8 if cfg.optimizer == "adamw" else 1e-10, weight_decay=0.0, fused=fused)]
         if cfg.optimizer == "muon":
-            optimizers.append(torch.optim.Muon(matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay, momentum=0.95))
+            optimizers.append(make(torch.optim.Muon, matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay, momentum=0.95))
         return optimizers
 
     @torch.inference_mode()

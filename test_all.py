@@ -1891,11 +1891,12 @@ def test_train_truncated_bin_is_refused(monkeypatch, train_dir, tmp_path):
     finally: path.write_bytes(whole)
 
 
-def test_train_one_process_equals_two_ranks(monkeypatch, train_dir, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_train_one_process_equals_two_ranks(monkeypatch, train_dir, tmp_path, shard):
     """4 micro-batches in 1 process = 2 in each of 2 gloo ranks: the same losses, norms and weights up to the order of additions."""
     kw = dict(tokens_per_step=128, batch_size=2, max_iters=10)
     one = train_here(monkeypatch, train_dir, tmp_path, out="one", **kw)
-    out = train_run(train_dir, *train_words(out_dir=tmp_path / "two", **kw), processes=2)
+    out = train_run(train_dir, *train_words(out_dir=tmp_path / "two", shard_optimizer=shard, **kw), processes=2)
     two = model_py.load_checkpoint(str(tmp_path / "two" / "ckpt.pt"))
     assert "2 device(s)" in out and "Traceback" not in out and "saved" not in out
     for a, b in zip(train_log(tmp_path / "one"), train_log(tmp_path / "two"), strict=True):
@@ -1923,6 +1924,55 @@ def test_train_kill_and_sigterm_then_resume(train_dir, tmp_path):
     whole, resumed = (model_py.load_checkpoint(f"{tmp_path}/{name}/ckpt.pt") for name in ("whole", "killed"))
     assert resumed["step"] == 60 and equal_states(whole, resumed)
     assert [r["step"] for r in train_log(tmp_path / "killed") if "loss" in r] == list(range(1, 61))
+
+
+def test_train_rank_killed_under_torchrun_resumes_by_itself(train_dir, tmp_path):
+    words = train_words(max_iters=25, eval_interval=5, batch_size=2, tokens_per_step=64, shard_optimizer=True)
+    train_run(train_dir, *words, f"--out_dir={tmp_path}/whole", processes=2)
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+                            os.path.join(HERE, "train.py"), *words, f"--out_dir={tmp_path}/killed"], cwd=train_dir, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in job.stdout:
+        if line.startswith("step     12"): break
+    children = open(f"/proc/{job.pid}/task/{job.pid}/children").read().split()
+    os.kill(int(children[-1]), 9)
+    rest = job.communicate(timeout=120)[0]
+    assert "resuming" in rest and "at step 10" in rest
+    whole, killed = (model_py.load_checkpoint(f"{tmp_path}/{name}/ckpt.pt") for name in ("whole", "killed"))
+    assert killed["step"] == 25 and equal_states(whole, killed)
+
+
+def test_train_gradient_checkpointing_changes_nothing():
+    idx, grads = torch.randint(61, (2, 17)), []
+    for again in (False, True):
+        model = tiny_gpt(dropout=0.1).train()
+        model.grad_checkpoint = again
+        torch.manual_seed(3)
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True): torch.testing.assert_close(a, b)
+
+
+def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_dir, tmp_path, capsys):
+    train_here(monkeypatch, train_dir, tmp_path, eval_interval=4, keep_checkpoints=2, profile=2, sample_interval=8, grad_checkpoint=True)
+    assert sorted(p for p in os.listdir(tmp_path / "run") if p.startswith("ckpt_")) == ["ckpt_000016.pt", "ckpt_000020.pt"]
+    assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
+    assert "tokens a parameter (Chinchilla" in capsys.readouterr().out
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(ValueError, match="pip install wandb"): train_here(monkeypatch, train_dir, tmp_path, out="w", wandb_log=True)
+    with pytest.raises(ValueError, match="start with torchrun"): train_here(monkeypatch, train_dir, tmp_path, out="z", shard_optimizer=True)
+
+
+def test_train_memory_estimate_counts_optimizer_state(train_dir):
+    """What the optimizers really hold after a step, against the estimate."""
+    for optimizer in ("muon", "adamw"):
+        cfg = config.load(train_words(optimizer=optimizer))
+        model = model_py.GPT(cfg.model())
+        optimizers = model.configure_optimizers(cfg)
+        model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+        for o in optimizers: o.step()
+        held = sum(t.nbytes for o in optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t) and t.dim())
+        assert held == train.estimate_memory(cfg, model)["optimizer"]
 
 
 def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train_dir, tmp_path):

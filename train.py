@@ -10,7 +10,7 @@ A step always means tokens_per_step tokens, however many devices share them: bat
 so one process and eight see the same data and a resumed run goes on as if it had never stopped.
 Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import contextlib, dataclasses, datetime, json, math, os, shlex, signal, subprocess, sys, time
+import contextlib, dataclasses, datetime, glob, itertools, json, math, os, shlex, signal, subprocess, sys, time
 
 import numpy as np
 import torch
@@ -48,6 +48,11 @@ class Batches:
     def get(self, first, count, device):
         """Blocks first .. first + count - 1 as inputs and targets, both (count, T), copied to the device without waiting for it."""
         return to_device(np.stack([self.block(i) for i in range(first, first + count)]), device)
+
+    def stream(self, step, accumulate, batch_size, run):
+        """This rank's micro-batches from `step` on; rank r of W takes batches r, W + r, 2W + r, .. of those that make up a step."""
+        for n in itertools.count(step * accumulate):
+            yield self.get((n * run.world + run.rank) * batch_size, batch_size, run.device)
 
 
 def to_device(blocks, device):
@@ -89,6 +94,17 @@ def lr_factor(step, cfg):
     return cfg.min_lr_frac + (1 - cfg.min_lr_frac) * shape
 
 
+def rendezvous():
+    """
+    Arguments for init_process_group. subtle: torchrun's store outlives a restart and still holds the addresses of the dead processes
+    (pytorch/pytorch#135712), so a restarted run on one machine keeps its keys apart; on several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["WORLD_SIZE"] != env["LOCAL_WORLD_SIZE"]: return {}
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    return dict(store=dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store), rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
+
+
 class Machine:
     """Where this process runs: rank and world size, device, dtype, compile; chosen from the config, sensibly where it says auto."""
     def __init__(self, cfg):
@@ -98,7 +114,7 @@ class Machine:
         self.device = pick_device(cfg.device, self.local_rank)
         if self.distributed:
             if self.device.type == "cuda": torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", **rendezvous())
             # a second group on the CPU: what waits for minutes (preparing data) or must not stall the GPU (flags) goes through it
             self.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
         self.dtype = pick_dtype(cfg.dtype, self.device)
@@ -163,6 +179,34 @@ def prepare_data(cfg, run):
     with open(path, encoding="utf-8") as f: return meta, json.load(f)
 
 
+def estimate_memory(cfg, model, world=1):
+    """
+    Bytes by part for one training process. Weights and gradients are float32; AdamW keeps two more numbers a weight, Muon one.
+    Activations kept for the backward pass: per layer and token 18*C elements outside the MLP and 4 times its width within, a little under
+    the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; the logits exist 2048 rows at a time.
+    """
+    n, rows = model.num_params(), cfg.batch_size * cfg.block_size
+    muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) if cfg.optimizer == "muon" else 0
+    per_layer = 2 * cfg.n_embd if cfg.grad_checkpoint else 18 * cfg.n_embd + 4 * cfg.inner * (2 if cfg.mlp == "swiglu" else 1)
+    return {"weights": 4 * n, "gradients": 4 * n, "optimizer": (8 * n - 4 * muon) // (world if cfg.shard_optimizer else 1),
+            "activations": cfg.n_layer * per_layer * rows * (2 if cfg.dtype == "float32" else 1), "logits": 12 * min(2048, rows) * cfg.vocab_size}
+
+
+def plan(cfg, model, run, accumulate, meta):
+    """What the run is going to be, on a few lines, and a warning if it will not fit the GPU."""
+    flops, n, tokens = model.estimate_flops(), model.num_params(), accumulate * run.world * cfg.batch_size * cfg.block_size
+    memory, total = sum(estimate_memory(cfg, model, run.world).values()), cfg.max_iters * tokens
+    lines = [f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP"
+             + (f", {clock(flops * total / (0.4 * run.peak * run.world))} at 40% of peak" if run.peak else ""),
+             f"{tokens:,} tokens a step = {accumulate} x {run.world} device(s) x {cfg.batch_size} x {cfg.block_size}; {cfg.max_iters:,} steps are "
+             f"{total:,} tokens = {total / meta['tokens']['train']:.2f} epochs of {meta['tokens']['train']:,}",
+             f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {memory / 2 ** 20:,.0f} MiB a device",
+             f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}, "]
+    if run.device.type == "cuda" and memory > (free := torch.cuda.mem_get_info(run.device)[0]):
+        lines.insert(3, f"WARNING: {free / 2 ** 20:,.0f} MiB are free: lower --batch_size, or set --grad_checkpoint")
+    return "\n".join(lines)
+
+
 def check_resume(checkpoint, cfg, meta, say):
     """Say what differs from the run that wrote the checkpoint; another model shape or tokenizer is an error."""
     shape, new = {f.name for f in dataclasses.fields(config.GPTConfig)} - {"dropout"}, dataclasses.asdict(cfg)
@@ -183,8 +227,12 @@ def clock(seconds):
 
 class Log:
     """log.jsonl in out_dir, one JSON object a line, written by rank 0; a resumed run drops the lines past its checkpoint."""
-    def __init__(self, out_dir, step):
-        self.path = os.path.join(out_dir, "log.jsonl")
+    def __init__(self, out_dir, step, cfg):
+        self.path, self.wandb = os.path.join(out_dir, "log.jsonl"), None
+        if cfg.wandb_log:
+            try: import wandb
+            except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
+            self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(out_dir), config=dataclasses.asdict(cfg))
         if not os.path.exists(self.path): return
         with open(self.path, encoding="utf-8") as f: lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
         with open(self.path + ".tmp", "w", encoding="utf-8") as f: f.writelines(lines)
@@ -192,6 +240,7 @@ class Log:
 
     def __call__(self, **record):
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
+        if self.wandb: self.wandb.log(record, step=record["step"])
 
 
 class Stop:
@@ -206,13 +255,18 @@ class Stop:
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (once more: stop at once)", flush=True)
 
 
+def show_sample(out_dir, device):
+    """In a process of its own: what a reader would type, and proof that the checkpoint suffices."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
+    subprocess.run([sys.executable, script, f"--out_dir={out_dir}", "--max_new_tokens=200", f"--device={device.type}"], check=False)
+
+
 def main(cfg):
     run = Machine(cfg)
     try:
         out_dir = train(cfg, run)
-        if out_dir and run.rank == 0:       # in a process of its own: what a reader would type, and proof that the checkpoint suffices
-            command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py"), f"--out_dir={out_dir}"]
-            subprocess.run(command + ["--max_new_tokens=200", f"--device={run.device.type}"], check=False)
+        if out_dir and run.rank == 0:
+            show_sample(out_dir, run.device)
             print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"")
     except torch.OutOfMemoryError:
         raise ValueError(f"out of GPU memory: halve --batch_size ({cfg.batch_size}); tokens_per_step keeps the run the same") from None
@@ -224,6 +278,7 @@ def train(cfg, run):
     """The whole run; returns out_dir, or None if it was stopped before its last step."""
     say = print if run.rank == 0 else lambda *args, **kw: None
     say(config.show(cfg))
+    if cfg.shard_optimizer and run.world == 1: raise ValueError("shard_optimizer shares the state among ranks: start with torchrun, or leave it out")
     accumulate = gradient_accumulation(cfg, run.world)
     meta, tokenizer = prepare_data(cfg, run)
     out_dir, data_dir = cfg.out_dir or os.path.join("out", cfg.dataset), os.path.join("data", cfg.dataset)
@@ -250,25 +305,23 @@ def train(cfg, run):
         step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
         del checkpoint
         say(f"resuming {last} at step {step}")
-    backend = raw_model.set_backend()
+    backend, raw_model.grad_checkpoint = raw_model.set_backend(), cfg.grad_checkpoint
     model = torch.compile(raw_model) if run.compile else raw_model
     if run.world > 1: model = DDP(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
 
     batches = Batches(os.path.join(data_dir, "train.bin"), cfg.block_size, cfg.seed)
-    sequences = accumulate * run.world * cfg.batch_size
-    tokens_per_step, flops = sequences * cfg.block_size, raw_model.estimate_flops()
-    say(f"\n{raw_model.num_params():,} parameters, {flops / 1e6:,.1f} MFLOP a token\n{tokens_per_step:,} tokens a step = {accumulate} x {run.world} "
-        f"device(s) x {cfg.batch_size} x {cfg.block_size}; {cfg.max_iters:,} steps read {cfg.max_iters * tokens_per_step:,} tokens, "
-        f"{cfg.max_iters * tokens_per_step / meta['tokens']['train']:.2f} epochs of {meta['tokens']['train']:,}\n"
-        f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}, attention: {backend}\n")
+    tokens_per_step, flops = accumulate * run.world * cfg.batch_size * cfg.block_size, raw_model.estimate_flops()
+    say(plan(cfg, raw_model, run, accumulate, meta) + f"attention: {backend}\n")
     if run.rank == 0:
         os.makedirs(out_dir, exist_ok=True)
         with open(os.path.join(out_dir, "config.json"), "w") as f: json.dump(dataclasses.asdict(cfg), f, indent=1)
-    log = Log(out_dir, step) if run.rank == 0 else lambda **record: None
+    log = Log(out_dir, step, cfg) if run.rank == 0 else lambda **record: None
     stop = Stop(say)
 
-    def save(path):
-        if run.rank == 0:
+    def save(*paths):
+        if cfg.shard_optimizer:
+            for optimizer in optimizers: optimizer.consolidate_state_dict(to=0)
+        for path in paths if run.rank == 0 else ():
             save_checkpoint(path, dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                                        step=step, best=best, seconds=seconds, config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer))
 
@@ -278,11 +331,17 @@ def train(cfg, run):
         bpb = val * meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)      # nats per token -> bits per byte
         log(step=step, tokens=step * tokens_per_step, seconds=seconds, val_loss=val, val_bpb=bpb)
         say(f"step {step:>6}/{cfg.max_iters} | validation: {val:.4f} nats per token, {bpb:.4f} bits per byte" + (" | best" if val < best else ""), flush=True)
-        if val < best:
-            best = val
-            save(best_path)
-        save(last)
+        kept = [os.path.join(out_dir, f"ckpt_{step:06d}.pt")] if cfg.keep_checkpoints else []
+        better, best = val < best, min(val, best)
+        save(*([best_path] if better else []), last, *kept)
+        if kept and run.rank == 0:
+            for old in sorted(glob.glob(os.path.join(out_dir, "ckpt_*.pt")))[:-cfg.keep_checkpoints]: os.remove(old)
 
+    profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1), on_trace_ready=lambda p:
+        p.export_chrome_trace(os.path.join(out_dir, "trace.json"))) if cfg.profile and run.rank == 0 else None
+    if profiler: profiler.start()
+    feed = batches.stream(step, accumulate, cfg.batch_size, run)
+    x, y = next(feed)
     started, first_step, t = seconds, step, time.time()                     # seconds: spent in steps, over all resumes
     logged, mark, loss_sum = step, seconds, torch.zeros((), device=run.device)
     while step < cfg.max_iters:
@@ -291,9 +350,9 @@ def train(cfg, run):
             for group, lr in zip(optimizer.param_groups, lrs): group["lr"] = lr * factor
         if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)      # so a resumed run drops the same units
         for micro in range(accumulate):
-            x, y = batches.get(step * sequences + (micro * run.world + run.rank) * cfg.batch_size, cfg.batch_size, run.device)
             with contextlib.nullcontext() if run.world == 1 or micro == accumulate - 1 else model.no_sync():
                 with run.autocast: loss = model(x, y)[1] / accumulate
+                x, y = next(feed)                   # read and copied while the device is busy with this one
                 scaler.scale(loss).backward()       # with DDP the last one averages the gradients over the ranks
             loss_sum += loss.detach()
         for optimizer in optimizers: scaler.unscale_(optimizer)
@@ -307,6 +366,7 @@ def train(cfg, run):
         scaler.update()
         for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
         step += 1
+        if profiler: profiler.step()
         if bad >= cfg.max_bad_steps:
             raise ValueError(f"{bad} steps in a row had a non-finite gradient: the last good checkpoint is {last}; go on from it with "
                              "a lower learning rate or --dtype=float32")
@@ -322,9 +382,11 @@ def train(cfg, run):
             logged, mark = step, seconds
             loss_sum.zero_()
         stopping = run.any(stop.asked)
-        if step % cfg.eval_interval == 0 or step == cfg.max_iters or stopping:
+        sampling = cfg.sample_interval and step % cfg.sample_interval == 0
+        if step % cfg.eval_interval == 0 or step == cfg.max_iters or stopping or sampling:
             seconds += time.time() - t
             validate() if not stopping or step == cfg.max_iters else save(last)
+            if run.rank == 0 and sampling and step < cfg.max_iters: show_sample(out_dir, run.device)
             t = time.time()
         if stopping and step < cfg.max_iters:
             words = [word for word in sys.argv if word != "--init_from=resume"] + ["--init_from=resume"]

@@ -84,6 +84,11 @@ class Config(GPTConfig):
     eval_interval: int = 250        # steps between evaluations and checkpoints
     eval_tokens: int = 0            # validation tokens per evaluation, the same every time; 0 = the whole split
     log_interval: int = 10          # steps between log lines
+    sample_interval: int = 0        # steps between samples printed during training; 0 = only at the end
+    keep_checkpoints: int = 0       # besides ckpt.pt and best.pt keep ckpt_<step>.pt of so many of the last evaluations
+    wandb_log: bool = False         # log to Weights & Biases, too
+    wandb_project: str = "gpt"      # its project; the run is named after out_dir
+    profile: int = 0                # trace so many steps, after three to warm up, into out_dir/trace.json (chrome://tracing)
     seed: int = 1337                # of initialisation, batches and sampling
     # optimizer (model.py, train.py)
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest
@@ -103,6 +108,8 @@ class Config(GPTConfig):
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the forward pass; weights stay float32 in training
+    grad_checkpoint: bool = False   # keep only each block's input and compute its activations again in the backward pass: less memory
+    shard_optimizer: bool = False   # torchrun: each rank keeps a part of the optimizer state (ZeRO stage 1, arXiv:1910.02054)
     compile: bool | None = None     # torch.compile; unset = in training on CUDA, where it pays within a minute
     # sampling (sample.py)
     start: str = ""                 # the prompt, or FILE:path; "" = begin with the end-of-text token
@@ -133,7 +140,7 @@ class Config(GPTConfig):
                      "num_beams", "best_of", "prefill_chunk"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("tokens_per_step", "eval_tokens", "workers", "warmup_iters", "temperature", "top_k", "weight_decay", "grad_clip",
-                     "length_penalty", "sinks", "speculate"):
+                     "length_penalty", "sinks", "speculate", "sample_interval", "keep_checkpoints", "profile"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("min_lr_frac", "min_p", "decay_frac", "beta1", "beta2"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be between 0 and 1")

@@ -298,18 +298,19 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
     if job == "train":
         if name == "bpe.py":
             tok = bpe.Tokenizer.train([blocks()], int(vocab_size), special_tokens=())
-            tokens = list(tok.vocab.values())
         elif name == "rustbpe":
             tok = importlib.import_module(name).Tokenizer()
             tok.train_from_iterator(pieces(blocks()), int(vocab_size), pattern=bpe.GPT2_SPLIT)
-            tokens = [bytes(t) for t, _ in sorted(tok.get_mergeable_ranks(), key=lambda t: t[1])]
         else:
             hf = importlib.import_module(name)
-            tok, tokens = hf.Tokenizer(hf.models.BPE()), []   # no digest: ties go by its own order of bytes (test_all.py renumbers them)
+            tok = hf.Tokenizer(hf.models.BPE())
             tok.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
             tok.train_from_iterator(pieces(blocks()), hf.trainers.BpeTrainer(
                 vocab_size=int(vocab_size), initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
         out["seconds"] = time.time() - float(started)   # the whole process, start-up and reading included
+        tokens = list(tok.vocab.values()) if name == "bpe.py" else sorted(tok.get_mergeable_ranks(), key=lambda t: t[1]) \
+            if name == "rustbpe" else []   # Hugging Face breaks ties by its own order of the bytes: test_all.py compares, renumbered
+        tokens = [bytes(t if name == "bpe.py" else t[0]) for t in tokens]
         out["digest"] = digest(json.dumps([t.hex() for t in tokens]).encode()) if tokens else None
         if name == "bpe.py":
             tok.save(vocab)
@@ -324,7 +325,8 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
             run = lambda: encoding.encode_ordinary(text)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                ours.to_hf(os.path.join(folder, "tokenizer.json"))
+                plain = bpe.Tokenizer(ours.merges, ours.pattern, {}, ours.ids)   # theirs would find special tokens in the text
+                plain.to_hf(os.path.join(folder, "tokenizer.json"))
                 theirs = importlib.import_module(name).Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
             parts = list(pieces([text]))
             run = lambda: [i for e in theirs.encode_batch_fast(parts) for i in e.ids]

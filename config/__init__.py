@@ -223,4 +223,6 @@ def run(main, parse=load):
     """What every script's `if __name__ == "__main__"` calls: main(load(argv)), user errors as one line, exit code 1."""
     try: main(parse(sys.argv[1:]))
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
-    except KeyboardInterrupt: sys.exit("interrupted")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1920,6 +1920,7 @@ def test_train_kill_and_sigterm_then_resume(train_dir, tmp_path):
     for line in job.stdout:
         if line.startswith("step     33"): break
     job.terminate()
+    job.terminate()         # a launcher's echo
     rest = job.communicate(timeout=60)[0]
     assert "SIGTERM: finishing this step" in rest and "--init_from=resume" in rest and job.returncode == 0
     train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", "--init_from=resume")

@@ -244,14 +244,18 @@ class Log:
 
 
 class Stop:
-    """SIGINT and SIGTERM ask the loop to finish its step and save; a second one stops at once."""
+    """
+    SIGINT and SIGTERM ask the loop to finish its step and save; another one later stops at once. `asked`: when, in seconds, or 0.
+    subtle: on Ctrl-C torchrun signals its workers, which have had the terminal's signal already, so an echo within 3 seconds does not count.
+    """
     def __init__(self, say):
-        self.asked, self.say = False, say
+        self.asked, self.say = 0.0, say
         for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self.asked: raise KeyboardInterrupt
-        self.asked = True
+        if self.asked and time.time() - self.asked > 3: raise KeyboardInterrupt
+        if self.asked: return
+        self.asked = time.time()
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (once more: stop at once)", flush=True)
 
 
@@ -381,7 +385,7 @@ def train(cfg, run):
             log(step=step, tokens=step * tokens_per_step, seconds=seconds, loss=loss_mean, lr=factor, norm=norm, tok_per_s=rate, mfu=mfu)
             logged, mark = step, seconds
             loss_sum.zero_()
-        stopping = run.any(stop.asked)
+        stopping = run.any(bool(stop.asked))
         sampling = cfg.sample_interval and step % cfg.sample_interval == 0
         if step % cfg.eval_interval == 0 or step == cfg.max_iters or stopping or sampling:
             seconds += time.time() - t
@@ -390,7 +394,7 @@ def train(cfg, run):
             t = time.time()
         if stopping and step < cfg.max_iters:
             words = [word for word in sys.argv if word != "--init_from=resume"] + ["--init_from=resume"]
-            say(f"saved {last} at step {step}; go on with: {shlex.join(['python', *words])}")
+            say(f"saved {last} at step {step}; go on with: {'torchrun [its options]' if run.distributed else 'python'} {shlex.join(words)}")
             return None
     say(f"\n{step - first_step} steps in {clock(seconds - started)}, besides evaluation; best validation loss {best:.4f} nats per token: {best_path}\n", flush=True)
     return out_dir

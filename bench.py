@@ -23,7 +23,7 @@ if sys.argv[1:2] != ["tokenizer-contender"]:        # whose seconds count from i
     from torch.nn import functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import flash_attn, sample as sampler, train as trainer
-    from model import GPT
+    from model import GPT, pick_device
 
 # ---------------------------------------------------------------------------- tools
 
@@ -413,7 +413,7 @@ def bench_sample(argv):
     is installed, and with ours in float32, bfloat16 and int8; then over batch sizes and prompt lengths. --max_new_tokens, --device.
     """
     cfg = config.load(argv or [os.path.join("config", "gpt2_124m_classic.py")])
-    cfg, device, tok = dataclasses.replace(cfg, temperature=1.0, top_k=200), sampler.pick_device(cfg.device), bpe.Tokenizer([])
+    cfg, device, tok = dataclasses.replace(cfg, temperature=1.0, top_k=200), pick_device(cfg.device), bpe.Tokenizer([])
     tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
     n = min(cfg.max_new_tokens, cfg.block_size - 1)
 

@@ -396,7 +396,7 @@ def tiled(x, rows, options):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, options["WIDTH"]]) if options["TMA"] else x
 
 def forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, arch):
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    (B, H, T, _), (K, S) = q.shape, k.shape[1:3]
     M, N, options = tile_options("forward", arch, copy_engine(arch, q, k, v), q)
     options.update(CAUSAL=causal, WINDOW=0 < window < S, DOC=doc_start is not None)
     doc = lse if doc_start is None else doc_start                       # never read without documents, but it must be a pointer

@@ -397,7 +397,17 @@ def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
     return logits
 
-# ---------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------- devices and checkpoints
+
+def pick_device(name, local_rank=0):
+    """torch.device of the knob `device`; auto prefers CUDA, then MPS; plain cuda is this rank's GPU. ValueError for what is not there."""
+    if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try: device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+    except RuntimeError: raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device=auto")
+    return device
+
 
 def save_checkpoint(path, checkpoint):
     """torch.save that leaves the old file or the new one, never half a file: temporary name, fsync, rename. OSError says what to do."""

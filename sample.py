@@ -25,7 +25,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import bpe, config
-from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint
+from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, pick_device
 
 ENDOFTEXT = "<|endoftext|>"
 
@@ -77,15 +77,6 @@ def place(model, device, dtype, quantize="none", pack=False):
     onednn = device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()
     if pack and onednn: replace_linear(model, PackedLinear)
     return model
-
-
-def pick_device(name):
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try: device = torch.device(name)
-    except RuntimeError: raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device=auto")
-    return device
 
 
 def find_checkpoint(cfg):

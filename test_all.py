@@ -823,7 +823,7 @@ def test_bpe_memory_of_a_stream_is_bounded(monkeypatch):
         for i in range(200):
             taken += 1
             yield "a b c d " * 125
-    count_words, number = bpe.count_words, bpe.Words.number
+    number = bpe.Words.number
     monkeypatch.setattr(bpe.Words, "number", lambda self, *a: (counted.append(taken), number(self, *a))[1])
     Tokenizer.train(docs(), 258, workers=2)
     assert max(b - a for a, b in zip(counted, counted[1:])) <= 2 and counted[0] <= 8 and len(counted) >= 195
@@ -953,7 +953,6 @@ def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
     docs = [prepare_text(i, r.randrange(1, 900)).encode() for i in range(20)]
     docs += [b"\xe6\x9d\xb1\xe4\xba\xac" * 400, b"a" * 3000, b"\xff" * 2500, b" \r\n" * 900, ("word\u3000" * 300).encode()]
     prepare_files("in", {f"{i:02d}.txt": doc for i, doc in enumerate(docs)} | {"99.txt": docs[0], "98.txt": docs[3]})
-    results = []
     for unit in (300, 1 << 20):                 # bytes: from many pieces a document to all in one unit
         monkeypatch.setattr(prepare, "UNIT", unit)
         monkeypatch.setattr(bpe, "CHUNK", 1 + unit // 3)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import config, prepare
-from model import GPT, load_checkpoint, save_checkpoint
+from model import GPT, load_checkpoint, pick_device, save_checkpoint
 
 # dense bf16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's name counts. Unknown: no MFU.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
@@ -133,16 +133,6 @@ class Machine:
 
     def wait(self):
         if self.world > 1: dist.barrier(group=self.cpu_group)
-
-
-def pick_device(name, local_rank):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try: device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-    except RuntimeError: raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and not (torch.cuda.is_available() and device.index < torch.cuda.device_count()):
-        raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device=auto")
-    return device
 
 
 def pick_dtype(name, device):

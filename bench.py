@@ -54,15 +54,11 @@ def read_log(folder):
 
 # ---------------------------------------------------------------------------- training
 
-CLASSIC = dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True, zero_init=False, logit_softcap=0.0,
-               optimizer="adamw", n_kv_head=0, n_inner=0)
-
-
 def bench_train(argv):
     """One optimizer step of the config's size, modern and classic, compile on and off, our attention and SDPA."""
     cfg = config.load(argv)
     machine = trainer.Machine(cfg)
-    variants = {"modern": cfg, "classic (GPT-2, AdamW)": dataclasses.replace(cfg, **CLASSIC)}
+    variants = {"modern": cfg, "classic (GPT-2, AdamW)": config.load(argv + [os.path.join(os.path.dirname(os.path.abspath(__file__)), "config", "classic.py")])}
     contestants, flops, peaks = {}, {}, {}
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), device=machine.device)
     for name, c in variants.items():

@@ -214,32 +214,38 @@ class Block(nn.Module):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: 2048 rows of them exist at a time, and
+    Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: `rows` of them exist at a time, and
     their gradient, softmax - onehot, is turned into dx and dW at once, so the backward pass only scales. x (N, C), W (V, C), targets (N) with
     -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, rows=2048):
+    def forward(ctx, x, weight, targets, cap, rows=None):
+        rows = rows or (2048 if x.is_cuda else 512)             # on a CPU few enough to stay in its cache, a fifth faster
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x, w, train = x.to(dtype), weight.to(dtype), any(ctx.needs_input_grad)
         with torch.autocast(x.device.type, enabled=False):
-            valid = targets >= 0
-            count, total = valid.sum().clamp(min=1), torch.zeros((), device=x.device)
+            share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)                          # (N) of each row in the mean
+            loss = torch.zeros((), device=x.device)
             dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if train else (None, None)
             for i in range(0, len(x), rows):
-                part, ok, t = x[i:i + rows], valid[i:i + rows], targets[i:i + rows].clamp(min=0)
-                logits = (part @ w.T).float()                                                   # (rows, V)
-                if cap: logits = cap * torch.tanh(logits / cap)
-                logp = logits.log_softmax(-1)
-                total -= torch.where(ok, logp.gather(1, t[:, None])[:, 0], 0.0).sum()
+                part, k, t = x[i:i + rows], share[i:i + rows, None], targets[i:i + rows, None].clamp(min=0)     # k, t (rows, 1)
+                logits = (part @ w.T).float()                                                   # (rows, V), from here on in place
+                if cap:
+                    logits.div_(cap).tanh_()
+                    slope = 1 - logits.square()                                                 # tanh' = 1 - tanh^2
+                    logits *= cap
+                logits -= logits.amax(-1, keepdim=True)
+                right, p = logits.gather(1, t), logits.exp_()
+                total = p.sum(-1, keepdim=True)
+                loss += (k * (total.log() - right)).sum()
                 if train:
-                    g = logp.exp_().scatter_add_(1, t[:, None], torch.full_like(logp[:, :1], -1.0)).mul_((ok / count)[:, None])
-                    if cap: g *= 1 - (logits / cap).square()                                    # tanh' = 1 - tanh^2
+                    g = p.mul_(k / total).scatter_add_(1, t, -k)
+                    if cap: g *= slope
                     g = g.to(dtype)
                     dx[i:i + rows] = g @ w
                     dw += g.T @ part
         ctx.save_for_backward(dx, dw)
-        return total / count
+        return loss
 
     @staticmethod
     def backward(ctx, scale):

@@ -25,6 +25,9 @@ GPT4_SPLIT = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^
 # what tiktoken itself writes: for GPT-2 the same; for GPT-4 (cl100k_base) white space at the end of the text is one word
 GPT2_TIKTOKEN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 CL100K_SPLIT = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+# Qwen's: as GPT-4's, but every digit is a word; and how Llama 3 writes GPT-4's
+QWEN_SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+SAME_SPLIT = {GPT2_TIKTOKEN: GPT2_SPLIT, QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
 CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
 BATCH = 1 << 23            # bytes sent to a worker process at once
@@ -41,6 +44,7 @@ ASCII = bytes(SPACE if c == 32 else NEWLINE if c in (10, 13) else WHITE if c in 
               else LETTER if 65 <= c <= 90 or 97 <= c <= 122 else OTHER for c in range(256))
 MAYBE_WHITE = np.isin(np.arange(256), [*range(9, 14), 32, *range(0x80, 0x8B), 0x9F, 0xA0, 0xA8, 0xA9, 0xAF])   # as last byte
 VISIBLE_SPACE_VISIBLE = re.compile(rb".*[!-~]( )[!-~]", re.S)
+LAST_ASCII = re.compile(rb".*([\x00-\x7f])", re.S)
 
 @functools.lru_cache(None)
 def unicode_classes(n=0x110000):
@@ -92,8 +96,8 @@ def split_gpt2(c, letter):
     start[at + 1], start[end] = False, True
     return start
 
-def split_gpt4(c, letter, trailing):
-    """The same for GPT-4's patterns; trailing: white space at the end of a text is one word."""
+def split_gpt4(c, letter, trailing, digits):
+    """The same for GPT-4's patterns. trailing: white space at the end of a text is one word; a number has up to so many digits."""
     before, after, start = c[:-1], c[1:], np.ones(len(c), bool)
     start[1:] = (before != after) & np.where(
         after == NEWLINE, (before > NEWLINE) & (before != OTHER),   # punctuation takes the newlines that follow it
@@ -112,7 +116,7 @@ def split_gpt4(c, letter, trailing):
     start[contractions(start, letter, True)[1]] = True
     digit = np.flatnonzero(c == NUMBER)
     i = np.arange(len(digit))
-    start[digit] = (i - np.maximum.accumulate(np.where(start[digit], i, 0))) % 3 == 0
+    start[digit] = (i - np.maximum.accumulate(np.where(start[digit], i, 0))) % digits == 0
     return start
 
 def split(texts, pattern):
@@ -120,7 +124,7 @@ def split(texts, pattern):
     raw = b"".join([part for text in texts for part in (text, b"\n")])
     edges = np.cumsum([len(text) + 1 for text in texts]) - 1   # the "\n" put in after each text: they belong to no word
     c, letter, offset = characters(raw, edges, pattern != GPT2_SPLIT)
-    start = split_gpt2(c, letter) if pattern == GPT2_SPLIT else split_gpt4(c, letter, pattern == CL100K_SPLIT)
+    start = split_gpt2(c, letter) if pattern == GPT2_SPLIT else split_gpt4(c, letter, pattern == CL100K_SPLIT, 1 if pattern == QWEN_SPLIT else 3)
     edge = edges if offset is None else np.flatnonzero(c == EDGE)
     start[edge] = start[edge[:-1] + 1] = True
     starts = np.flatnonzero(start) if offset is None else offset[start]
@@ -159,6 +163,18 @@ def cut(blocks, pattern):
             want = max(CHUNK, n + 1) if at else 2 * n
     yield b"".join(held)
 
+def normalized(blocks):
+    """The parts of one text, in Unicode's normal form C. No character composes with ASCII after it: the text may be cut before ASCII."""
+    import unicodedata
+    held = []
+    for block in itertools.chain(map(as_bytes, blocks), [None]):
+        last = block and LAST_ASCII.match(block)
+        if block is None or last:
+            text = b"".join(held) + (block[:last.start(1)] if last else b"")
+            yield unicodedata.normalize("NFC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+            held, block = [], block[last.start(1):] if last else b""
+        held.append(block)
+
 def groups(pieces, size):
     """Lists of consecutive pieces, about `size` bytes each."""
     group, n = [], 0
@@ -196,7 +212,7 @@ def word_keys(raw, starts, lens):
     keys = (load(starts) & KEEP[np.minimum(lens, 8)]) | lens.astype(U) << U(56)
     for i in range(0, min(LONG, int(lens.max(initial=0))), 8):
         go = np.flatnonzero(lens > max(i, 7))
-        h = ((keys[go] if i else lens[go].astype(U)) ^ (load(starts[go] + i) & KEEP[np.minimum(lens[go] - i, 8)])) * MIX[0]
+        h = ((keys[go] if i else lens[go].astype(U) * MIX[2]) ^ (load(starts[go] + i) & KEEP[np.minimum(lens[go] - i, 8)])) * MIX[0]
         keys[go] = ((h ^ h >> U(32)) * MIX[1]) | U(1 << 63)
     for i in np.flatnonzero(lens > LONG):
         keys[i] = hash(raw[starts[i]:starts[i] + lens[i]]) & (1 << 63) - 1 | 1 << 63
@@ -471,28 +487,34 @@ class Tokenizer:
 
     merges: list of (left id, right id). special_tokens: dict text -> id. ids: the id of every byte and then of every merge, None for
     0, 1, 2, ... vocab_size: the number of ids a model needs, special tokens included. hash: identifies all these and the pattern.
+    normalizer: None, or "NFC", which encoding applies to the text first. A vocabulary made otherwise than by merging (Llama 3's in part)
+    may have tokens to which the tokens before them do not lead: the "merge" is the three or more parts where that ends, and tiktoken's
+    engine merges the words.
     """
 
-    def __init__(self, merges, pattern=GPT2_SPLIT, special_tokens=(), ids=None):
+    def __init__(self, merges, pattern=GPT2_SPLIT, special_tokens=(), ids=None, normalizer=None):
         n = 256 + len(merges)
         number = np.arange(n) if ids is None else np.array(ids, np.int64)
         if not isinstance(special_tokens, dict):
             special_tokens = {t: int(number.max()) + 1 + i for i, t in enumerate(dict.fromkeys(special_tokens))}
-        pattern = GPT2_SPLIT if pattern == GPT2_TIKTOKEN else pattern
-        if pattern not in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT):
+        pattern = SAME_SPLIT.get(pattern, pattern)
+        if pattern not in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, QWEN_SPLIT):
             raise ValueError(f"split pattern {pattern!r} is not supported: use bpe.GPT2_SPLIT or bpe.GPT4_SPLIT")
+        if normalizer not in (None, "NFC"):
+            raise ValueError(f"normalizer {normalizer!r} is not supported: None or 'NFC'")
         inside = {j: i for i, j in enumerate(number.tolist())}
-        pairs = [(inside.get(a, n), inside.get(b, n)) for a, b in merges]
-        if any(max(p) >= 256 + i for i, p in enumerate(pairs)) or len(set(pairs)) < len(pairs):
+        pairs = [tuple(inside.get(part, n) for part in m) for m in merges]
+        if any(len(p) < 2 or max(p) >= 256 + i for i, p in enumerate(pairs)) or len(set(pairs)) < len(pairs):
             raise ValueError("damaged merges: each must be a new pair of ids that are bytes or earlier merges")
         taken = {*inside, *special_tokens.values()}
         if len(number) != n or len(taken) != n + len(special_tokens) or min(taken) < 0 or "" in special_tokens:
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
-        self.pattern, self.special_tokens, self.vocab_size = pattern, special_tokens, max(taken) + 1
+        self.pattern, self.normalizer, self.special_tokens, self.vocab_size = pattern, normalizer, special_tokens, max(taken) + 1
         self.merges, self.ids = [tuple(m) for m in merges], None if (number == np.arange(n)).all() else number.tolist()
         self._number = number.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self._table = Table()    # of merges
-        self._table.add(np.array([a << 32 | b for a, b in pairs], U))
+        self._table.add(np.array([p[0] << 32 | p[1] for p in pairs], U))
+        self._engine = self.to_tiktoken() if any(len(p) > 2 for p in pairs) else None
         self._forget()
 
     @classmethod
@@ -527,6 +549,15 @@ class Tokenizer:
         self._words, self._tokens, self._used = Words(), np.zeros(4096, self._number.dtype), 0
         self._begin, self._size = np.zeros(4096, np.int64), np.zeros(4096, np.int64)
 
+    def _merge(self, text, lens):
+        """Words end to end -> (their ids end to end, number of ids of each)."""
+        if not self._engine:
+            tokens, size = merge_words(self._table, text, lens)
+            return self._number[tokens], size
+        raw, end = text.tobytes(), np.cumsum(lens).tolist()
+        ids = [self._engine._encode_single_piece(raw[i:j]) for i, j in zip([0, *end], end)]
+        return np.array(list(itertools.chain(*ids)), self._number.dtype), np.array(list(map(len, ids)), np.int64)
+
     def _encode(self, pieces):
         """Pieces of text -> an array of ids for each, in order. The new words of several chunks are merged together."""
         for batch in groups(pieces, 8 * CHUNK):
@@ -536,15 +567,18 @@ class Tokenizer:
             for group in groups(batch, CHUNK):
                 *words, ends = split(group, self.pattern)
                 chunks.append((self._words.number(*words), ends))
-            tokens, size = merge_words(self._table, *self._words.new())
+            tokens, size = self._merge(*self._words.new())
             n, used = self._words.table.n, self._used + len(tokens)
             self._begin, self._size, self._tokens = room(self._begin, n), room(self._size, n), room(self._tokens, used)
             self._begin[old:n], self._size[old:n] = self._used + np.cumsum(size) - size, size
-            self._tokens[self._used:used], self._used = self._number[tokens], used
+            self._tokens[self._used:used], self._used = tokens, used
             for number, ends in chunks:
                 size = self._size[number]
                 ids = gather(self._tokens, self._begin[number], size)
                 yield from np.split(ids, np.append(0, np.cumsum(size))[ends[:-1]])
+
+    def _cut(self, blocks):
+        return cut(normalized(blocks) if self.normalizer else blocks, self.pattern)
 
     def _parts(self, text, special):
         """[ordinary, special token, ordinary, ...] as bytes."""
@@ -571,7 +605,7 @@ class Tokenizer:
         def pieces():
             for text in texts:
                 sizes.append(0)
-                for piece in cut([text], self.pattern):
+                for piece in self._cut([text]):
                     sizes[-1] += 1
                     yield piece
         arrays = iter(list(self._encode(pieces())))
@@ -579,15 +613,15 @@ class Tokenizer:
 
     def encode_iterable(self, lines):
         """Parts of one text (str or bytes; an open file, say) -> its ids one by one, as of the whole text, in bounded memory."""
-        for ids in self._encode(cut(lines, self.pattern)):
+        for ids in self._encode(self._cut(lines)):
             yield from ids.tolist()
 
     @functools.cached_property
     def vocab(self):
         """dict id -> bytes of every token."""
         vocab = {i: bytes([b]) for b, i in enumerate(self._number[:256].tolist())}
-        for (left, right), i in zip(self.merges, self._number[256:].tolist()):
-            vocab[i] = vocab[left] + vocab[right]
+        for parts, i in zip(self.merges, self._number[256:].tolist()):
+            vocab[i] = b"".join(map(vocab.get, parts))
         return vocab | {i: as_bytes(t) for t, i in self.special_tokens.items()}
 
     def decode_bytes(self, ids):
@@ -614,12 +648,13 @@ class Tokenizer:
 
     def to_dict(self):
         d = {"pattern": self.pattern, "special_tokens": dict(self.special_tokens), "ids": self.ids, "merges": list(map(list, self.merges))}
+        d |= {"normalizer": self.normalizer} if self.normalizer else {}
         return d | {"hash": hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()}
 
     @classmethod
     def from_dict(cls, d):
         try:
-            tok, said = cls(d["merges"], d["pattern"], dict(d["special_tokens"]), d["ids"]), d["hash"]
+            tok, said = cls(d["merges"], d["pattern"], dict(d["special_tokens"]), d["ids"], d.get("normalizer")), d["hash"]
         except (KeyError, TypeError, OverflowError) as e:
             raise ValueError(f"not a tokenizer of bpe.py: {type(e).__name__} {e}") from None
         if tok.hash != said:
@@ -645,29 +680,38 @@ class Tokenizer:
         order = self._number[256:].tolist()
         if order != sorted(order):
             raise ValueError("tiktoken merges in the order of ids, and this vocabulary's ids are not in the order of its merges")
+        if self.normalizer:
+            raise ValueError(f"tiktoken does not normalize, and this tokenizer normalizes to {self.normalizer}: use to_hf")
         return tiktoken.Encoding(f"bpe-{self.hash[:8]}", pat_str=self.pattern, special_tokens=self.special_tokens,
                                  mergeable_ranks={self.vocab[i]: i for i in self._number.tolist()})
 
     @classmethod
     def from_tiktoken(cls, source, pattern=GPT2_SPLIT, special_tokens=()):
-        """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line). Merges are
-        found again by merging each token's bytes as far as the tokens of lower rank go: two parts are left."""
+        """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line)."""
         if hasattr(source, "_mergeable_ranks"):
             rank, pattern, special_tokens = source._mergeable_ranks, source._pat_str, source._special_tokens
         else:
             rank = read(source, lambda text: {base64.b64decode(t, validate=True): int(r) for t, r in map(str.split, text.splitlines())})
+        return cls._from_ranks(rank, pattern, special_tokens)
+
+    @classmethod
+    def _from_ranks(cls, rank, pattern, special_tokens, normalizer=None):
+        """rank: dict token -> id. Merges are found again by merging each token's bytes as far as the tokens before it go: if these came
+        by merging, two parts are left."""
         order, merges = sorted((t for t in rank if len(t) > 1), key=rank.get), []
         try:
             for token in order:
-                parts = [token[i:i + 1] for i in range(len(token))]
+                parts, below = [token[i:i + 1] for i in range(len(token))], rank[token]
                 while len(parts) > 2:
-                    i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], NONE))
+                    best, i = min((rank.get(a + b, NONE), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+                    if best >= below:
+                        break
                     parts[i:i + 2] = [parts[i] + parts[i + 1]]
-                merges.append((rank[parts[0]], rank[parts[1]]))
+                merges.append(tuple(rank[part] for part in parts))
             ids = [rank[bytes([i])] for i in range(256)] + [rank[t] for t in order]
         except KeyError as e:
             raise ValueError(f"not a byte-level BPE vocabulary: it has no token {e.args[0]!r}") from None
-        return cls(merges, pattern, special_tokens, ids)
+        return cls(merges, pattern, special_tokens, ids, normalizer)
 
     @classmethod
     def gpt2(cls):
@@ -680,12 +724,12 @@ class Tokenizer:
                              "Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
 
     @classmethod
-    def _from_letters(cls, merges, vocab, pattern, special_tokens):
+    def _from_letters(cls, merges, vocab, pattern, special_tokens, normalizer=None):
         """Merges as pairs of strings in GPT-2's letters; vocab: dict from such strings to ids."""
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
         try:
             ids = [vocab[letter] for _, letter in sorted(gpt2_letters().items())] + [vocab[a + b] for a, b in merges]
-            return cls([(vocab[a], vocab[b]) for a, b in merges], pattern, special_tokens, ids)
+            return cls([(vocab[a], vocab[b]) for a, b in merges], pattern, special_tokens, ids, normalizer)
         except KeyError as e:
             raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
 
@@ -702,31 +746,57 @@ class Tokenizer:
     def to_hf(self, path):
         """Write a Hugging Face tokenizer.json."""
         name = {i: "".join(gpt2_letters()[b] for b in self.vocab[i]) for i in self._number.tolist()}
+        merges = splits({self.vocab[i]: i for i in name}) if self._engine else self.merges
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
         regex = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
                  for t, i in self.special_tokens.items()]
         write_json(path, {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "post_processor": None,
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": None,
+            "normalizer": {"type": self.normalizer} if self.normalizer else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [level] if level["use_regex"] else [regex, level]}, "decoder": level,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": {t: i for i, t in name.items()},
-                      "merges": [[name[a], name[b]] for a, b in self.merges]}})
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": bool(self._engine), "vocab": {t: i for i, t in name.items()},
+                      "merges": [[name[a], name[b]] for a, b in merges]}})
 
     @classmethod
     def from_hf(cls, path):
-        """Read a Hugging Face tokenizer.json with byte-level BPE and a pattern that __init__ takes."""
+        """Read a Hugging Face tokenizer.json: byte-level BPE with a pattern that __init__ takes (GPT-2, Llama 3, Qwen, ...). Added tokens
+        become special tokens; what a post-processor adds, such as a first token, is the caller's to add."""
         def parse(text):
             d = json.loads(text)
-            model, steps = d["model"], d["pre_tokenizer"]
-            steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+            model, norm, steps = d["model"], d.get("normalizer"), d.get("pre_tokenizer") or {}
+            steps = [s for s in steps.get("pretokenizers", [steps]) if s]
             level = [s for s in steps if s["type"] == "ByteLevel"]
-            pattern = [s["pattern"]["Regex"] for s in steps if s["type"] == "Split"] + [GPT2_SPLIT for s in level if s["use_regex"]]
-            if model["type"] != "BPE" or len(level) != 1 or len(pattern) != 1 or d["normalizer"] or level[0]["add_prefix_space"]:
-                raise ValueError("only byte-level BPE with one split pattern and no normalizer or prefix space can be read")
-            special = {t["content"]: t["id"] for t in d["added_tokens"]}
-            return cls._from_letters(model["merges"], model["vocab"] | special, pattern[0], special)
+            kind = model.get("type", "BPE" if "merges" in model else "unnamed")
+            wrong = [f"a model of type {kind}"] * (kind != "BPE") + [f"a {s['type']} pre-tokenizer" for s in steps if s["type"] not in (
+                "Split", "ByteLevel")] + ["byte_fallback, SentencePiece's way"] * bool(model.get("byte_fallback")) + \
+                [f"a normalizer of type {norm and norm['type']}"] * (norm is not None and norm["type"] != "NFC") + \
+                ["no ByteLevel pre-tokenizer"] * (len(level) != 1) + ["a prefix space"] * any(s["add_prefix_space"] for s in level) + \
+                [f"{key}={model[key]!r}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+            pattern = [s["pattern"].get("Regex") for s in steps if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
+            pattern += [GPT2_SPLIT for s in level if s.get("use_regex", True)]
+            if wrong or len(pattern) != 1:
+                raise ValueError(f"it has {' and '.join(wrong) or 'not one split pattern'}; only byte-level BPE with one pattern can be read, "
+                                 "with NFC or no normalizer")
+            special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
+            vocab, rest = model["vocab"] | special, (pattern[0], special, norm and norm["type"])
+            if not model.get("ignore_merges"):
+                return cls._from_letters(model["merges"], vocab, *rest)
+            # Words are looked up first, as tiktoken does; it has no list of merges, so the file's must be what tiktoken would do.
+            byte = {letter: bytes([b]) for b, letter in gpt2_letters().items()}
+            rank = {b"".join(byte[c] for c in t): i for t, i in vocab.items() if t not in special}
+            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            tok, made = cls._from_ranks(rank, *rest), [vocab[a + b] for a, b in merges]
+            if made != sorted(made) or {(vocab[a], vocab[b]) for a, b in merges} not in ({*tok.merges}, {*splits(rank)}):
+                raise ValueError("ignore_merges with merges that are not those of its ids, in their order, cannot be read")
+            return tok
         return read(path, parse)
+
+def splits(vocab):
+    """dict token -> id: every two tokens that make a third, (left id, right id) -> id of the third, in the order of the thirds."""
+    return {(vocab[t[:i]], vocab[t[i:]]): vocab[t] for t in sorted(vocab, key=vocab.get) for i in range(1, len(t))
+            if t[:i] in vocab and t[i:] in vocab}
 
 @functools.lru_cache(1)
 def gpt2_letters():

@@ -553,6 +553,13 @@ def test_bpe_hash_collisions_of_slots_and_growth():
     assert (table.find(keys + np.uint64(1 << 63)) == -1).all()
 
 
+def test_bpe_long_words_that_differ_in_length_and_one_letter():
+    """The length takes part in a long word's hash, and so does every letter: one must not make up for the other."""
+    words = [bytes([a]) + b"." * n + bytes(z) for a in range(33, 48) for n in range(7, 24) for z in range(1, 4)]
+    raw, lens = b"".join(words), np.array(list(map(len, words)))
+    assert len(set(bpe.word_keys(raw, np.cumsum(lens) - lens, lens).tolist())) == len(set(words))
+
+
 def test_bpe_cache_is_bounded(monkeypatch):
     tok = Tokenizer.train(["the cat sat on the mat " * 5], 280, workers=1)
     texts = [" ".join(str(i * j) for i in range(50)) for j in range(40)]
@@ -687,19 +694,90 @@ def test_bpe_hugging_face_peer(tmp_path, pattern):
 
 
 def test_bpe_hugging_face_refused(tmp_path):
-    path = str(tmp_path / "tokenizer.json")
+    path = tmp_path / "tokenizer.json"
     tok = Tokenizer.train(["ab ab"], 258)
     tok.to_hf(path)
     good = json.load(open(path))
-    for change in (lambda d: d["model"].update(type="WordPiece"), lambda d: d.pop("model"), lambda d: d.update(normalizer={"type": "NFC"}),
-                   lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), lambda d: d["model"]["vocab"].pop("a"),
-                   lambda d: d.update(pre_tokenizer=None), lambda d: d["model"].update(merges=["a"])):
+    for change in (lambda d: d.pop("model"), lambda d: d["model"]["vocab"].pop("a"), lambda d: d["model"].update(merges=["a"])):
         bad = json.loads(json.dumps(good))
         change(bad)
-        with open(path, "w") as f:
-            json.dump(bad, f)
+        path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match="tokenizer.json"):
             Tokenizer.from_hf(path)
+
+
+@pytest.mark.parametrize("named, change", [
+    ("WordPiece", lambda d: d["model"].update(type="WordPiece")), ("Unigram", lambda d: d["model"].update(type="Unigram")),
+    ("byte_fallback", lambda d: (d["model"].update(byte_fallback=True), d.update(pre_tokenizer=None))),         # Llama 2
+    ("Metaspace", lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "_"})), ("NFKC", lambda d: d.update(normalizer={"type": "NFKC"})),
+    ("no ByteLevel", lambda d: d.update(pre_tokenizer=None)), ("prefix space", lambda d: d["pre_tokenizer"].update(add_prefix_space=True)),
+    ("Digits", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, d["pre_tokenizer"]]})),
+    ("ignore_merges", lambda d: d["model"].update(ignore_merges=True, merges=d["model"]["merges"][::-1]))])
+def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
+    Tokenizer.train(["ab ab"], 258, special_tokens=()).to_hf(tmp_path / "tokenizer.json")
+    d = json.loads((tmp_path / "tokenizer.json").read_text())
+    d["pre_tokenizer"] = d["pre_tokenizer"]["pretokenizers"][0]    # as GPT-2's own file has it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+    assert len(Tokenizer.from_hf(tmp_path / "tokenizer.json").merges) == 2
+    change(d)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{named}"):
+        Tokenizer.from_hf(tmp_path / "tokenizer.json")
+
+
+def test_bpe_llama_and_qwen_files_peer(tmp_path):
+    """Llama 3: every split of a token as a merge, words looked up first, and tokens that merging does not lead to. Qwen: single digits, NFC."""
+    tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
+    rng, path = random.Random(9), tmp_path / "tokenizer.json"
+    tok = Tokenizer.train([open(random.__file__).read() + "é中文 नमस्ते e\u0301 " * 20], 800, GPT4_SPLIT, ("<|bos|>", "<|eot|>"))
+    tok.to_hf(path)
+    d, letters = json.loads(path.read_text()), bpe.gpt2_letters()
+    split = d["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+
+    def same(texts):
+        path.write_text(json.dumps(d))
+        ours, theirs = Tokenizer.from_hf(path), tokenizers.Tokenizer.from_file(str(path))
+        for text in texts:
+            assert ours.encode(text) == theirs.encode(text).ids, text
+            data = text.encode()
+            assert list(ours.encode_iterable(data[i:i + 3] for i in range(0, len(data), 3))) == ours.encode(text)
+        ours.save(tmp_path / "ours.json")
+        ours.to_hf(path)
+        assert Tokenizer.from_hf(path).hash == ours.hash == Tokenizer.load(tmp_path / "ours.json").hash != tok.hash
+        theirs = tokenizers.Tokenizer.from_file(str(path))
+        assert all(ours.encode(text) == theirs.encode(text).ids for text in texts)
+        return ours
+    split["Regex"], d["normalizer"] = bpe.QWEN_SPLIT, {"type": "NFC"}
+    composed = ["e", "\u0301", "\u0323", " ", "中", "1", "23", "\u1100", "\u1161", "\u11a8", "\u0958", "\u212b", "a", "\n", "'S", "\u0344"]
+    texts = ["".join(rng.choices(composed, k=rng.randint(1, 40))) for _ in range(300)] + [bpe_random_text(rng, 60) for _ in range(200)]
+    qwen = same(texts)
+    assert qwen.normalizer == "NFC" and qwen.decode(qwen.encode("e\u0301")) == "é"
+    with pytest.raises(ValueError, match="NFC"):
+        qwen.to_tiktoken()
+    extra = [b" integersX", "नमस्".encode(), b"zqzqz", b"zqzq", b"zqzqzk", b"def randrangex", b"aaaaa", b"aaa", b"aa", b"rnge", b"xrnge", b"nge"]
+    rank = {tok.vocab[i]: i for i in range(tok.vocab_size - 2)}
+    for token in extra:
+        rank.setdefault(token, len(rank))
+    name = {t: "".join(letters[b] for b in t) for t in rank}
+    merges = [(t[:i], t[i:]) for t in rank for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
+    split["Regex"], d["normalizer"] = bpe.QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"), None
+    d["model"] |= {"vocab": {name[t]: i for t, i in rank.items()}, "merges": [f"{name[a]} {name[b]}" for a, b in merges], "ignore_merges": True}
+    d["added_tokens"] = [t | {"id": len(rank) + i} for i, t in enumerate(d["added_tokens"])]
+    pieces = [t.decode(errors="ignore") for t in extra] + ["zq", "qz", "a" * 13, "rnge ", "x", " "]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(500)] + [bpe_random_text(rng, 60) for _ in range(200)]
+    llama = same(texts + ["x".join(texts[:100]).replace(" ", "")])
+    assert llama.pattern == GPT4_SPLIT and any(len(m) > 2 for m in llama.merges)
+    engine = llama.to_tiktoken()
+    assert all(llama.encode(text) == engine.encode_ordinary(text) for text in texts) and Tokenizer.from_tiktoken(engine).merges == llama.merges
+
+
+def test_bpe_auto_tokenizer_peer(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    tok = Tokenizer.train(["the cat sat on the mat, the cat sat"], 275, GPT4_SPLIT)
+    tok.to_hf(tmp_path / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the cat, 1234 é\n <|endoftext|>sat"
+    assert theirs.encode(text) == tok.encode(text, "all") and theirs.decode(tok.encode(text)) == text
 
 
 def test_bpe_gpt2_files(tmp_path):

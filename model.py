@@ -4,7 +4,7 @@ A GPT in one file: the modern one by default, GPT-2 itself by switches of the sa
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
     logits, loss = model(idx, targets)                   # training
     logits, _ = model(idx, cache=KVCache(...))           # inference, only the new tokens
-    model = GPT.load("out/stdlib/ckpt.pt")               # and python train.py, python sample.py for the rest
+    model = GPT.load("out/stdlib/ckpt.pt")               # or a Hugging Face folder; and train.py, sample.py for the rest
 
 What the parts are and where they come from:
     pre-norm residual blocks, GPT-2's init          Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
@@ -16,10 +16,11 @@ What the parts are and where they come from:
     logit soft-cap                                  Gemma 2, arXiv:2408.00118
     Muon for hidden matrices                        Jordan et al. 2024, kellerjordan.github.io/posts/muon
 
-Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = H*D = n_embd, V vocab_size.
+Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = n_embd (H*D unless
+head_size says otherwise), V vocab_size.
 """
-import contextlib, math, os
-from dataclasses import fields
+import contextlib, json, math, os, re
+from dataclasses import fields, replace
 
 import torch
 import torch.nn as nn
@@ -40,14 +41,14 @@ def rope_table(config):
     """
     s, D, sharpen = config.rope_factor, config.head_dim, 1.0
     theta = config.rope_theta * s ** (D / max(D - 2, 1)) if config.rope_scaling == "ntk" else config.rope_theta
-    frequency = theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    frequency = theta ** -(torch.arange(0, D, 2, dtype=torch.float64, device="cpu") / D)    # a real table in a model of meta weights, too
     if config.rope_scaling == "linear": frequency /= s
     elif config.rope_scaling in ("yarn", "llama3"):
         often = 32 if config.rope_scaling == "yarn" else 4
-        keep = ((config.block_size / s * frequency / (2 * math.pi) - 1) / (often - 1)).clamp(0, 1)
+        keep = ((config.trained_length * frequency / (2 * math.pi) - 1) / (often - 1)).clamp(0, 1)
         frequency *= keep + (1 - keep) / s
         if config.rope_scaling == "yarn": sharpen = 0.1 * math.log(s) + 1
-    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequency)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64, device="cpu"), frequency)
     return (sharpen * angle.cos()).float(), (sharpen * angle.sin()).float()
 
 
@@ -63,8 +64,8 @@ def apply_rope(x, cos, sin):
 
 def sinusoidal_table(config):
     """Vaswani et al. 2017, arXiv:1706.03762, section 3.5: sines in the even columns, cosines in the odd; (block_size, C)."""
-    frequency = 10000.0 ** -(torch.arange(0, config.n_embd, 2, dtype=torch.float64) / config.n_embd)
-    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequency)
+    frequency = 10000.0 ** -(torch.arange(0, config.n_embd, 2, dtype=torch.float64, device="cpu") / config.n_embd)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64, device="cpu"), frequency)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()
 
 # ---------------------------------------------------------------------------- attention and its cache
@@ -142,28 +143,29 @@ def attention(q, k, v, backend="sdpa", cache=None, pos=None, dropout_p=0.0):
 # ---------------------------------------------------------------------------- the blocks
 
 class Norm(nn.Module):
-    """RMSNorm without a gain (the next matrix absorbs it), or LayerNorm with one."""
-    def __init__(self, config):
+    """Over the last dimension: LayerNorm with a gain, or RMSNorm, with one if norm_gain (if not, the next matrix absorbs it)."""
+    def __init__(self, config, size, layernorm=False):
         super().__init__()
-        self.shape = (config.n_embd,)
-        layernorm = config.norm == "layernorm"
-        self.weight = nn.Parameter(torch.ones(config.n_embd)) if layernorm else None
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if layernorm and config.bias else None
+        self.shape, self.eps, self.layernorm = (size,), config.norm_eps, layernorm
+        self.weight = nn.Parameter(torch.ones(size)) if layernorm or config.norm_gain else None
+        self.bias = nn.Parameter(torch.zeros(size)) if layernorm and config.bias else None
 
     def forward(self, x):
-        if self.weight is None: return F.rms_norm(x, self.shape, eps=1e-5)
-        return F.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
+        if self.layernorm: return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        x = F.rms_norm(x, self.shape, eps=self.eps)
+        return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer, self.backend = config, layer, "sdpa"
-        C, kv = config.n_embd, config.kv_heads * config.head_dim
-        self.c_q = nn.Linear(C, C, bias=config.bias)    # three matrices, not one: Muon orthogonalises each on its own
+        C, HD, kv = config.n_embd, config.n_head * config.head_dim, config.kv_heads * config.head_dim
+        self.c_q = nn.Linear(C, HD, bias=config.bias)   # three matrices, not one: Muon orthogonalises each on its own
         self.c_k = nn.Linear(C, kv, bias=config.bias)
         self.c_v = nn.Linear(C, kv, bias=config.bias)
-        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.c_proj = nn.Linear(HD, C, bias=config.bias)
+        if config.qk_norm: self.q_norm, self.k_norm = Norm(config, config.head_dim), Norm(config, config.head_dim)
 
     def qkv(self, x, rope):
         """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), normalised and rotated as they meet in the dot product."""
@@ -171,16 +173,15 @@ class CausalSelfAttention(nn.Module):
         q = self.c_q(x).view(B, T, -1, D).transpose(1, 2)       # (B, H, T, D)
         k = self.c_k(x).view(B, T, -1, D).transpose(1, 2)       # (B, K, T, D)
         v = self.c_v(x).view(B, T, -1, D).transpose(1, 2)       # (B, K, T, D)
-        if self.config.qk_norm: q, k = F.rms_norm(q, (D,), eps=1e-5), F.rms_norm(k, (D,), eps=1e-5)
+        if self.config.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None: q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q.type_as(v), k.type_as(v), v
 
     def forward(self, x, rope, cache, pos):
-        B, T, C = x.shape
         q, k, v = self.qkv(x, rope)
         if cache is not None: k, v = cache.update(self.layer, pos, k, v)       # (B, K, S, D)
         y = attention(q, k, v, self.backend, cache, pos, self.config.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).flatten(2)                                        # (B, T, H*D)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
 
@@ -203,8 +204,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1, self.attn = Norm(config), CausalSelfAttention(config, layer)
-        self.ln_2, self.mlp = Norm(config), MLP(config)
+        layernorm = config.norm == "layernorm"
+        self.ln_1, self.attn = Norm(config, config.n_embd, layernorm), CausalSelfAttention(config, layer)
+        self.ln_2, self.mlp = Norm(config, config.n_embd, layernorm), MLP(config)
 
     def forward(self, x, rope=None, cache=None, pos=None):
         x = x + self.attn(self.ln_1(x), rope, cache, pos)
@@ -261,7 +263,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=Norm(config)))
+            ln_f=Norm(config, config.n_embd, config.norm == "layernorm")))
         if config.pos == "learned": self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights: self.lm_head.weight = self.transformer.wte.weight
@@ -323,11 +325,11 @@ class GPT(nn.Module):
     def estimate_flops(self):
         """
         Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding look-ups),
-        and 12*L*C*T for the attention matrix, not halved for causality; PaLM, arXiv:2204.02311, appendix B.
+        and 12*L*H*D*T for the attention matrix, not halved for causality; PaLM, arXiv:2204.02311, appendix B.
         """
         looked_up = 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
         if self.config.pos == "learned": looked_up += self.transformer.wpe.weight.numel()
-        return 6 * (self.num_params() - looked_up) + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        return 6 * (self.num_params() - looked_up) + 12 * self.config.n_layer * self.config.n_head * self.config.head_dim * self.config.block_size
 
     def configure_optimizers(self, cfg):
         """
@@ -373,8 +375,8 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model of a checkpoint file, in evaluation mode."""
-        return cls.from_checkpoint(load_checkpoint(path), path).to(device)
+        """The model of a checkpoint file or of a Hugging Face folder, in evaluation mode."""
+        return load_hf(path, device) if os.path.isdir(path) else cls.from_checkpoint(load_checkpoint(path), path).to(device)
 
     @classmethod
     def from_checkpoint(cls, checkpoint, path="checkpoint"):
@@ -402,6 +404,162 @@ def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
     return logits
+
+# ---------------------------------------------------------------------------- Hugging Face folders, in and out
+
+# Each architecture as a GPTConfig; what its config.json calls our fields; what it calls our parameters (replace in this order)
+HF_SHAPE = {"gpt2": dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, logit_softcap=0.0),
+            "llama": dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=False, logit_softcap=0.0)}
+HF_KEYS = {"gpt2": dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd", n_inner="n_inner",
+                        norm_eps="layer_norm_epsilon", tie_weights="tie_word_embeddings"),
+           "llama": dict(block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers", n_head="num_attention_heads",
+                         n_kv_head="num_key_value_heads", n_embd="hidden_size", n_inner="intermediate_size", head_size="head_dim",
+                         norm_eps="rms_norm_eps", rope_theta="rope_theta", bias="attention_bias", tie_weights="tie_word_embeddings")}
+HF_NAMES = {"gpt2": {"c_q": "c_attn", "c_k": "c_attn", "c_v": "c_attn"},
+            "llama": {"transformer.h": "model.layers", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
+                      "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.",
+                      "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_fc": "up_proj", "c_gate": "gate_proj", "c_proj": "down_proj"}}
+HF_SHAPE["qwen3"], HF_KEYS["qwen3"], HF_NAMES["qwen3"] = HF_SHAPE["llama"] | dict(qk_norm=True, bias=False), HF_KEYS["llama"], HF_NAMES["llama"]
+# what a key of config.json, if it is there, may say; what it means if it is not there
+HF_ALLOWED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+                  add_cross_attention=(False,), hidden_act=("silu", "relu"), rope_type=("default", "linear", "llama3"), low_freq_factor=(1, None),
+                  high_freq_factor=(4, None), partial_rotary_factor=(1, None), use_sliding_window=(False,), quantization_config=(None,))
+HF_ABSENT = dict(n_inner=0, num_key_value_heads=0, attention_bias=False, rope_theta=10000.0)
+
+
+def safetensors():
+    try: import safetensors, safetensors.torch
+    except ImportError: raise ValueError("Hugging Face folders need safetensors: pip install safetensors") from None
+    return safetensors
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f: return dict(json.load(f))
+    except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder has a config.json and safetensors") from None
+    except (ValueError, TypeError) as e: raise ValueError(f"{path} is damaged: {e}") from None
+
+
+def hf_config(folder):
+    """(architecture, GPTConfig) from the folder's config.json, of transformers 4 or 5. ValueError names everything in it that we cannot be."""
+    path = os.path.join(folder, "config.json")
+    d = read_json(path)
+    d |= d.get("rope_scaling") or d.get("rope_parameters") or {}
+    family, kind, factor = d.get("model_type"), d.setdefault("rope_type", d.get("type", "default")), d.get("factor") or 1
+    if family not in HF_SHAPE: raise ValueError(f"{path}: its architecture is {family!r}, and only {', '.join(HF_SHAPE)} can be read")
+    wrong = [f"{key}={d[key]!r}" for key, allowed in HF_ALLOWED.items() if key in d and d[key] not in allowed]
+    if bool(d.get("attention_bias")) != bool(d.get("mlp_bias")): wrong.append("biases in attention or MLP alone (attention_bias, mlp_bias)")
+    if set(d.get("layer_types") or ()) - {"full_attention"}: wrong.append("layer_types other than full_attention")
+    if wrong: raise ValueError(f"{path} asks for what this model does not have: {', '.join(wrong)}")
+    absent = HF_ABSENT | dict(tie_word_embeddings=family == "gpt2") | (dict(head_dim=0) if family == "llama" else {})
+    try:
+        shape = HF_SHAPE[family] | {ours: (d if d.get(key) is not None else absent)[key] for ours, key in HF_KEYS[family].items()}
+        if kind != "default" and factor != 1:
+            shape |= dict(rope_scaling=kind, rope_factor=float(factor), rope_trained=d.get("original_max_position_embeddings") or shape["block_size"])
+        if d.get("hidden_act") == "relu": shape["mlp"] = "relu2"        # relu(gate) * up, where load_hf finds gate = up
+        return family, GPTConfig(**shape, zero_init=False)
+    except KeyError as e: raise ValueError(f"{path} does not say {e}") from None
+    except (TypeError, ValueError) as e: raise ValueError(f"{path}: {e}") from None
+
+
+def hf_tensors(config, family):
+    """{their name: ({our name: its tensor, on meta}, turned)}: ours, one below the other, make theirs, and Conv1D has it turned around."""
+    with torch.device("meta"): model, found = GPT(replace(config, **HF_SHAPE[family], n_inner=config.inner)), {}
+    for name, p in model.named_parameters():        # a tied head is not among them, nor in their files
+        theirs = name
+        for ours, new in HF_NAMES[family].items(): theirs = theirs.replace(ours, new)
+        found.setdefault(theirs, ({}, family == "gpt2" and ".h." in name and p.dim() == 2))[0][name] = p
+    return found
+
+
+def join(tensors, turned):
+    t = torch.cat(list(tensors))
+    return t.T.contiguous() if turned else t
+
+
+def hf_headers(folder, family):
+    """{their name: (file, its name there, shape)} of all tensors, from the files' headers alone. ValueError for what is missing or damaged."""
+    st, index, base, found = safetensors(), os.path.join(folder, "model.safetensors.index.json"), "transformer." if family == "gpt2" else "model.", {}
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if os.path.exists(index) else ["model.safetensors"]
+    if gone := [name for name in names if not os.path.isfile(os.path.join(folder, name))]:
+        raise ValueError(f"{folder}: {gone[0]} is missing ({len(gone)} of {len(names)} safetensors files): download it")
+    for path in (os.path.join(folder, name) for name in names):
+        try:
+            with st.safe_open(path, "pt") as f: tensors = {key: f.get_slice(key) for key in f.keys()}
+            for key, t in tensors.items():
+                if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue         # masks and tables that old files keep
+                if t.get_dtype() not in ("F16", "BF16", "F32", "F64"): raise ValueError(f"{path}: {key} is {t.get_dtype()}, quantised")
+                found[key if key.startswith((base, "lm_head.")) else base + key] = path, key, tuple(t.get_shape())     # GPT-2's own file has no base
+        except (st.SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
+    return found
+
+
+def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
+    """
+    The GPT of a Hugging Face folder, in evaluation mode; config: hf_config's, with another block_size, RoPE scaling or dropout. All is
+    checked before the first tensor is read, then one is read at a time: memory holds the model and one of its matrices.
+    """
+    (family, found), st = hf_config(folder), safetensors()
+    tensors, files, state, config = hf_tensors(found, family), hf_headers(folder, family), {}, config or found
+    def read(name):     # subtle: opened each time anew, for what a file has mapped counts as ours until it is closed
+        with st.safe_open(files[name][0], "pt") as f: return f.get_tensor(files[name][1])
+    again = files.pop("lm_head.weight", None) if found.tie_weights else None         # some files keep the tied head a second time
+    shapes = {name: tuple(join(parts.values(), turned).shape) for name, (parts, turned) in tensors.items()}
+    for what, names in (("lacks", shapes.keys() - files.keys()), ("has, unasked for,", files.keys() - shapes.keys()),
+                        ("has the wrong shape of", {n for n in shapes.keys() & files.keys() if shapes[n] != files[n][2]})):
+        if names: raise ValueError(f"{folder} {what} {min(names)}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+                                   + (f": {list(files[min(names)][2])}, not {list(shapes[min(names)])}" if "shape" in what else ""))
+    for name, (parts, turned) in tensors.items():
+        whole = read(name)
+        for ours, t in zip(parts, (whole.T if turned else whole).split([len(p) for p in parts.values()])):
+            if ours == "transformer.wpe.weight": t = t[:config.block_size]
+            state[ours] = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
+            if config.mlp == "relu2" and "c_gate" in ours and not torch.equal(state.pop(ours), state[ours.replace("c_gate", "c_fc")]):
+                raise ValueError(f"{folder}: hidden_act='relu' with a gate of its own: only relu(x) * x is ours, gate_proj = up_proj")
+    if again:
+        files["lm_head.weight"] = again
+        embedding = "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+        if not torch.equal(read("lm_head.weight"), read(embedding)):
+            raise ValueError(f"{folder}: tie_word_embeddings=True, and yet lm_head.weight is not the embedding")
+    with torch.device("meta"): model = GPT(config)
+    if config.tie_weights: state["lm_head.weight"] = state["transformer.wte.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # assigned one by one, they came apart
+    return model.to(device).eval()
+
+
+def save_hf(model, folder, dtype, end=None):
+    """
+    Write config.json and model.safetensors, as GPT-2, Llama or Qwen3, whichever has what the model has; end: id of the end-of-text token.
+    What theirs have and ours lack is filled in, biases of zero and gains of one; ReLU^2 is their relu(gate) * up with gate = up.
+    """
+    c, st = model.config, safetensors()
+    family = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
+    filled = (("bias", False, True), ("norm_gain", False, True), ("mlp", "relu2", "swiglu"))
+    wrong = [f"{k}={ours!r}" for k, v in HF_SHAPE[family].items() if (ours := getattr(c, k)) != v and (k, ours, v) not in filled]
+    if c.rope_scaling in ("ntk", "yarn"): wrong.append(f"rope_scaling={c.rope_scaling!r}")
+    if family == "gpt2": wrong += [f"{k}={getattr(c, k)}" for k in ("n_kv_head", "head_size") if getattr(c, k)]
+    if family == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
+    if wrong: raise ValueError(f"no export: transformers' {family} has no {', '.join(wrong)}")
+    full = replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
+    d = {theirs: getattr(full, ours) for ours, theirs in HF_KEYS[family].items()}
+    if family == "gpt2": d |= dict(activation_function="gelu_new", resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout)
+    else: d |= dict(hidden_act="relu" if c.mlp == "relu2" else "silu", mlp_bias=c.bias)
+    if c.rope_scaling != "none":
+        d["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
+        if c.rope_scaling == "llama3":
+            d["rope_scaling"] |= dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=round(c.trained_length))
+    d |= dict(model_type=family, architectures=[{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
+              torch_dtype=str(dtype)[6:], bos_token_id=end, eos_token_id=end)
+    state, out = model.state_dict(), {}
+    for theirs, (parts, turned) in hf_tensors(c, family).items():
+        for ours, p in parts.items():
+            source = ours if c.mlp == "swiglu" else ours.replace("c_gate", "c_fc")
+            parts[ours] = state[source] if source in state else torch.full(p.shape, float("weight" in ours))
+        out[theirs] = join(parts.values(), turned).to("cpu", dtype)
+    st.torch.save_file(out, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    for name, what in (("config.json", d), ("generation_config.json", dict(bos_token_id=end, eos_token_id=end))):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f: json.dump(what, f, indent=1)
 
 # ---------------------------------------------------------------------------- devices and checkpoints
 

@@ -97,7 +97,8 @@ def tiny_gpt(seed=0, noise=0.2, **kw):
 
 
 CLASSIC = dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True, zero_init=False)
-SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp="swiglu", logit_softcap=5.0), CLASSIC, dict(pos="sinusoidal", qk_norm=False)]
+SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp="swiglu", logit_softcap=5.0), CLASSIC, dict(pos="sinusoidal", qk_norm=False),
+          dict(n_kv_head=2, head_size=12, norm_gain=True, norm_eps=1e-6)]
 
 
 def test_model_classic_has_gpt2_parameter_count():
@@ -329,6 +330,149 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     torch.save(dict(model={}, config={}), tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+
+
+# ---- Hugging Face folders
+
+HF_SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=56,
+                max_position_embeddings=64, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16, rope_theta=500.0)
+HF_MODELS = {
+    "gpt2": ("GPT2", dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=61, initializer_range=0.3, bos_token_id=None, eos_token_id=None)),
+    "gpt2 untied": ("GPT2", dict(n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=64, vocab_size=61, initializer_range=0.3,
+                                 tie_word_embeddings=False, layer_norm_epsilon=1e-3, bos_token_id=None, eos_token_id=None)),
+    "llama": ("Llama", dict(HF_SIZES, num_key_value_heads=4, rms_norm_eps=1e-5)),
+    "llama gqa tied": ("Llama", dict(HF_SIZES, tie_word_embeddings=True)),
+    "llama3": ("Llama", dict(HF_SIZES, rope_parameters=LLAMA3, head_dim=16)),
+    "llama linear": ("Llama", dict(HF_SIZES, rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0))),
+    "llama biases": ("Llama", dict(HF_SIZES, attention_bias=True, mlp_bias=True)),
+    "qwen3": ("Qwen3", dict(HF_SIZES, head_dim=12)),
+    "qwen3 tied": ("Qwen3", dict(HF_SIZES, head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+}
+OUR_MODELS = {
+    "classic": CLASSIC, "classic without biases": dict(CLASSIC, bias=False, norm_eps=1e-4), "classic untied": dict(CLASSIC, tie_weights=False),
+    "modern": dict(n_kv_head=2), "modern tied": dict(tie_weights=True, zero_init=False, head_size=12, n_inner=72), "swiglu": dict(mlp="swiglu", n_kv_head=1),
+    "llama": dict(qk_norm=False, mlp="swiglu", bias=True, rope_scaling="llama3", rope_factor=4.0), "relu2": dict(qk_norm=False, bias=True),
+    "linear": dict(rope_scaling="linear", rope_factor=2.0, norm_gain=True), "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6)}
+
+
+def hf_made(name):
+    """transformers' model with every weight random: gains, biases and all."""
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    kind, kw = HF_MODELS[name]
+    torch.manual_seed(3)
+    theirs = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**kw)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.dim() == 1: p.add_(torch.randn_like(p) * 0.3)
+    return theirs
+
+
+def hf_same(ours, theirs, new=50):
+    """Logits to 1e-4 on random ids, and the same greedy text with both caches."""
+    idx = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    new = min(new, ours.config.block_size - 14)
+    mask = torch.ones_like(idx)
+    theirs = theirs.generate(idx, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert theirs.shape[1] == 14 + new and torch.equal(ours.generate(idx, new, temperature=0), theirs)
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
+def test_model_from_transformers_peer(name, tmp_path):
+    theirs = hf_made(name)
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    ours = model_py.GPT.load(str(tmp_path / "one"))
+    hf_same(ours, theirs)
+    assert ours.num_params() == sum(p.numel() for p in theirs.parameters())
+    many = model_py.load_hf(str(tmp_path / "many"), dtype=torch.bfloat16)
+    for a, b in zip(ours.parameters(), many.parameters(), strict=True): assert torch.equal(a.bfloat16(), b) and b.is_contiguous()
+    os.mkdir(tmp_path / "back")
+    model_py.save_hf(ours, str(tmp_path / "back"), torch.float32)
+    again = type(theirs).from_pretrained(tmp_path / "back").eval()
+    for (a, x), (b, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True): assert a == b and torch.equal(x, y), a
+    # transformers 4 wrote rope_theta and rope_scaling instead, and GPT-2's own file leaves out the prefix but keeps the masks
+    path = tmp_path / "one" / "config.json"
+    d = json.loads(path.read_text())
+    if rope := d.pop("rope_parameters", None):
+        d |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if rope["rope_type"] != "default" else None)
+        path.write_text(json.dumps(d))
+    else:
+        from safetensors.torch import load_file, save_file
+        file = str(path.parent / "model.safetensors")
+        save_file({k.removeprefix("transformer."): v for k, v in load_file(file).items()} | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, file)
+    old = model_py.GPT.load(str(path.parent))
+    assert old.config == ours.config and all(map(torch.equal, old.parameters(), ours.parameters()))
+
+
+@pytest.mark.parametrize("name", OUR_MODELS)
+def test_model_to_transformers_peer(name, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    ours = tiny_gpt(noise=0.3, **{"block_size": 64, **OUR_MODELS[name]}).requires_grad_(False)
+    model_py.save_hf(ours, str(tmp_path), torch.float32, end=5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    hf_same(ours, theirs)
+    assert theirs.generation_config.eos_token_id == 5
+    again, idx = model_py.GPT.load(str(tmp_path)), torch.randint(61, (2, 9))
+    torch.testing.assert_close(again(idx)[0], ours(idx)[0], atol=1e-5, rtol=1e-5)
+    assert again.config.mlp == ours.config.mlp
+
+
+@pytest.mark.parametrize("kw, named", [(dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(pos="sinusoidal"), "pos='sinusoidal'"),
+    (dict(mlp="gelu"), "mlp='gelu'"), (dict(norm="layernorm"), "norm='layernorm'"), (dict(bias=True), "bias=True"), (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"),
+    (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"), (dict(CLASSIC, qk_norm=True), "qk_norm=True"),
+    (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34")])
+def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
+    pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
+    with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path), torch.float32)
+    assert "\n" not in str(e.value) and not os.listdir(tmp_path)
+
+
+HF_BAD = {      # what is done to config.json, or to the files; what the one line must say
+    "architecture": (dict(model_type="mistral"), "'mistral', and only gpt2, llama, qwen3"), "no architecture": (dict(model_type=None), "architecture is None"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"), "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
+    "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"), "attention bias": (dict(attention_bias=True), "attention_bias"),
+    "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"), "quantised": (dict(quantization_config={"bits": 4}), "quantization_config="),
+    "yarn": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"), "dynamic": (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
+    "rope factors": (dict(rope_scaling=dict(LLAMA3, high_freq_factor=2.0)), "high_freq_factor=2.0"),
+    "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"), "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
+    "odd width": (dict(hidden_size="32"), "config.json: "), "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
+    "wrong shape": (dict(intermediate_size=48), "wrong shape of model.layers.0.mlp.down_proj.weight and 8 more tensors: [32, 56], not [32, 48]"),
+    "missing": (dict(num_hidden_layers=4), "lacks model.layers.3."), "extra": (dict(num_hidden_layers=2), "unasked for, model.layers.2."),
+    "tied": (dict(tie_word_embeddings=True), "lm_head.weight is not the embedding"), "gate": (dict(hidden_act="relu"), "gate_proj = up_proj"),
+    "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"), "bad config": ("config.json", lambda p: p.write_text("{"), "config.json is damaged"),
+    "no weights": ("model.safetensors", lambda p: p.unlink(), "model.safetensors is missing"),
+    "header": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "model.safetensors is damaged"),
+    "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]), "model.safetensors is damaged"),
+    "cut": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9]), "model.safetensors is damaged"),
+    "shard": ("model.safetensors", lambda p: (p.unlink(), (p.parent / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')),
+              "1.safetensors is missing (1 of 1 safetensors files)"),
+    "int8": ("model.safetensors", lambda p: __import__("safetensors.torch").torch.save_file({"x": torch.ones(2, dtype=torch.int8)}, p), "x is I8, quantised")}
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    hf_made("llama").save_pretrained(folder := tmp_path_factory.mktemp("hf"))
+    return folder
+
+
+@pytest.mark.parametrize("name", HF_BAD)
+def test_model_folder_errors_peer(name, hf_folder, tmp_path, monkeypatch):
+    bad, folder = HF_BAD[name], tmp_path / "hf"
+    shutil.copytree(hf_folder, folder)
+    if len(bad) == 3: bad[1](folder / bad[0])
+    else: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | dict(rope_parameters=None) | bad[0]))
+    with pytest.raises(ValueError) as e: model_py.GPT.load(str(folder))
+    assert bad[-1] in str(e.value) and str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_positions=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, layer_norm_epsilon=1e-5)))
+    for use in (lambda: model_py.GPT.load(str(tmp_path)), lambda: model_py.save_hf(tiny_gpt(), str(tmp_path), torch.float32)):
+        with pytest.raises(ValueError, match="pip install safetensors"): use()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,16 @@ class GPTConfig:
     n_head: int = 12                # query heads
     n_kv_head: int = 0              # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA; divides n_head
     n_embd: int = 768               # width of the residual stream
+    head_size: int = 0              # width of a head: 0 = n_embd/n_head
     n_inner: int = 0                # hidden width of the MLP: 0 = 4*n_embd, or 8/3*n_embd for swiglu (same size)
     pos: Literal["rope", "learned", "sinusoidal"] = "rope"          # how a token knows its position
     rope_theta: float = 10000.0     # RoPE's base wavelength
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"   # stretch RoPE to a longer context, trained or when sampling
     rope_factor: float = 1.0        # by how much: block_size is rope_factor times the length the model was (first) trained at
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"               # RMSNorm has no learned gain here
+    rope_trained: int = 0           # that length, in tokens, where it is another: 0 = block_size/rope_factor
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"               # RMSNorm has a learned gain only with norm_gain
+    norm_gain: bool = False         # RMSNorm and QK-norm multiply by a learned gain, as Llama and Qwen3
+    norm_eps: float = 1e-5          # added to the variance in every norm
     mlp: Literal["relu2", "swiglu", "gelu"] = "relu2"               # activation of the MLP
     bias: bool = False              # biases in linear layers and LayerNorm, as GPT-2
     qk_norm: bool = True            # normalise queries and keys per head before the dot product
@@ -38,25 +42,29 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        require(self.head_size or self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         require(self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or self.n_head) == 0,
                 f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}; 0 means n_kv_head = n_head")
         require(self.pos != "rope" or self.head_dim % 2 == 0,
-                f"pos='rope' rotates pairs: n_embd/n_head = {self.head_dim} must be even")
+                f"pos='rope' rotates pairs: head_size (n_embd/n_head) = {self.head_dim} must be even")
         require(self.pos != "sinusoidal" or self.n_embd % 2 == 0, f"pos='sinusoidal' needs an even n_embd, not {self.n_embd}")
         require(not (self.tie_weights and self.zero_init),
                 "zero_init would zero the embedding that tie_weights shares: set one of them to False")
         require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
         require(self.rope_factor >= 1 and (self.rope_scaling == "none") == (self.rope_factor == 1) and (self.pos == "rope" or self.rope_factor == 1),
                 f"rope_scaling={self.rope_scaling!r} and rope_factor={self.rope_factor} belong together: set both, the factor above 1, with pos='rope'")
-        require(self.n_inner >= 0 and self.logit_softcap >= 0 and self.rope_theta > 0,
-                "n_inner and logit_softcap must be at least 0 (0 = default, off) and rope_theta above 0")
+        require(min(self.n_inner, self.head_size, self.rope_trained, self.logit_softcap) >= 0 and min(self.rope_theta, self.norm_eps) > 0,
+                "n_inner, head_size, rope_trained and logit_softcap must be at least 0 (0 = default, off), rope_theta and norm_eps above 0")
+        require(not self.norm_gain or self.norm == "rmsnorm", "norm_gain is RMSNorm's: layernorm always has its own")
 
     @property
-    def head_dim(self): return self.n_embd // self.n_head
+    def head_dim(self): return self.head_size or self.n_embd // self.n_head
 
     @property
     def kv_heads(self): return self.n_kv_head or self.n_head
+
+    @property
+    def trained_length(self): return self.rope_trained or self.block_size / self.rope_factor
 
     @property
     def inner(self):

@@ -1,6 +1,7 @@
 """
 Every figure of the README, measured against the peer on the same machine in the same run.
 
+    python bench.py eval --out_dir=out/x --input=FILE --task=hellaswag,FILE.jsonl     # bits per byte of texts; multiple choice
     python bench.py attention                     # flash_attn.py against every backend of torch's SDPA (on a GPU)
     python bench.py tokenizer [FILE]              # bpe.py against tiktoken, rustbpe and tokenizers, where installed
     python bench.py sample                        # sample.py against no cache and Hugging Face's generate, batch sizes, int8
@@ -12,7 +13,8 @@ Every figure of the README, measured against the peer on the same machine in the
 
 Speed is a ratio: contestants take turns within one run and the median counts, so a machine that slows down slows all of them.
 """
-import argparse, csv, dataclasses, glob, hashlib, importlib.util, json, math, os, resource, statistics, subprocess, sys, sysconfig, tempfile, time
+import argparse, csv, dataclasses, glob, hashlib, importlib.util, io, json, math, os, re, resource, statistics, subprocess, sys, sysconfig, tarfile, \
+    tempfile, time, zipfile
 from collections import Counter
 
 import numpy as np
@@ -22,7 +24,7 @@ if sys.argv[1:2] != ["tokenizer-contender"]:        # whose seconds count from i
     import torch
     from torch.nn import functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    import flash_attn, sample as sampler, train as trainer
+    import flash_attn, prepare, sample as sampler, train as trainer
     from model import GPT, pick_device
 
 # ---------------------------------------------------------------------------- tools
@@ -502,9 +504,163 @@ def bench_context(argv):
             if t + 1 in lengths: rows.append((rows.pop() if t + 1 > n else [f"window, sinks={sinks}"]) + [perplexity(torch.cat(kept, 1), t + 1)])
     table(["perplexity before"] + [f"{length:,} tokens" for length in lengths], rows)
 
+# ---------------------------------------------------------------------------- evaluation
+
+HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+ARC = "https://s3-us-west-2.amazonaws.com/ai2-website/data/ARC-V1-Feb2018.zip"
+MMLU = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
+
+
+def task_file(task):
+    """The JSONL file of a task, downloaded and unpacked into data/eval where it has a name."""
+    path = os.path.join("data", "eval", task + ".jsonl")
+    if task not in ("hellaswag", "arc_easy", "arc_challenge", "mmlu"):
+        if not os.path.isfile(task): raise ValueError(f"task={task!r} is none of hellaswag, arc_easy, arc_challenge, mmlu, nor a file")
+        return task
+    if task == "hellaswag": prepare.fetch(HELLASWAG, path)
+    if os.path.exists(path): return path
+    url = MMLU if task == "mmlu" else ARC
+    archive = os.path.join("data", "eval", os.path.basename(url))
+    prepare.fetch(url, archive)
+    try:
+        if task == "mmlu":
+            with tarfile.open(archive) as tar:
+                files = {m.name: tar.extractfile(m).read().decode() for m in tar if re.search(r"/test/\w+_test\.csv$", m.name)}
+            lines = [json.dumps(dict(subject=os.path.basename(name)[:-9], question=q, choices=c, answer=a))
+                     for name in sorted(files) for q, *c, a in csv.reader(io.StringIO(files[name], newline=""))]
+        else:
+            with zipfile.ZipFile(archive) as z:
+                lines = [z.read(n).decode() for n in z.namelist() if n.endswith(f"/ARC-{task[4:].capitalize()}-Test.jsonl")]
+    except (tarfile.TarError, zipfile.BadZipFile, ValueError) as e: raise ValueError(f"{archive} is damaged ({e}): delete it to fetch it again") from None
+    prepare.write(path, lambda f: f.write("\n".join(lines).encode()))
+    return path
+
+
+def read_question(item):
+    """
+    One line of HellaSwag, ARC (AI2's or the hub's form) or MMLU -> (context, endings, index of the right one), worded as
+    lm-evaluation-harness words them, without examples: {"question": "1+1?", "choices": ["1", "2"], "answer": 1}
+    -> ("1+1?\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1)
+    """
+    if "endings" in item:
+        clean = lambda text: re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+        ctx = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}" if "activity_label" in item else item["ctx"]
+        return clean(ctx), [clean(e) for e in item["endings"]], int(item["label"])
+    if "answerKey" in item:
+        stem = item["question"]["stem"] if isinstance(item["question"], dict) else item["question"]
+        flat = item["choices"] if isinstance(item["choices"], dict) else {k: [c[k] for c in item["choices"]] for k in ("text", "label")}
+        return f"Question: {stem}\nAnswer:", flat["text"], flat["label"].index(item["answerKey"])
+    letters = "ABCDEFGHIJ"[:len(item["choices"])]
+    about = f"The following are multiple choice questions (with answers) about {item['subject'].replace('_', ' ')}.\n\n" if "subject" in item else ""
+    answer = letters.index(item["answer"]) if isinstance(item["answer"], str) else int(item["answer"])
+    return about + item["question"].strip() + "".join(f"\n{a}. {c}" for a, c in zip(letters, item["choices"])) + "\nAnswer:", list(letters), answer
+
+
+def read_task(path, tok, size):
+    """[(ids of the context, ids of each ending, bytes of each ending, index of the right one)]; a context too long loses its beginning."""
+    questions = []
+    for n, line in enumerate(sampler.read_file(path).splitlines(), 1):
+        if not line.strip(): continue
+        try:
+            context, endings, label = read_question(json.loads(line))
+            if not (context.strip() and all(e.strip() for e in endings) and 0 <= label < len(endings)): raise ValueError("empty, or no such answer")
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}, line {n}: not a question of HellaSwag's, ARC's or MMLU's form ({type(e).__name__}: {e}): {line[:60]!r}") from None
+        ids = [tok.encode(" " + e.strip()) for e in endings]
+        room = size + 1 - max(map(len, ids))
+        if room < 1: raise ValueError(f"{path}, line {n}: an ending of {max(map(len, ids))} tokens does not fit block_size={size}")
+        questions.append((tok.encode(context.rstrip())[-room:], ids, [len(e.strip().encode()) for e in endings], label))
+    if not questions: raise ValueError(f"{path} has no questions")
+    return questions
+
+
+@torch.inference_mode()
+def score(model, questions):
+    """For each question the log-probability of each of its endings, in nats: every context is read once, its endings go on from its cache."""
+    device, pad = model.transformer.wte.weight.device, lambda rows: torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(r) for r in rows], batch_first=True, padding_value=-1)
+    rows = [(i, [context[-1]] + ending) for i, (context, endings, *_) in enumerate(questions) for ending in endings]
+    tokens, past = pad([row for _, row in rows]).to(device), [len(context) - 1 for context, *_ in questions]
+    cache = sampler.new_cache(model, len(questions), max(past) + tokens.shape[1] - 1)
+    if max(past): model.hidden(pad([context[:-1] for context, *_ in questions]).clamp(min=0).to(device), cache)
+    cache.set_lengths(past)
+    cache.reorder([i for i, _ in rows])
+    found = model.log_probs(model.hidden(tokens[:, :-1].clamp(min=0), cache), tokens[:, 1:]).tolist()
+    return [[found.pop(0) for _ in endings] for _, endings, *_ in questions]
+
+
+def evaluate_task(model, tok, task, cfg, identity, folder):
+    """A row of the table: questions, accuracy and length-normalised accuracy; each question's scores are kept in eval_<task>.jsonl."""
+    path = task_file(task)
+    questions = read_task(path, tok, model.config.block_size)
+    name = os.path.splitext(os.path.basename(path))[0]
+    kept, head = os.path.join(folder, f"eval_{name}.jsonl"), json.dumps(dict(model=identity, questions=prepare.sha256(path)))
+    lines = open(kept, encoding="utf-8").read().split("\n")[:-1] if os.path.exists(kept) else []         # a last line cut short is dropped
+    done = [json.loads(line) for line in lines[1:]] if lines[:1] == [head] else []
+    prepare.write(kept, lambda f: f.write("".join(line + "\n" for line in [head, *map(json.dumps, done)]).encode()))
+    seen, start, shown = {r["question"] for r in done}, time.time(), time.time()
+    todo = sorted(set(range(len(questions))) - seen, key=lambda i: -len(questions[i][0]))                # equal lengths together, long ones first
+    if seen: print(f"{name}: going on, {len(seen):,} of {len(questions):,} questions are answered in {kept}")
+    with open(kept, "a", encoding="utf-8") as f:
+        for at in range(0, len(todo), cfg.batch_size):
+            batch = todo[at:at + cfg.batch_size]
+            for i, scores in zip(batch, score(model, [questions[i] for i in batch])):
+                _, _, sizes, label = questions[i]
+                best = [max(range(len(scores)), key=lambda j: values[j]) for values in (scores, [s / n for s, n in zip(scores, sizes)])]
+                done.append(dict(question=i, scores=scores, acc=int(best[0] == label), acc_norm=int(best[1] == label)))
+                f.write(json.dumps(done[-1]) + "\n")
+            f.flush()
+            rate = (at + len(batch)) / (time.time() - start)
+            if time.time() - shown > 5:
+                shown = time.time()
+                print(f"{name}: {len(done):,} of {len(questions):,}, {rate:.1f} questions/s, {trainer.clock((len(questions) - len(done)) / rate)} left",
+                      file=sys.stderr, flush=True)
+    n, chance = len(done), statistics.mean(1 / len(q[1]) for q in questions)
+    error = lambda p: math.sqrt(p * (1 - p) / max(n - 1, 1))
+    acc = [sum(r[key] for r in done) / n for key in ("acc", "acc_norm")]
+    return [name, n, *(f"{p:.2%} +- {error(p):.2%}" for p in acc), f"{chance:.2%}"]
+
+
+@torch.inference_mode()
+def text_loss(model, tok, text, batch_size, stride):
+    """
+    (nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the one before
+    has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored.
+    """
+    size, begin, ids = model.config.block_size, tok.special_tokens.get(bpe.ENDOFTEXT), tok.encode(text)
+    given = 0 if begin is not None else len(tok.decode_bytes(ids[:1]))
+    ids, nats, device = torch.tensor([begin] * (not given) + ids), 0.0, model.transformer.wte.weight.device
+    T, n = min(size, len(ids) - 1), len(ids) - 1
+    if n < 1: raise ValueError("nothing to score: give a longer text")
+    ends = torch.tensor([0, T, *range(T + stride, n, stride)] + [n] * (n > T))
+    for before, end in zip(ends[:-1].split(batch_size), ends[1:].split(batch_size)):
+        at = end[:, None] - T + torch.arange(T + 1)                                             # (B, T + 1)
+        y = ids[at[:, 1:]].masked_fill(at[:, 1:] <= before[:, None], -1)
+        nats += model(ids[at[:, :-1]].to(device), y.to(device))[1].item() * (y >= 0).sum().item()
+    return nats, n, len(text.encode()) - given
+
+
+def bench_eval(argv):
+    """A checkpoint (--out_dir) on texts (--input) and multiple-choice tasks (--task)."""
+    cfg = config.load(argv)
+    if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=FILE for text, --task=hellaswag or a .jsonl file for questions")
+    model, tok, about = sampler.load(dataclasses.replace(cfg, compile=True))       # compile: without the packing, which only sampling understands
+    stride = cfg.stride or max(model.config.block_size // 2, 1)
+    if stride > model.config.block_size: raise ValueError(f"stride={stride} is longer than block_size={model.config.block_size}: tokens would be left out")
+    print(f"{about} | {model.set_backend(training=False)}")
+    rows = []
+    for path in filter(None, cfg.input.split(",")):
+        nats, tokens, size = text_loss(model, tok, sampler.read_file(path), cfg.batch_size, stride)
+        rows.append([path, size, tokens, f"{nats / tokens:.4f}", math.exp(nats / tokens), f"{nats / math.log(2) / size:.4f}"])
+    if rows: table(["text", "bytes", "tokens", "nats per token", "perplexity", "bits per byte"], rows)
+    digest = hashlib.sha256(repr((model.config, tok.hash)).encode())
+    for p in model.state_dict().values(): digest.update(p.cpu().contiguous().view(torch.uint8).numpy())
+    rows = [evaluate_task(model, tok, task, cfg, digest.hexdigest(), os.path.dirname(sampler.find_checkpoint(cfg))) for task in filter(None, cfg.task.split(","))]
+    if rows: table(["task", "questions", "acc", "acc_norm", "chance"], rows)
+
 # ---------------------------------------------------------------------------- the command line
 
-COMMANDS = {"attention": bench_attention, "tokenizer": bench_tokenizer, "sample": bench_sample, "context": bench_context, "train": bench_train,
+COMMANDS = {"eval": bench_eval, "attention": bench_attention, "tokenizer": bench_tokenizer, "sample": bench_sample, "context": bench_context, "train": bench_train,
             "size": bench_size, "plot": bench_plot, "scaling": bench_scaling}
 
 

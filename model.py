@@ -14,6 +14,7 @@ What the parts are and where they come from:
     SwiGLU; ReLU^2                                  Shazeer 2020, arXiv:2002.05202; So et al. 2021, arXiv:2109.08668
     QK-norm                                         Henry et al. 2020, arXiv:2010.04245
     logit soft-cap                                  Gemma 2, arXiv:2408.00118
+    LoRA, fine-tuning at low rank                   Hu et al. 2021, arXiv:2106.09685
     Muon for hidden matrices                        Jordan et al. 2024, kellerjordan.github.io/posts/muon
 
 Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = n_embd (H*D unless
@@ -156,6 +157,28 @@ class Norm(nn.Module):
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
 
+class LoRALinear(nn.Linear):
+    """
+    A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T, A (rank, in) Gaussian, B (out, rank) zero, so it starts as the
+    layer it was. Hu et al. 2021, arXiv:2106.09685; their factor alpha / rank is 1 here, for it only rescales the learning rate (section 4.1).
+    """
+    def __init__(self, linear, rank):
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.on = linear.weight, linear.bias, True
+        self.lora_a = nn.Parameter(torch.randn(rank, self.weight.shape[1], device=self.weight.device) / math.sqrt(self.weight.shape[1]))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(len(self.weight), rank, dtype=torch.float32))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y + F.linear(F.linear(x, self.lora_a), self.lora_b) if self.on else y
+
+    def merged(self):
+        """The plain layer that computes the same."""
+        linear = nn.Linear(*self.weight.T.shape, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter((self.weight + self.lora_b @ self.lora_a).to(self.weight.dtype).detach()), self.bias
+        return linear
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -228,7 +251,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)                          # (N) of each row in the mean
             loss = torch.zeros((), device=x.device)
-            dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if train else (None, None)
+            dx, dw = torch.empty_like(x) if train else None, torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
             for i in range(0, len(x), rows):
                 part, k, t = x[i:i + rows], share[i:i + rows, None], targets[i:i + rows, None].clamp(min=0)     # k, t (rows, 1)
                 logits = (part @ w.T).float()                                                   # (rows, V), from here on in place
@@ -245,14 +268,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                     if cap: g *= slope
                     g = g.to(dtype)
                     dx[i:i + rows] = g @ w
-                    dw += g.T @ part
+                    if dw is not None: dw += g.T @ part     # a frozen head needs none
         ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
-        return dx * scale, dw * scale, None, None, None
+        return dx * scale, None if dw is None else dw * scale, None, None, None
 
 # ---------------------------------------------------------------------------- the model
 
@@ -287,13 +310,31 @@ class GPT(nn.Module):
         for block in self.transformer.h: block.attn.backend = self.backend
         return line
 
-    def forward(self, idx, targets=None, cache=None):
+    def lora_layers(self):
+        """(attention, name, layer) of the matrices that LoRA adapts: four in every block."""
+        return [(block.attn, name, getattr(block.attn, name)) for block in self.transformer.h for name in ("c_q", "c_k", "c_v", "c_proj")]
+
+    def add_lora(self, rank):
+        """Freeze every weight and learn a low-rank addition to the attention's matrices instead, until merge_lora."""
+        self.requires_grad_(False)
+        for attn, name, linear in self.lora_layers(): setattr(attn, name, LoRALinear(linear, rank))
+
+    def merge_lora(self):
+        """A plain model again, with the same logits."""
+        for attn, name, linear in self.lora_layers(): setattr(attn, name, linear.merged())
+
+    def use_lora(self, on):
+        """False: compute what the model did before it was fine-tuned, until True."""
+        for _, _, linear in self.lora_layers(): linear.on = on
+
+    def forward(self, idx, targets=None, cache=None, by_row=False):
         """
-        idx (B, T) token ids -> (logits (B, T, V), None), or with targets (B, T; -1 = ignore) -> (logits, mean loss in nats per token).
-        With a cache, idx are the tokens after those it holds, and their keys and values are added to it.
+        idx (B, T) token ids -> (logits (B, T, V), None), or with targets (B, T; -1 = ignore) -> (None, mean loss in nats per token), or
+        by_row the log-probability of each row's targets (B,). With a cache, idx are the tokens after those it holds, and join it.
         """
         x = self.hidden(idx, cache)
         if targets is None: return self.head(x), None
+        if by_row: return None, self.log_probs(x, targets)
         return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.logit_softcap)
 
     def hidden(self, idx, cache=None):
@@ -319,22 +360,30 @@ class GPT(nn.Module):
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
+    def log_probs(self, x, targets):
+        """x (B, T, C) as hidden gives it, targets (B, T; -1 = ignore) -> each row's log-probability (B,), in nats, differentiable."""
+        keep = targets >= 0
+        nats = F.cross_entropy(self.head(x[keep]).float(), targets[keep], reduction="none")
+        return -nats.new_zeros(targets.shape).masked_scatter(keep, nats).sum(1)
+
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def estimate_flops(self):
         """
-        Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding look-ups),
-        and 12*L*H*D*T for the attention matrix, not halved for causality; PaLM, arXiv:2204.02311, appendix B.
+        Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding look-ups), 4 if
+        it is frozen, and 12*L*H*D*T for the attention matrix, not halved for causality; PaLM, arXiv:2204.02311, appendix B.
         """
-        looked_up = 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
-        if self.config.pos == "learned": looked_up += self.transformer.wpe.weight.numel()
-        return 6 * (self.num_params() - looked_up) + 12 * self.config.n_layer * self.config.n_head * self.config.head_dim * self.config.block_size
+        looked_up = [m.weight for name, m in self.transformer.items() if name == "wpe" or name == "wte" and not self.config.tie_weights]
+        weights = [p for p in self.parameters() if not any(p is q for q in looked_up)]
+        attention = 12 * self.config.n_layer * self.config.n_head * self.config.head_dim * self.config.block_size
+        return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights) + attention
 
     def configure_optimizers(self, cfg):
         """
         cfg: a config.Config -> list of optimizers, each parameter in exactly one group. adamw: weight decay on matrices, none on gains
         and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head and the rest to AdamW.
+        With LoRA its own matrices go to AdamW, and nothing else.
         """
         make = lambda kind, groups, **kw: kind(groups, **kw)
         if cfg.shard_optimizer:
@@ -345,13 +394,15 @@ class GPT(nn.Module):
         head = [] if self.config.tie_weights else [self.lm_head.weight]
         embeddings = [m.weight for name, m in self.transformer.items() if name in ("wte", "wpe")]
         rest = [p for p in self.parameters() if p.dim() < 2]
-        if cfg.optimizer == "adamw":
+        lora = [p for name, p in self.named_parameters() if ".lora_" in name]
+        if lora: groups = [dict(params=lora, weight_decay=cfg.weight_decay)]
+        elif cfg.optimizer == "adamw":
             groups = [dict(params=matrices + head + embeddings, weight_decay=cfg.weight_decay), dict(params=rest)]
         else:
             groups = [dict(params=embeddings, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr), dict(params=rest)]
         optimizers = [make(torch.optim.AdamW, [g for g in groups if g["params"]], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                            eps=1e-8 if cfg.optimizer == "adamw" else 1e-10, weight_decay=0.0, fused=fused)]
-        if cfg.optimizer == "muon":
+        if cfg.optimizer == "muon" and not lora:
             optimizers.append(make(torch.optim.Muon, matrices, lr=cfg.matrix_lr, weight_decay=cfg.weight_decay, momentum=0.95))
         return optimizers
 
@@ -375,7 +426,7 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model of a checkpoint file or of a Hugging Face folder, in evaluation mode."""
+        """The model of a checkpoint file, LoRA merged, or of a Hugging Face folder, in evaluation mode."""
         return load_hf(path, device) if os.path.isdir(path) else cls.from_checkpoint(load_checkpoint(path), path).to(device)
 
     @classmethod
@@ -383,7 +434,9 @@ class GPT(nn.Module):
         try:
             known = {f.name for f in fields(GPTConfig)}
             model = cls(GPTConfig(**{k: v for k, v in checkpoint["config"].items() if k in known}))
+            if rank := checkpoint["config"].get("lora_rank"): model.add_lora(rank)
             model.load_state_dict(checkpoint["model"])
+            if rank: model.merge_lora()
         except (KeyError, RuntimeError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}: not a checkpoint of this project's model: {str(e).splitlines()[0]}") from None
         return model.eval()

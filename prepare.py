@@ -4,6 +4,7 @@ Text to token ids: data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json
     python prepare.py config/stdlib.py                              # the source of this Python's standard library: no download
     python prepare.py config/shakespeare.py                         # one text of 1 MB; its last tenth is the validation split
     python prepare.py --dataset=notes --input=notes/,diary.jsonl    # your own .txt .md .py .jsonl files and folders
+    python prepare.py --dataset=chat --input=chat.jsonl             # conversations, instructions, preference pairs: see parse below
     python prepare.py --dataset=tinystories --vocab_size=8192       # 2.2 GB of stories (Eldan and Li 2023, arXiv:2305.07759)
     python prepare.py config/gpt2_124m.py --num_shards=10           # FineWeb as GPT-2 tokens, 100M of them per shard
 
@@ -27,6 +28,7 @@ BUILT_IN = ("stdlib", "shakespeare", "tinystories", "fineweb")
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 UNIT = 2 << 20              # bytes of text per unit of work: enough for a vectorised encoder, not too much to share out evenly
 SPLITS = ("train", "val")
+FORMS = ("text", "answers", "pairs")
 TRAIN, VAL, DROP, FREE = range(4)   # what becomes of a document; FREE: its hash decides
 
 # Bytes start to stop of a file. kind: text (one document), jsonl, stories (many); fate: TRAIN, VAL or FREE. A long text, or a single
@@ -190,27 +192,54 @@ def make_units(files, val_fraction, pattern):
                 held += b - a
     return units
 
+def parse(item):
+    """
+    The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an end-of-text, the rest is
+    only read. This is the one place that knows the template, which is plain text, so any tokenizer does:
+    {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])
+    """
+    turn = lambda role, text: role.capitalize() + ": " + text + "\n\n"
+    if "text" in item: return "text", [(item["text"], True)]
+    if "chosen" in item:
+        ask = turn("user", item["prompt"]) + "Assistant:", False
+        return "pairs", [ask, (" " + item["chosen"], True), ask, (" " + item["rejected"], True)]
+    if "messages" in item: messages = [(m["role"], m["content"]) for m in item["messages"]]
+    elif "instruction" in item:
+        messages = [("user", item["instruction"] + ("\n\n" + item["input"] if item.get("input") else "")), ("assistant", item["output"])]
+    else: messages = [("user", item["prompt"]), ("assistant", item["response"])]
+    parts, ask = [], ""
+    for role, text in messages:
+        if role == "assistant": parts, ask = parts + [(ask + "Assistant:", False), (" " + text, True)], ""
+        else: ask += turn(role, text)
+    if not parts: raise ValueError("nobody answers")
+    return "answers", parts
+
 def documents(span):
-    """The documents of a span as bytes, empty ones included."""
+    """The documents of a span, empty ones included, as (form, [(bytes, counts)]): see parse; most have one part, and it counts."""
     with open(span.path, "rb") as f:
         f.seek(span.start)
         data = f.read(span.stop - span.start)
     if len(data) < span.stop - span.start: raise ValueError(f"{span.path} changed while it was being read: run again")
-    if span.kind == "text": yield data
+    if span.kind == "text": yield "text", [(data, True)]
     elif span.kind == "stories":
         stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
-        yield from stories[:-1] + stories[-1:] * bool(stories[-1])
+        yield from (("text", [(story, True)]) for story in stories[:-1] + stories[-1:] * bool(stories[-1]))
     else:
         for n, line in enumerate(data.split(b"\n")):
             if not line.strip(): continue
             try:
-                text = json.loads(line.decode("utf-8", "surrogateescape"))["text"]
-                try: doc = text.encode("utf-8", "surrogateescape")                      # invalid UTF-8 comes out as it went in
-                except UnicodeEncodeError: doc = text.encode("utf-8", "surrogatepass")  # half a pair, written as \ud83d
+                form, parts = parse(json.loads(line.decode("utf-8", "surrogateescape")))
+                yield form, [(to_bytes(text), counts) for text, counts in parts]
             except (ValueError, LookupError, TypeError, AttributeError):
                 with open(span.path, "rb") as f: n += sum(f.read(min(UNIT, span.start - i)).count(b"\n") for i in range(0, span.start, UNIT))
-                raise ValueError(f'{span.path}, line {n + 1}: not a JSON object with a "text": {line[:60]!r}') from None
-            yield doc
+                raise ValueError(f'{span.path}, line {n + 1}: not a JSON object with a "text", nor "messages", "prompt" and "response", '
+                                 f'"instruction" and "output", or "prompt", "chosen" and "rejected": {line[:60]!r}') from None
+
+def to_bytes(text):
+    try: return text.encode("utf-8", "surrogateescape")                         # invalid UTF-8 comes out as it went in
+    except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # half a pair, written as \ud83d
+
+def joined(doc): return b"".join(text for text, _ in doc[1])
 
 def hash_of(doc): return int.from_bytes(hashlib.blake2b(doc, digest_size=8).digest(), "little")
 
@@ -218,9 +247,9 @@ def hashes(unit):
     """A row for each document. Of n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
     rows = []
     for span in unit:
-        keys = [hash_of(doc) for doc in documents(span)] if span.key is None else [span.key]
-        rows += [(key, span.first, span.fate) for key in keys]
-    return np.array(rows, [("key", "<u8"), ("first", "?"), ("fate", "u1")])
+        keys = [(hash_of(joined(doc)), FORMS.index(doc[0])) for doc in documents(span)] if span.key is None else [(span.key, 0)]
+        rows += [(key, span.first, span.fate, form) for key, form in keys]
+    return np.array(rows, [("key", "<u8"), ("first", "?"), ("fate", "u1"), ("form", "u1")])
 
 def choose(found, val_fraction):
     """
@@ -251,26 +280,29 @@ def load_tokenizer(path):
     except ValueError as e: raise ValueError(f"{e}; config/stdlib.py needs no download" if path == "gpt2" else e) from None
 
 def encode_unit(job):
-    """Encode a unit into an npz file: ids of the training split, of the validation split, and [[documents, bytes] of each]."""
-    part, unit, fates, eot, tokenizer = job
+    """Encode a unit into an npz file: ids and mask of the training split, of the validation split, and the sizes of both."""
+    part, unit, fates, eot, tokenizer, masked = job
     if exists(part): return part                            # the work of a run that was killed
-    tok, ids, sizes = load_tokenizer(tokenizer), [], []
+    tok, arrays, sizes = load_tokenizer(tokenizer), [], []
     docs = [(doc, span.last) for span in unit for doc in documents(span)]
     if len(docs) != len(fates): raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
     for split in (TRAIN, VAL):
-        chosen = [pair for pair, fate in zip(docs, fates) if fate == split]
-        encoded = tok.encode_batch(doc for doc, _ in chosen)
-        ids.append(np.concatenate([eot[:0], *(a for one, (_, last) in zip(encoded, chosen) for a in (one, eot[:last]))]))
-        sizes.append((sum(last for _, last in chosen), sum(len(doc) for doc, _ in chosen)))
-    write(part, lambda f: np.savez(f, *ids, sizes))
+        chosen = [(doc, last) for (doc, last), fate in zip(docs, fates) if fate == split]
+        parts = [(text, counts, eot[:last and counts]) for (_, doc), last in chosen for text, counts in doc]
+        encoded = tok.encode_batch(text for text, _, _ in parts)
+        arrays.append(np.concatenate([eot[:0], *(a for one, (_, _, end) in zip(encoded, parts) for a in (one, end))]))
+        lengths = [len(one) + len(end) for one, (_, _, end) in zip(encoded, parts)]
+        arrays.append(np.repeat(np.array([counts for _, counts, _ in parts], np.uint8), lengths) if masked else np.empty(0, np.uint8))
+        sizes.append((sum(last for _, last in chosen), sum(len(text) for text, _, _ in parts), sum(len(text) for text, counts, _ in parts if counts)))
+    write(part, lambda f: np.savez(f, *arrays, sizes))
     return part
 
 def read_part(path):
-    """(split, ids, documents, bytes) of both splits."""
-    with np.load(path) as part: return [(split, part[f"arr_{i}"], *part["arr_2"][i]) for i, split in enumerate(SPLITS)]
+    """(split, ids, mask, documents, bytes, bytes that count) of both splits."""
+    with np.load(path) as part: return [(split, part[f"arr_{2 * i}"], part[f"arr_{2 * i + 1}"], *part["arr_4"][i]) for i, split in enumerate(SPLITS)]
 
 def read_shards(folder, num_shards, tok):
-    """Yield the same of FineWeb's shards: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 tokens."""
+    """Yield the same, without masks, of FineWeb's shards: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 tokens."""
     lengths = np.array([len(tok.decode_bytes([i])) for i in range(tok.vocab_size - 1)] + [0])
     for n in range(num_shards + 1):
         split = "train" if n else "val"
@@ -282,7 +314,7 @@ def read_shards(folder, num_shards, tok):
         if not whole or ids.max(initial=0) >= tok.vocab_size:
             raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
         counts = sum(np.bincount(part, minlength=tok.vocab_size) for part in np.array_split(ids, len(ids) // UNIT + 1))
-        yield split, ids, counts[-1], counts @ lengths
+        yield split, ids, ids[:0], counts[-1], counts @ lengths, 0
 
 # ---- the dataset's folder --------------------------------------------------------------------------------------------
 
@@ -325,21 +357,25 @@ def verify(cfg, deep=False):
         found = meta["knobs"].get(key)
         if found != value: raise ValueError(f"{folder} was prepared with {key}={found!r}, not {value!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
-    for split in SPLITS:
-        path, size = join(folder, split + ".bin"), 2 * meta["tokens"][split]
+    for name, digest in meta["sha256"].items():
+        split, _, mask = name.partition(".")
+        path, size = join(folder, name if mask else name + ".bin"), meta["tokens"][split] * (1 if mask else 2)
         if size_of(path) != size: raise ValueError(f"{path} has {size_of(path):,} bytes, not {size:,}: {again}")
-        if deep and sha256(path) != meta["sha256"][split]: raise ValueError(f"{path} has not the sha256 of meta.json: {again}")
+        if deep and sha256(path) != digest: raise ValueError(f"{path} has not the sha256 of meta.json: {again}")
     return meta
 
-def write_bins(work, parts):
-    """Join all (split, ids, documents, bytes) to train.bin and val.bin; returns what meta.json says about them."""
+def write_bins(work, parts, masked):
+    """Join all that read_part yields to train.bin and val.bin, and their masks; returns what meta.json says about them."""
     meta = {key: dict.fromkeys(SPLITS, 0) for key in ("tokens", "documents", "bytes")}
-    bins = {split: open(join(work, split + ".bin"), "wb") for split in SPLITS}
-    for split, ids, documents, size in parts:
-        ids.astype("<u2", copy=False).tofile(bins[split])
+    answers = {key: dict.fromkeys(SPLITS, 0) for key in ("tokens", "bytes")}
+    files = {name: open(join(work, name), "wb") for split in SPLITS for name in (f"{split}.bin", f"{split}.mask")[:1 + masked]}
+    for split, ids, mask, documents, size, counted in parts:
+        ids.astype("<u2", copy=False).tofile(files[f"{split}.bin"])
+        if masked: mask.tofile(files[f"{split}.mask"])
         for key, n in (("tokens", len(ids)), ("documents", documents), ("bytes", size)): meta[key][split] += int(n)
-    for f in bins.values(): f.flush(); os.fsync(f.fileno()); f.close()
-    return meta | {"sha256": {split: sha256(f.name) for split, f in bins.items()}}
+        for key, n in (("tokens", mask.sum()), ("bytes", counted)): answers[key][split] += int(n)
+    for f in files.values(): f.flush(); os.fsync(f.fileno()); f.close()
+    return meta | ({"answers": answers} if masked else {}) | {"sha256": {name.removesuffix(".bin"): sha256(f.name) for name, f in files.items()}}
 
 def main(cfg):
     folder, fineweb, start = join("data", cfg.dataset), cfg.dataset == "fineweb", time.time()
@@ -359,6 +395,9 @@ def main(cfg):
         sizes = [sum(span.stop - span.start for span in unit) for unit in units]
         found = list(every("read", hashes, units))
         fates, meta["duplicates"], meta["empty"] = choose(found, cfg.val_fraction)
+        forms = {FORMS[i] for rows in found for i in np.unique(rows["form"])}
+        if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: these files have other texts, too")
+        if forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
         meta["text_hash"] = hashlib.sha256(b"".join(rows.tobytes() for rows in found)).hexdigest()
         print(f"{meta['source']}: {sum(sizes):,} bytes in {len(files):,} files, dropped {meta['duplicates']:,} duplicate and "
               f"{meta['empty']:,} empty documents", flush=True)
@@ -378,7 +417,7 @@ def main(cfg):
     if cfg.tokenizer != "gpt2":
         path = join(work, "tokenizer.json")
         if not tok and not exists(path):
-            texts = (doc for unit, fate in zip(units, fates) for doc, f in zip(itertools.chain(*map(documents, unit)), fate) if f == TRAIN)
+            texts = (joined(doc) for unit, fate in zip(units, fates) for doc, f in zip(itertools.chain(*map(documents, unit)), fate) if f == TRAIN)
             special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()                  # 256 are the bytes and nothing else
             tok = bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, 1 if cfg.workers == 1 else None, sys.stderr.isatty())
         if tok: tok.save(path)
@@ -388,16 +427,16 @@ def main(cfg):
     if fineweb: parts = read_shards(folder, cfg.num_shards, tok)
     else:
         ends = np.array([] if single else [eot], "<u2")                                 # a single text has nothing to separate
-        jobs = [(join(work, f"{n:06d}.npz"), *job, ends, path) for n, job in enumerate(zip(units, fates))]
+        jobs = [(join(work, f"{n:06d}.npz"), *job, ends, path, "form" in meta) for n, job in enumerate(zip(units, fates))]
         if done := sum(exists(job[0]) for job in jobs): print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
         parts = itertools.chain.from_iterable(map(read_part, list(every("encode", encode_unit, jobs))))
-    meta |= write_bins(work, parts) | {"vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer": basename(path),
+    meta |= write_bins(work, parts, "form" in meta) | {"vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer": basename(path),
                                        "tokenizer_hash": tok.hash}
     write(join(work, "meta.json"), lambda f: f.write(json.dumps(meta, indent=1).encode()))
 
-    for name in ("meta.json", "tokenizer.json"):            # without meta.json there is no dataset: nobody sees half of one
+    for name in ("meta.json", "tokenizer.json", "train.mask", "val.mask"):      # without meta.json there is no dataset: nobody sees half of one
         if exists(join(folder, name)): os.remove(join(folder, name))
-    for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+    for name in ("train.bin", "val.bin", "train.mask", "val.mask", "tokenizer.json", "meta.json"):
         if exists(join(work, name)): os.replace(join(work, name), join(folder, name))
     for old in glob.glob(join(folder, ".partial-*")): shutil.rmtree(old)
     counts = [f"{split} {meta['tokens'][split]:,} tokens of {meta['documents'][split]:,} documents" for split in SPLITS]

@@ -5,7 +5,7 @@ What every stage promises, each against an independent twin: naive code, float64
     python -m pytest test_all.py -k "model or train"
     python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
 """
-import base64, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
+import base64, copy, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
     shutil, signal, subprocess, sys, threading, time, types, warnings
 from collections import Counter
 from pathlib import Path
@@ -287,6 +287,74 @@ def test_model_fused_loss_against_plain_cross_entropy(cap):
     ours = model_py.LinearCrossEntropy.apply(x, w, targets, cap, 5)
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(3 * ours, (x, w)), grads): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_model_masked_targets_give_no_loss_and_no_gradient():
+    """Another token in a masked place, where nothing that counts can see it, changes neither the loss nor any gradient."""
+    results = []
+    for other in (5, 44):
+        model, idx = tiny_gpt(), torch.arange(20).view(2, 10) % 61
+        idx[:, -1] = other                                                      # only itself and the masked target after it see it
+        targets = torch.cat((idx[:, 1:], idx[:, :1]), 1).masked_fill(torch.arange(10) >= 6, -1)
+        loss = model(idx, targets)[1]
+        loss.backward()
+        results.append([loss] + [p.grad for p in model.parameters()])
+        plain = torch.nn.functional.cross_entropy(model(idx)[0][:, :6].flatten(0, 1), targets[:, :6].flatten())
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+        rows = model(idx, targets, by_row=True)[1]
+        assert rows.sum().item() == pytest.approx(-12 * loss.item(), rel=1e-5) and rows.shape == (2,)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_model_lora_is_small_starts_as_nothing_and_merges():
+    with torch.device("meta"):
+        gpt2 = model_py.GPT(config.load([os.path.join(HERE, "config", "gpt2_124m_classic.py")]).model())
+        before = gpt2.estimate_flops()
+        gpt2.add_lora(8)
+    trained = sum(p.numel() for p in gpt2.parameters() if p.requires_grad)
+    assert trained == 12 * 4 * 2 * 8 * 768 and trained / 124_439_808 < 0.01 and 0.65 < gpt2.estimate_flops() / before < 0.72
+    for kw in (dict(), dict(n_kv_head=2, mlp="swiglu"), CLASSIC):
+        model, idx = tiny_gpt(**kw), torch.randint(61, (2, 9))
+        plain, keys = model(idx)[0], list(model.state_dict())
+        model.add_lora(4)
+        assert torch.equal(model(idx)[0], plain)
+        optimizers = [o for kind in ("muon", "adamw") for o in model.configure_optimizers(config.Config(optimizer=kind, lora_rank=4))]
+        owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
+        assert owned == 2 * [{id(p) for name, p in model.named_parameters() if "lora_" in name}] and len(owned[0]) == 2 * 4 * 2
+        frozen = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
+        for _ in range(3):
+            model(idx, idx)[1].backward()
+            optimizers[0].step()
+            model.zero_grad()
+        assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+        tuned = model(idx)[0]
+        assert (tuned - plain).abs().max() > 1e-3
+        model.use_lora(False)
+        assert torch.equal(model(idx)[0], plain)
+        model.use_lora(True)
+        checkpoint = dict(model=model.state_dict(), config={**vars(model.config), "lora_rank": 4})
+        loaded = model_py.GPT.from_checkpoint(checkpoint)
+        assert list(loaded.state_dict()) == keys and (loaded(idx)[0] - tuned).abs().max() < 1e-4
+        assert type(loaded.transformer.h[0].attn.c_q) is torch.nn.Linear
+
+
+def test_model_lora_learns_a_small_task():
+    """On frozen random weights, to answer by what the first token was; guessing would cost log(2) / 2 = 0.35."""
+    torch.manual_seed(0)
+    model = tiny_gpt(n_embd=64)
+    model.add_lora(8)
+    optimizers = model.configure_optimizers(config.Config(lora_rank=8, learning_rate=1e-2))
+    losses = []
+    for _ in range(150):
+        first = torch.randint(2, (16, 1))                   # the answer hangs on the first token
+        idx = torch.cat((first, torch.full((16, 3), 7), 20 + first, 30 + first), 1)
+        targets = idx[:, 1:].masked_fill(torch.arange(5) < 3, -1)
+        loss = model(idx[:, :-1], targets)[1]
+        loss.backward()
+        for o in optimizers: o.step()
+        model.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 2 and sum(losses[-10:]) / 10 < 0.1
 
 
 def test_model_generate_matches_argmax_recompute_and_passes_the_context():
@@ -1339,6 +1407,67 @@ def test_prepare_bad_line_in_a_later_unit_has_its_number(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="x.jsonl, line 77: not"): prepare_run(workers=workers)
 
 
+CHAT = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\n\nthere"}, {"role": "assistant", "content": "Hello"},
+                      {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "So long \u00fc"}, {"role": "user", "content": "?"}]},
+        {"prompt": "1+1", "response": "2"}, {"instruction": "Add", "input": "2 3", "output": "5"}, {"instruction": "Sing", "output": "La"},
+        {"text": "All of it."}]
+CHAT_TEXT = ["System: Be brief.\n\nUser: Hi\n\nthere\n\nAssistant:[ Hello~]User: Bye\n\nAssistant:[ So long \u00fc~]",
+             "User: 1+1\n\nAssistant:[ 2~]", "User: Add\n\n2 3\n\nAssistant:[ 5~]", "User: Sing\n\nAssistant:[ La~]", "[All of it.~]"]
+
+
+def prepare_marked(split):
+    """data/mine's split as text, with [ ] around what counts and ~ for the end-of-text."""
+    tok, ids = bpe.Tokenizer.load("data/mine/tokenizer.json"), np.fromfile(f"data/mine/{split}.bin", np.uint16)
+    mask, out, on = np.fromfile(f"data/mine/{split}.mask", np.uint8), b"", 0
+    assert len(ids) == len(mask)
+    for i, m in zip(ids, mask):
+        out, on = out + (b"" if m == on else b"[" if m else b"]") + (b"~" if i == tok.special_tokens["<|endoftext|>"] else tok.decode_bytes([i])), m
+    return (out + b"]" * on).decode().replace("~][", "~")
+
+
+@pytest.mark.parametrize("unit", [50, 1 << 20])
+def test_prepare_answers_count_and_questions_do_not(tmp_path, monkeypatch, unit):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", unit)
+    prepare_files("in", {"a.jsonl": "".join(json.dumps(c) + "\n" for c in CHAT)})
+    meta = prepare_run(val_fraction=0.4)
+    found = prepare_marked("train") + prepare_marked("val")
+    for text in CHAT_TEXT: assert text.strip("[]") in found.replace("~[", "~") or text in found
+    for split in ("train", "val"):
+        inside = "".join(re.findall(r"\[(.*?)\]", prepare_marked(split), re.S))
+        mask = np.fromfile(f"data/mine/{split}.mask", np.uint8)
+        assert meta["answers"]["tokens"][split] == mask.sum() and meta["answers"]["bytes"][split] == len(inside.replace("~", "").encode())
+    assert meta["form"] == "answers" and meta["tokens"]["train"] == os.path.getsize("data/mine/train.mask")
+    whole = open("data/mine/val.mask", "rb").read()
+    open("data/mine/val.mask", "wb").write(whole[:-1])
+    with pytest.raises(ValueError, match="val.mask has"): prepare.verify(prepare_cfg(val_fraction=0.4))
+    open("data/mine/val.mask", "wb").write(bytes(1 - b for b in whole))
+    with pytest.raises(ValueError, match="val.mask has not the sha256"): prepare.verify(prepare_cfg(val_fraction=0.4), deep=True)
+    prepare_files("in", {"a.jsonl": "".join(json.dumps({"text": str(i) * 9}) + "\n" for i in range(9))})
+    assert "form" not in prepare_run(val_fraction=0.4) and not glob.glob("data/mine/*.mask")      # plain text leaves no mask behind
+
+
+def test_prepare_preference_pairs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
+    prepare_files("in", {"a.jsonl": "\n".join(map(json.dumps, pairs))})
+    assert prepare_run()["form"] == "pairs"
+    found = prepare_marked("train") + prepare_marked("val")
+    for i in range(20): assert f"User: {i}?\n\nAssistant:[ yes {i}~]User: {i}?\n\nAssistant:[ no~]" in found
+    prepare_files("in", {"b.jsonl": '{"text": "another"}'})
+    with pytest.raises(ValueError, match="a dataset of their own"): prepare_run()
+
+
+@pytest.mark.parametrize("line", ['{"messages": []}', '{"messages": [{"role": "user", "content": "x"}]}', '{"messages": [{"role": "assistant", "content": 3}]}',
+                                  '{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]}', '{"prompt": "x"}',
+                                  '{"prompt": "x", "chosen": "y"}', '{"instruction": "x"}', '{"messages": "hi"}'])
+def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {"a.jsonl": '{"prompt": "x", "response": "y"}\n' + line})
+    with pytest.raises(ValueError, match='in/a.jsonl, line 2: not a JSON object with a "text", nor "messages"') as e: prepare_run()
+    assert "\n" not in str(e.value)
+
+
 def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     choose = prepare.choose
@@ -2004,15 +2133,21 @@ def test_train_batches_visit_every_block_once_an_epoch_and_store_nothing(tmp_pat
     batches = train.Batches(tmp_path / "a.bin", 10, seed=3)
     orders = []
     for epoch in range(3):
-        blocks = np.stack([batches.block(epoch * 100 + i) for i in range(100)]).astype(int)
+        blocks = np.stack([block_of(batches, epoch * 100 + i) for i in range(100)])
         assert blocks.shape == (100, 11) and np.all((blocks[:, 1:] - blocks[:, :-1]) % 1003 == 1)       # consecutive, around the end too
         assert len(set(blocks[:, :10].flatten())) == 1000
         orders.append(blocks[:, 0].tolist())
     assert orders[0] != orders[1] and sorted(orders[0]) != sorted(orders[1])                            # another order, another offset
     again = train.Batches(tmp_path / "a.bin", 10, seed=3)
-    assert again.block(277).tolist() == orders_block(orders, 2, 77) and train.Batches(tmp_path / "a.bin", 10, seed=4).block(5)[0] != orders[0][5]
+    assert block_of(again, 277).tolist() == orders_block(orders, 2, 77)
+    assert block_of(train.Batches(tmp_path / "a.bin", 10, seed=4), 5)[0] != orders[0][5]
     x, y = again.get(3, 4, torch.device("cpu"))
     assert x.shape == y.shape == (4, 10) and torch.equal(x[:, 1:], y[:, :-1])
+
+
+def block_of(batches, number):
+    x, y = batches.get(number, 1, torch.device("cpu"))
+    return np.append(x[0].numpy(), y[0, -1].item())
 
 
 def orders_block(orders, epoch, i):
@@ -2037,7 +2172,7 @@ def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
         e = min(s + 32, n)
         losses.append(torch.nn.functional.cross_entropy(model(data[None, s:e])[0][0], data[s + 1:e + 1], reduction="sum").item())
     state = torch.get_rng_state()
-    assert train.evaluate(model, tmp_path / "v.bin", cfg, run) == pytest.approx(sum(losses) / n, rel=1e-5)
+    assert train.evaluate(model, train.Batches(tmp_path / "v.bin", 32, 0), cfg, run) == [pytest.approx(sum(losses) / n, rel=1e-5)]
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -2189,14 +2324,157 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
 
 def test_train_memory_estimate_counts_optimizer_state(train_dir):
     """What the optimizers really hold after a step, against the estimate."""
-    for optimizer in ("muon", "adamw"):
-        cfg = config.load(train_words(optimizer=optimizer))
+    for optimizer, rank in (("muon", 0), ("adamw", 0), ("muon", 4)):
+        cfg = config.load(train_words(optimizer=optimizer, lora_rank=rank))
         model = model_py.GPT(cfg.model())
+        if rank: model.add_lora(rank)
         optimizers = model.configure_optimizers(cfg)
         model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
         for o in optimizers: o.step()
         held = sum(t.nbytes for o in optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t) and t.dim())
         assert held == train.estimate_memory(cfg, model)["optimizer"]
+
+
+TRAIN_TUNE = dict(answers=dict(lora_rank=4, dropout=0.1, learning_rate=1e-2), pairs=dict(objective="dpo", optimizer="adamw", learning_rate=1e-3, batch_size=8),
+                  lora_pairs=dict(objective="dpo", lora_rank=4, learning_rate=1e-2, batch_size=8))
+
+
+@pytest.fixture(scope="module")
+def tune_dir(train_dir):
+    """train_dir with two more datasets: questions whose answers count, and pairs, where a shouted answer is preferred."""
+    words = [w for w in re.findall(r"[a-z]{3,9}", " ".join(p.read_text() for p in (train_dir / "notes").iterdir()))][:120]
+    lines = dict(answers=[{"prompt": w * (1 + i % 3), "response": w.upper() * (i % 4)} for i, w in enumerate(dict.fromkeys(words))],
+                 pairs=[{"prompt": w, "chosen": w.upper(), "rejected": w} for w in dict.fromkeys(words)])
+    for name, items in lines.items():
+        (train_dir / f"{name}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
+        subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), *train_words(dataset=name, input=f"{name}.jsonl")], cwd=train_dir, check=True, capture_output=True)
+    return train_dir
+
+
+def tune_here(monkeypatch, tune_dir, tmp_path, kind, **kw):
+    name = "answers" if kind == "answers" else "pairs"
+    return train_here(monkeypatch, tune_dir, tmp_path, **{**dict(dataset=name, input=f"{name}.jsonl", block_size=32, eval_tokens=0, zero_init=False), **TRAIN_TUNE[kind], **kw})
+
+
+@pytest.mark.parametrize("kind", TRAIN_TUNE)
+def test_train_fine_tuning_resumes_bit_for_bit_and_samples(monkeypatch, tune_dir, tmp_path, capsys, kind):
+    whole = tune_here(monkeypatch, tune_dir, tmp_path, kind, out="whole")
+    tune_here(monkeypatch, tune_dir, tmp_path, kind, out="half", stop_at=10)
+    resumed = tune_here(monkeypatch, tune_dir, tmp_path, kind, out="half", init_from="resume")
+    assert resumed["step"] == 20 and equal_states(whole, resumed) and ("reference" in whole) == (kind == "pairs")
+    log = [r["val_loss"] for r in train_log(tmp_path / "whole") if "val_loss" in r]
+    assert log[-1] < log[0] and log[-1:] == [r["val_loss"] for r in train_log(tmp_path / "half") if "val_loss" in r][-1:]
+    if kind != "answers":
+        first, *_, last = [r for r in train_log(tmp_path / "whole") if "margin" in r]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["margin"] == 0 and last["margin"] > 0 and last["accuracy"] > 0.9
+    with pytest.raises(ValueError, match="model differs: (lora_rank|objective)"):
+        tune_here(monkeypatch, tune_dir, tmp_path, kind, out="half", init_from="resume", lora_rank=2, **(dict(objective="tokens", dataset="tiny", input="notes") if kind == "pairs" else {}))
+    capsys.readouterr()
+    sample.main(config.load([f"--out_dir={tmp_path / 'whole'}", "--start=User:", "--max_new_tokens=5"]))       # LoRA is merged
+    assert capsys.readouterr().out.startswith("User:")
+
+
+@pytest.mark.parametrize("kind", ["answers", "lora_pairs"])
+def test_train_fine_tuning_one_process_equals_two_ranks(monkeypatch, tune_dir, tmp_path, kind):
+    """Micro-batches with different numbers of answers weigh as if they were one batch, over steps and ranks."""
+    kw = dict(tokens_per_step=256, batch_size=2, max_iters=4, dropout=0.0)
+    tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", **{**kw, "batch_size": 8})
+    name = "answers" if kind == "answers" else "pairs"
+    words = train_words(**{**dict(dataset=name, input=f"{name}.jsonl", block_size=32, eval_tokens=0, zero_init=False), **TRAIN_TUNE[kind], **kw, "out_dir": tmp_path / "two"})
+    out = train_run(tune_dir, *words, processes=2)
+    assert "2 device(s)" in out and "Traceback" not in out
+    for a, b in zip(train_log(tmp_path / "one"), train_log(tmp_path / "two"), strict=True):
+        keys = [k for k in ("loss", "norm", "val_loss", "val_margin") if k in a]
+        assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=2e-3, abs=1e-6)
+
+
+def test_train_masked_batches_and_evaluation(tune_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tune_dir)
+    batches = train.Batches("data/answers/train.bin", 32, 0)
+    ids, mask, seen = np.fromfile("data/answers/train.bin", "<u2"), np.fromfile("data/answers/train.mask", np.uint8), []
+    for i in range(batches.n):
+        start, stop = batches.span(i)
+        x, y = batches.get(i, 1, torch.device("cpu"))
+        at = np.arange(start + 1, stop) % len(ids)
+        assert y[0].tolist() == [int(t) if m else -1 for t, m in zip(ids[at], mask[at])] and batches.weigh(i, 1) == mask[at].sum()
+        seen += at.tolist()
+    assert len(set(seen)) == len(seen) == 32 * batches.n
+    shares = [share for _, _, share in itertools.islice(batches.stream(0, 3, 2, types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))), 6)]
+    assert sum(shares[:3]) == pytest.approx(1) and sum(shares[3:]) == pytest.approx(1) and len(set(shares)) > 2
+    model = tiny_gpt(vocab_size=300)
+    cfg = config.Config(block_size=32, batch_size=3, **{k: v for k, v in vars(tiny(vocab_size=300)).items() if k != "block_size"})
+    run = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
+    total, n, data = 0.0, 0, torch.from_numpy(ids.astype(np.int64))
+    for s in range(0, len(ids) - 1, 32):
+        logp = model(data[None, s:min(s + 32, len(ids) - 1)])[0][0].log_softmax(-1)
+        for j, row in enumerate(logp):
+            if mask[s + j + 1]: total, n = total - row[data[s + j + 1]].item(), n + 1
+    assert train.evaluate(model, batches, cfg, run) == [pytest.approx(total / n, rel=1e-5)]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_train_dpo_equals_a_reference_written_out_in_float64(tune_dir, monkeypatch, lora):
+    """Loss and every gradient against the formula of the paper, token by token, from separate models and unpadded texts."""
+    monkeypatch.chdir(tune_dir)
+    eot, beta = json.load(open("data/pairs/meta.json"))["eot"], 0.3
+    pairs = train.Pairs("data/pairs/train.bin", 32, 7, eot)
+    model, cfg = tiny_gpt(vocab_size=300).double(), config.Config(objective="dpo", dpo_beta=beta)
+    start = tiny_gpt(vocab_size=300).double()
+    if lora:
+        model.add_lora(4)
+        model.double()
+        for p in model.parameters():
+            if p.requires_grad: torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(len(p)))
+        policy = model_py.GPT.from_checkpoint(dict(model=model.state_dict(), config={**vars(model.config), "lora_rank": 4})).double()
+        assert type(policy.transformer.h[0].attn.c_q) is torch.nn.Linear
+        policy = copy.deepcopy(model)
+    else:
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        policy = copy.deepcopy(model)
+    ids, mask, total = np.fromfile("data/pairs/train.bin", "<u2"), np.fromfile("data/pairs/train.mask", np.uint8), 0.0
+    def log_prob(m, a, b):
+        text, logp = torch.from_numpy(ids[a:b].astype(np.int64)), 0.0
+        for i, row in enumerate(m(text[None, :-1])[0][0]):
+            if mask[a + i + 1]: logp = logp + (row - row.exp().sum().log())[text[i + 1]]
+        return logp
+    for i in range(4):
+        (a, b), (c, d) = pairs.span(2 * i), pairs.span(2 * i + 1)
+        assert b == c and d - c <= 33 and ids[b - 1] == ids[d - 1] == eot
+        with torch.no_grad(): ref = log_prob(start, a, b) - log_prob(start, c, d)
+        total = total - torch.log(1 / (1 + torch.exp(-beta * (log_prob(policy, a, b) - log_prob(policy, c, d) - ref)))) / 4
+    total.backward()
+    x, y = pairs.get(0, 8, torch.device("cpu"))
+    frozen = None if lora else start
+    loss, accuracy, margin = train.measure(model, x, y, cfg, lambda x, y: train.reference_log_probs(model, frozen, x, y))
+    loss.backward()
+    assert loss.item() == pytest.approx(total.item(), rel=1e-6) and loss.item() != pytest.approx(math.log(2), abs=1e-3) and 0 <= accuracy <= 1
+    compared = 0
+    for p, q in zip(model.parameters(), policy.parameters()):
+        if lora and not p.requires_grad: assert p.grad is None
+        else:                                                   # the model's own logits become float32 before their softmax
+            assert (p.grad - q.grad).abs().max() < 1e-6 * max(q.grad.abs().max(), 0.01)
+            compared += q.grad.abs().max() > 0.01
+    assert compared > 10
+
+
+def test_train_pairs_visit_every_pair_once_and_cut_long_prompts(tmp_path):
+    docs = [[i] * n + [9] for i, n in enumerate((3, 2, 30, 4, 1, 1))]
+    np.concatenate(docs).astype("<u2").tofile(tmp_path / "a.bin")
+    np.concatenate([[0] * (len(d) - 2) + [1, 1] for d in docs]).astype(np.uint8).tofile(tmp_path / "a.mask")
+    pairs = train.Pairs(tmp_path / "a.bin", 8, 0, 9)
+    for epoch in range(3):
+        x, y = pairs.get(6 * epoch, 6, torch.device("cpu"))
+        firsts = x[:, 0].tolist()
+        assert sorted(firsts) == list(range(6)) and all(a % 2 == 0 and b == a + 1 for a, b in zip(firsts[::2], firsts[1::2]))
+        assert (y[:, :] >= 0).sum(1).tolist() == [1 + (len(docs[f]) > 2) for f in firsts] and all(9 in row for row in y.tolist())
+    assert x[firsts.index(2)].tolist() == [2] * 8 and pairs.windows(0)[2] == (7 + 31 - 9, 7 + 31)
+
+
+def test_train_objective_and_data_must_fit(monkeypatch, tune_dir, tmp_path):
+    for kw, message in ((dict(dataset="pairs", input="pairs.jsonl"), "set --objective=dpo"), (dict(objective="dpo"), "has no preference pairs")):
+        with pytest.raises(ValueError, match=message): train_here(monkeypatch, tune_dir, tmp_path, **kw)
+    with pytest.raises(ValueError, match="batch_size=3 must be even"): config.Config(objective="dpo", batch_size=3)
 
 
 def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train_dir, tmp_path):

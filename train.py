@@ -5,16 +5,19 @@ Train a GPT: one process or many, from a config to a checkpoint and a first samp
     python train.py config/shakespeare.py --max_iters=2000 --seed=2      # every knob can be set (--help lists them)
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py             # DDP: NCCL on GPUs, gloo on CPUs
     python train.py config/stdlib.py --init_from=resume                  # go on from out_dir/ckpt.pt, exactly
+    python train.py config/finetune_shakespeare.py --lora_rank=8         # go on from GPT-2, learning 0.5% of its size
+    python train.py --dataset=prefs --objective=dpo ...                  # answers that people preferred, see prepare.py
 
 A step always means tokens_per_step tokens, however many devices share them: batches are a pure function of (seed, step, position),
 so one process and eight see the same data and a resumed run goes on as if it had never stopped.
 Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import contextlib, dataclasses, datetime, glob, itertools, json, math, os, shlex, signal, subprocess, sys, time
+import contextlib, copy, dataclasses, datetime, functools, glob, itertools, json, math, os, shlex, signal, subprocess, sys, time
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import config, prepare
@@ -30,57 +33,117 @@ class Batches:
     """
     Blocks of T tokens and the T that follow each, shuffled anew every epoch. An epoch starts at a random offset (the text taken as a
     ring), cuts the text into len // T blocks and visits each once. Everything is a function of (seed, step, position): nothing to save.
+    Where prepare.py has put a mask beside the bin, targets that do not count are -1.
     """
     def __init__(self, path, block_size, seed):
         self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
+        mask = os.path.splitext(path)[0] + ".mask"
+        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else None
         self.n, self.epoch = len(self.data) // block_size, None
 
-    def block(self, number):
-        """The number-th block of the run, counted over all epochs: (T + 1,) token ids."""
+    def span(self, number):
+        """Where the number-th block of the run, counted over all epochs, starts and stops: T + 1 tokens, perhaps around the end."""
         epoch, i = divmod(number, self.n)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self.epoch, self.offset, self.order = epoch, rng.integers(len(self.data)), rng.permutation(self.n)
         start = (self.offset + int(self.order[i]) * self.T) % len(self.data)
-        return self.data[start:start + self.T + 1] if start + self.T < len(self.data) else \
-            np.take(self.data, range(start, start + self.T + 1), mode="wrap")
+        return start, start + self.T + 1
+
+    def windows(self, tokens):
+        """Consecutive spans over the first `tokens` targets (0 = all of them), to evaluate on."""
+        end = min(len(self.data) - 1, tokens or len(self.data))
+        return [(start, min(start + self.T, end) + 1) for start in range(0, end, self.T)]
+
+    def rows(self, spans):
+        """Spans of at most T + 1 tokens -> inputs and targets as one array (2, B, T); targets past the end of a span are -1."""
+        start, stop = np.array(spans).T[:, :, None]                                             # (B, 1) each
+        at = start + np.arange(self.T + 1)
+        ring = at % len(self.data)
+        tokens, counts = self.data[ring].astype(np.int64), at[:, 1:] < stop
+        if self.mask is not None: counts &= self.mask[ring[:, 1:]] > 0
+        return np.stack((tokens[:, :-1], np.where(counts, tokens[:, 1:], -1)))
+
+    def weigh(self, first, count):
+        """How much blocks first .. first + count - 1 weigh in a step's mean: as their targets that count, or all the same."""
+        return count if self.mask is None else int((self.rows([self.span(i) for i in range(first, first + count)])[1] >= 0).sum())
 
     def get(self, first, count, device):
         """Blocks first .. first + count - 1 as inputs and targets, both (count, T), copied to the device without waiting for it."""
-        return to_device(np.stack([self.block(i) for i in range(first, first + count)]), device)
+        return to_device(self.rows([self.span(i) for i in range(first, first + count)]), device)
 
     def stream(self, step, accumulate, batch_size, run):
-        """This rank's micro-batches from `step` on; rank r of W takes batches r, W + r, 2W + r, .. of those that make up a step."""
+        """
+        This rank's micro-batches from `step` on, and the share of the step that each is; rank r of W takes batches r, W + r, 2W + r, ..
+        of those that make up a step. Shares add up to W, over which DDP takes the mean.
+        """
         for n in itertools.count(step * accumulate):
-            yield self.get((n * run.world + run.rank) * batch_size, batch_size, run.device)
+            first, step_size = (n * run.world + run.rank) * batch_size, accumulate * run.world * batch_size
+            if n % accumulate == 0: whole = max(self.weigh(n // accumulate * step_size, step_size), 1)
+            yield *self.get(first, batch_size, run.device), self.weigh(first, batch_size) * run.world / whole
 
 
-def to_device(blocks, device):
-    """(B, T + 1) uint16 -> inputs and targets, both (B, T) int64 on the device."""
-    tokens = torch.from_numpy(blocks.astype(np.int64))
-    if device.type == "cuda": tokens = tokens.pin_memory().to(device, non_blocking=True)
-    else: tokens = tokens.to(device)
-    return tokens[:, :-1], tokens[:, 1:]
+class Pairs(Batches):
+    """Preference pairs, as prepare.py writes them: documents 2i (chosen) and 2i + 1 (rejected), each a row of its own, padded."""
+    def __init__(self, path, block_size, seed, eot):
+        super().__init__(path, block_size, seed)
+        self.stop = np.flatnonzero(self.data == eot) + 1
+        self.start, self.n = np.maximum(np.append(0, self.stop[:-1]), self.stop - block_size - 1), len(self.stop)   # a prompt too long loses its beginning
+
+    def span(self, number):
+        epoch, i = divmod(number, self.n)
+        if epoch != self.epoch: self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n // 2)
+        i = 2 * self.order[i // 2] + i % 2
+        return self.start[i], self.stop[i]
+
+    def windows(self, tokens):
+        return list(zip(self.start, self.stop))[:max(tokens // self.T // 2 * 2, 2) if tokens else None]
+
+    def weigh(self, first, count): return count
+
+
+def to_device(rows, device):
+    """(2, B, T) -> inputs and targets, both (B, T) on the device."""
+    rows = torch.from_numpy(rows)
+    return (rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)).unbind()
+
+# ---------------------------------------------------------------------------- the objective
+
+@torch.no_grad()
+def reference_log_probs(model, frozen, x, y):
+    """(B,) under the model that training started from: a frozen copy, or where there is none the same weights with LoRA off."""
+    if frozen is not None: return frozen(x, y, by_row=True)[1]
+    training = model.training
+    model.eval().use_lora(False)
+    result = model(x, y, by_row=True)[1]
+    model.train(training).use_lora(True)
+    return result
+
+
+def measure(model, x, y, cfg, reference=None):
+    """
+    The loss, which training makes smaller, and what else to log: (loss,), or with preference pairs (loss, accuracy, margin), where the
+    margin says how many nats times beta more than the reference prefers the chosen answer: Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+    """
+    if cfg.objective == "tokens": return model(x, y)[1][None]
+    chosen, rejected = (model(x, y, by_row=True)[1] - reference(x, y)).view(-1, 2).T             # (B/2,) each
+    margin = cfg.dpo_beta * (chosen - rejected)
+    return torch.stack((-F.logsigmoid(margin).mean(), (margin > 0).float().mean(), margin.mean()))
 
 
 @torch.no_grad()
-def evaluate(model, path, cfg, run):
-    """Mean loss in nats per token over the split at `path` (its first eval_tokens), cut into consecutive windows shared by the ranks."""
-    data, T = np.memmap(path, dtype="<u2", mode="r"), cfg.block_size
-    targets = min(len(data) - 1, cfg.eval_tokens or len(data))
-    starts = range(0, targets, T)[run.rank::run.world]
-    total = torch.zeros(2, dtype=torch.float64)
+def evaluate(model, batches, cfg, run, reference=None):
+    """The means of `measure` over the batches' windows (the first eval_tokens), shared by the ranks; a list."""
+    spans, total = batches.windows(cfg.eval_tokens), 0
     model.eval()
-    for b in range(0, len(starts), cfg.batch_size):
-        index = np.array(starts[b:b + cfg.batch_size])[:, None] + np.arange(T + 1)
-        x, y = to_device(data[np.minimum(index, targets)], run.device)
-        y = y.masked_fill(torch.from_numpy(index[:, 1:] > targets).to(run.device), -1)      # the last window may reach past the end
-        with run.autocast: loss = model(x, y)[1]
-        n = (y >= 0).sum()
-        total += torch.stack((loss.double() * n, n.double())).cpu()
+    for b in range(run.rank * cfg.batch_size, len(spans), run.world * cfg.batch_size):
+        x, y = to_device(batches.rows(spans[b:b + cfg.batch_size]), run.device)
+        with run.autocast: means = measure(model, x, y, cfg, reference)
+        n = (y >= 0).sum() if cfg.objective == "tokens" else len(y) // 2
+        total += torch.cat((means.double() * n, means.new_tensor([n], dtype=torch.float64))).cpu()
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
-    return (total[0] / total[1]).item()
+    return (total[:-1] / total[-1]).tolist()
 
 # ---------------------------------------------------------------------------- schedule and machine
 
@@ -160,7 +223,11 @@ def prepare_data(cfg, run):
             prepare.main(cfg)
         run.wait()
     meta = prepare.verify(cfg)
-    for split in ("train", "val"):
+    pairs = meta.get("form") == "pairs"
+    if (cfg.objective == "dpo") != pairs:
+        raise ValueError(f"objective={cfg.objective!r}, but {cfg.dataset} has {'' if pairs else 'no '}preference pairs: " +
+                         ("set --objective=dpo" if pairs else 'prepare {"prompt", "chosen", "rejected"} lines, or leave objective out'))
+    for split in () if pairs else ("train", "val"):
         if meta["tokens"][split] <= cfg.block_size:
             raise ValueError(f"the {split} split of {cfg.dataset} has {meta['tokens'][split]} tokens, block_size is {cfg.block_size}: "
                              "give more text or set a smaller --block_size" + (" or a larger --val_fraction" if split == "val" else ""))
@@ -176,20 +243,22 @@ def estimate_memory(cfg, model, world=1):
     the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; the logits exist 2048 rows at a time.
     """
     n, rows = model.num_params(), cfg.batch_size * cfg.block_size
-    muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) if cfg.optimizer == "muon" else 0
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) if cfg.optimizer == "muon" and trained == n else 0
+    copies = 2 if cfg.objective == "dpo" and trained == n else 1    # dpo's reference
     per_layer = 2 * cfg.n_embd if cfg.grad_checkpoint else 18 * cfg.n_embd + 4 * cfg.inner * (2 if cfg.mlp == "swiglu" else 1)
-    return {"weights": 4 * n, "gradients": 4 * n, "optimizer": (8 * n - 4 * muon) // (world if cfg.shard_optimizer else 1),
+    return {"weights": 4 * n * copies, "gradients": 4 * trained, "optimizer": (8 * trained - 4 * muon) // (world if cfg.shard_optimizer else 1),
             "activations": cfg.n_layer * per_layer * rows * (2 if cfg.dtype == "float32" else 1), "logits": 12 * min(2048, rows) * cfg.vocab_size}
 
 
-def plan(cfg, model, run, accumulate, meta):
+def plan(cfg, model, run, accumulate, epoch):
     """What the run is going to be, on a few lines, and a warning if it will not fit the GPU."""
     flops, n, tokens = model.estimate_flops(), model.num_params(), accumulate * run.world * cfg.batch_size * cfg.block_size
     memory, total = sum(estimate_memory(cfg, model, run.world).values()), cfg.max_iters * tokens
     lines = [f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP"
              + (f", {clock(flops * total / (0.4 * run.peak * run.world))} at 40% of peak" if run.peak else ""),
              f"{tokens:,} tokens a step = {accumulate} x {run.world} device(s) x {cfg.batch_size} x {cfg.block_size}; {cfg.max_iters:,} steps are "
-             f"{total:,} tokens = {total / meta['tokens']['train']:.2f} epochs of {meta['tokens']['train']:,}",
+             f"{total:,} tokens = {total / epoch:.2f} epochs of {epoch:,}",
              f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {memory / 2 ** 20:,.0f} MiB a device",
              f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}, "]
     if run.device.type == "cuda" and memory > (free := torch.cuda.mem_get_info(run.device)[0]):
@@ -199,7 +268,7 @@ def plan(cfg, model, run, accumulate, meta):
 
 def check_resume(checkpoint, cfg, meta, say):
     """Say what differs from the run that wrote the checkpoint; another model shape or tokenizer is an error."""
-    shape, new = {f.name for f in dataclasses.fields(config.GPTConfig)} - {"dropout"}, dataclasses.asdict(cfg)
+    shape, new = {f.name for f in dataclasses.fields(config.GPTConfig)} - {"dropout"} | {"lora_rank", "objective"}, dataclasses.asdict(cfg)
     changed = {k: f"{k} {old!r} -> {new[k]!r}" for k, old in checkpoint["config"].items() if k in new and new[k] != old and k != "init_from"}
     if fatal := [text for k, text in changed.items() if k in shape]:
         raise ValueError(f"cannot resume, the checkpoint's model differs: {', '.join(fatal)}; use its values or another --out_dir")
@@ -207,6 +276,11 @@ def check_resume(checkpoint, cfg, meta, say):
         raise ValueError(f"cannot resume: data/{cfg.dataset} was prepared with another tokenizer than the checkpoint's; prepare it again "
                          "with that one, or train into another --out_dir")
     if changed: say("resuming with a changed config: " + ", ".join(changed.values()))
+
+
+def prefers(means):
+    """[0.75, 1.2] -> ' | 75.0% preferred, margin 1.200'; nothing where there are no pairs."""
+    return f" | {means[0]:.1%} preferred, margin {means[1]:.3f}" if means else ""
 
 
 def clock(seconds):
@@ -286,6 +360,8 @@ def train(cfg, run):
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     raw_model = GPT(cfg.model()).to(run.device)         # saved, evaluated and sampled as it is, without compile's and DDP's wrappers
+    if cfg.lora_rank: raw_model.add_lora(cfg.lora_rank)
+    frozen = copy.deepcopy(raw_model).requires_grad_(False).eval() if cfg.objective == "dpo" and not cfg.lora_rank else None
     optimizers = raw_model.configure_optimizers(cfg)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -294,6 +370,7 @@ def train(cfg, run):
         checkpoint = load_checkpoint(last)
         check_resume(checkpoint, cfg, meta, say)
         raw_model.load_state_dict(checkpoint["model"])
+        if frozen is not None: frozen.load_state_dict(checkpoint["reference"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True): optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
         step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
@@ -303,9 +380,11 @@ def train(cfg, run):
     model = torch.compile(raw_model) if run.compile else raw_model
     if run.world > 1: model = DDP(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
 
-    batches = Batches(os.path.join(data_dir, "train.bin"), cfg.block_size, cfg.seed)
+    reference = functools.partial(reference_log_probs, raw_model, frozen)
+    batches, val_batches = (Batches(path, cfg.block_size, cfg.seed) if cfg.objective == "tokens" else Pairs(path, cfg.block_size, cfg.seed, meta["eot"])
+                            for path in (os.path.join(data_dir, "train.bin"), os.path.join(data_dir, "val.bin")))
     tokens_per_step, flops = accumulate * run.world * cfg.batch_size * cfg.block_size, raw_model.estimate_flops()
-    say(plan(cfg, raw_model, run, accumulate, meta) + f"attention: {backend}\n")
+    say(plan(cfg, raw_model, run, accumulate, batches.n * cfg.block_size) + f"attention: {backend}\n")
     if run.rank == 0:
         os.makedirs(out_dir, exist_ok=True)
         with open(os.path.join(out_dir, "config.json"), "w") as f: json.dump(dataclasses.asdict(cfg), f, indent=1)
@@ -316,15 +395,19 @@ def train(cfg, run):
         if cfg.shard_optimizer:
             for optimizer in optimizers: optimizer.consolidate_state_dict(to=0)
         for path in paths if run.rank == 0 else ():
-            save_checkpoint(path, dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
+            more = dict(reference=frozen.state_dict()) if frozen is not None else {}
+            save_checkpoint(path, dict(more, model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                                        step=step, best=best, seconds=seconds, config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer))
 
     def validate():
         nonlocal best
-        val = evaluate(raw_model, os.path.join(data_dir, "val.bin"), cfg, run)
-        bpb = val * meta["tokens"]["val"] / meta["bytes"]["val"] / math.log(2)      # nats per token -> bits per byte
-        log(step=step, tokens=step * tokens_per_step, seconds=seconds, val_loss=val, val_bpb=bpb)
-        say(f"step {step:>6}/{cfg.max_iters} | validation: {val:.4f} nats per token, {bpb:.4f} bits per byte" + (" | best" if val < best else ""), flush=True)
+        val, *preferred = evaluate(raw_model, val_batches, cfg, run, reference)
+        size = meta.get("answers", meta)
+        bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)      # nats per token that counts -> bits per byte
+        more = dict(zip(("val_accuracy", "val_margin"), preferred)) or dict(val_bpb=bpb)
+        log(step=step, tokens=step * tokens_per_step, seconds=seconds, val_loss=val, **more)
+        say(f"step {step:>6}/{cfg.max_iters} | validation: " + (f"loss {val:.4f}" + prefers(preferred) if preferred else
+            f"{val:.4f} nats per token, {bpb:.4f} bits per byte") + (" | best" if val < best else ""), flush=True)
         kept = [os.path.join(out_dir, f"ckpt_{step:06d}.pt")] if cfg.keep_checkpoints else []
         better, best = val < best, min(val, best)
         save(*([best_path] if better else []), last, *kept)
@@ -335,9 +418,9 @@ def train(cfg, run):
         p.export_chrome_trace(os.path.join(out_dir, "trace.json"))) if cfg.profile and run.rank == 0 else None
     if profiler: profiler.start()
     feed = batches.stream(step, accumulate, cfg.batch_size, run)
-    x, y = next(feed)
+    x, y, share = next(feed)
     started, first_step, t = seconds, step, time.time()                     # seconds: spent in steps, over all resumes
-    logged, mark, loss_sum = step, seconds, torch.zeros((), device=run.device)
+    logged, mark, loss_sum = step, seconds, 0.0
     while step < cfg.max_iters:
         factor = lr_factor(step, cfg)
         for optimizer, lrs in zip(optimizers, peaks):
@@ -345,10 +428,10 @@ def train(cfg, run):
         if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)      # so a resumed run drops the same units
         for micro in range(accumulate):
             with contextlib.nullcontext() if run.world == 1 or micro == accumulate - 1 else model.no_sync():
-                with run.autocast: loss = model(x, y)[1] / accumulate
-                x, y = next(feed)                   # read and copied while the device is busy with this one
-                scaler.scale(loss).backward()       # with DDP the last one averages the gradients over the ranks
-            loss_sum += loss.detach()
+                with run.autocast: means = measure(model, x, y, cfg, reference) * share
+                x, y, share = next(feed)            # read and copied while the device is busy with this one
+                scaler.scale(means[0]).backward()   # with DDP the last one averages the gradients over the ranks
+            loss_sum += means.detach()
         for optimizer in optimizers: scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf).item()
         if math.isfinite(norm):
@@ -367,14 +450,15 @@ def train(cfg, run):
 
         if step % cfg.log_interval == 0 or step == first_step + 1 or step == cfg.max_iters:
             if run.world > 1: dist.all_reduce(loss_sum)
-            loss_mean, seconds, t = loss_sum.item() / run.world / (step - logged), seconds + time.time() - t, time.time()
+            loss_mean, *preferred = (loss_sum / run.world / (step - logged)).tolist()
+            seconds, t = seconds + time.time() - t, time.time()
             rate = (step - logged) * tokens_per_step / (seconds - mark)
             mfu = flops * rate / run.world / run.peak if run.peak else None
-            say(f"step {step:>6}/{cfg.max_iters} | loss {loss_mean:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | {rate:,.0f} tok/s"
+            say(f"step {step:>6}/{cfg.max_iters} | loss {loss_mean:.4f}{prefers(preferred)} | lr {factor:.3f} of peak | norm {norm:.3f} | {rate:,.0f} tok/s"
                 + (f" | mfu {mfu:.1%}" if mfu else "") + f" | {clock((cfg.max_iters - step) * (seconds - started) / (step - first_step))} left", flush=True)
-            log(step=step, tokens=step * tokens_per_step, seconds=seconds, loss=loss_mean, lr=factor, norm=norm, tok_per_s=rate, mfu=mfu)
-            logged, mark = step, seconds
-            loss_sum.zero_()
+            log(step=step, tokens=step * tokens_per_step, seconds=seconds, loss=loss_mean, lr=factor, norm=norm, tok_per_s=rate, mfu=mfu,
+                **dict(zip(("accuracy", "margin"), preferred)))
+            logged, mark, loss_sum = step, seconds, 0.0
         stopping = run.any(bool(stop.asked))
         sampling = cfg.sample_interval and step % cfg.sample_interval == 0
         if step % cfg.eval_interval == 0 or step == cfg.max_iters or stopping or sampling:

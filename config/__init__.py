@@ -77,7 +77,7 @@ class Config(GPTConfig):
     """GPTConfig plus the knobs of data, tokenizer, training and sampling. `cfg.model()` is the GPTConfig alone."""
     # data (prepare.py)
     dataset: str = "stdlib"         # stdlib, shakespeare, tinystories, fineweb, or any name of yours together with --input
-    input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated
+    input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated; for bench.py eval texts to measure
     tokenizer: str = "bpe"          # bpe = train our own on the training split; gpt2; or the path of a tokenizer.json
     split_pattern: Literal["gpt2", "gpt4"] = "gpt2"                 # how bpe cuts text into words before merging
     val_fraction: float = 0.1       # share of the documents (of a single text: its last part) held out for validation
@@ -98,6 +98,10 @@ class Config(GPTConfig):
     wandb_project: str = "gpt"      # its project; the run is named after out_dir
     profile: int = 0                # trace so many steps, after three to warm up, into out_dir/trace.json (chrome://tracing)
     seed: int = 1337                # of initialisation, batches and sampling
+    # fine-tuning (train.py)
+    objective: Literal["tokens", "dpo"] = "tokens"  # tokens: predict the next; dpo: prefer the chosen answers of prepared pairs
+    dpo_beta: float = 0.1           # dpo: how much a step away from the starting model costs; smaller = free to go further
+    lora_rank: int = 0              # freeze the model and learn low-rank additions to its attention matrices; 0 = train every weight
     # optimizer (model.py, train.py)
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest
     learning_rate: float = 6e-4     # AdamW's, for every parameter that has no rate of its own below
@@ -119,6 +123,9 @@ class Config(GPTConfig):
     grad_checkpoint: bool = False   # keep only each block's input and compute its activations again in the backward pass: less memory
     shard_optimizer: bool = False   # torchrun: each rank keeps a part of the optimizer state (ZeRO stage 1, arXiv:1910.02054)
     compile: bool | None = None     # torch.compile; unset = in training on CUDA, where it pays within a minute
+    # evaluation (bench.py eval)
+    task: str = ""                  # questions: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files of theirs, comma separated
+    stride: int = 0                 # tokens scored in each window of a text; 0 = block_size/2: each sees half a context at least
     # sampling (sample.py)
     start: str = ""                 # the prompt, or FILE:path; "" = begin with the end-of-text token
     prompts: str = ""               # a file of prompts, one per line: continue them together and print JSON lines
@@ -148,13 +155,14 @@ class Config(GPTConfig):
                      "num_beams", "best_of", "prefill_chunk"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("tokens_per_step", "eval_tokens", "workers", "warmup_iters", "temperature", "top_k", "weight_decay", "grad_clip",
-                     "length_penalty", "sinks", "speculate", "sample_interval", "keep_checkpoints", "profile"):
+                     "length_penalty", "sinks", "speculate", "sample_interval", "keep_checkpoints", "profile", "lora_rank", "dpo_beta", "stride"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("min_lr_frac", "min_p", "decay_frac", "beta1", "beta2"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be between 0 and 1")
         require(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 keeps every token")
         require(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty} must be above 0; 1 = off")
+        require(self.objective != "dpo" or self.batch_size % 2 == 0, f"objective='dpo' trains on pairs: batch_size={self.batch_size} must be even")
         require(self.num_beams == 1 or self.temperature == 0 and self.num_samples <= self.num_beams and self.best_of == 1 and not self.speculate,
                 f"num_beams={self.num_beams} is a search, not a draw: it needs --temperature=0, best_of=1, speculate=0 and num_samples <= num_beams")
 

@@ -54,6 +54,14 @@ def read_log(folder):
     if not os.path.exists(path): raise ValueError(f"no {path}: give the out_dir of a run, e.g. out/stdlib")
     with open(path, encoding="utf-8") as f: return [json.loads(line) for line in f]
 
+
+def pyplot():
+    try: import matplotlib
+    except ImportError: raise ValueError("plots need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
 # ---------------------------------------------------------------------------- training
 
 def bench_train(argv):
@@ -121,10 +129,7 @@ def bench_size(argv):
 def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
     runs = {folder: read_log(folder) for folder in argv}
-    try: import matplotlib
-    except ImportError: raise ValueError("plots need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True)
     for axis, key in zip(axes, ("step", "tokens", "seconds")):
         for folder, log in runs.items():
@@ -175,24 +180,17 @@ def bench_attention(argv, out=os.path.join("out", "bench"), rounds=15):
     """flash_attn.py against every backend of torch's scaled_dot_product_attention, forward and backward, bf16: median times of runs
     that take turns, TFLOP/s (4*B*H*T*S*D forward, half if causal, 2.5 times that backward), peak memory, ratios. A table, attention.csv,
     a plot where matplotlib is there. Without a GPU: what can be said of correctness and memory."""
-    if not torch.cuda.is_available():
-        return bench_attention_cpu()
+    if not torch.cuda.is_available(): return bench_attention_cpu()
     device, dtype = torch.device("cuda"), torch.bfloat16
 
     def sdpa(backend):
         def attend(q, k, v, causal, window):
-            if window:
-                raise RuntimeError("no sliding window without a T x S mask")
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            if window: raise RuntimeError("no sliding window without a T x S mask")
+            with sdpa_kernel(backend): return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return attend
 
     def decode(q, k, v, causal, window):
         return flash_attn.flash_decode(q, k, v, torch.full((len(q),), k.shape[2], device=device, dtype=torch.int32), window)
-
-    peers = {"ours": lambda q, k, v, causal, window: flash_attn.flash_attention(q, k, v, causal, window),
-             "flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-             "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION), "math": sdpa(SDPBackend.MATH)}
 
     def milliseconds(f):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -202,10 +200,10 @@ def bench_attention(argv, out=os.path.join("out", "bench"), rounds=15):
         stop.synchronize()
         return start.elapsed_time(stop)
 
+    peers = {"ours": flash_attn.flash_attention, "flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+             "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION), "math": sdpa(SDPBackend.MATH)}
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=dtype)
-    for _ in range(3):
-        a @ b
-    peak = 2 * 8192 ** 3 / statistics.median(milliseconds(lambda: a @ b) for _ in range(rounds)) / 1e9
+    peak = 2 * 8192 ** 3 / statistics.median([milliseconds(lambda: a @ b) for _ in range(rounds + 3)][3:]) / 1e9
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matrix product 8192^3: {peak:.0f} TFLOP/s")
     # name, B, H, K, T, S, D, causal, window: 16k tokens in all, 2048 wide
     cases = [("", max(1, 16384 // T), 2048 // D, 2048 // D, T, T, D, causal, 0)
@@ -218,19 +216,16 @@ def bench_attention(argv, out=os.path.join("out", "bench"), rounds=15):
     for name, B, H, K, T, S, D, causal, window in cases:
         q, k, v = [torch.randn(B, length, heads, D, device=device, dtype=dtype).transpose(1, 2).requires_grad_(name != "decode")
                    for heads, length in ((H, T), (K, S), (K, S))]
-        flops = 4 * B * H * T * (min(window, S) if window else S) * D / (2 if causal and not window else 1)
-        runs = {}
+        flops, runs = 4 * B * H * T * (min(window, S) if window else S) * D / (2 if causal and not window else 1), {}
         for peer, attend in {**peers, **({"ours": decode} if name == "decode" else {})}.items():
             try:                                                                # backends refuse some cases, and math may not fit
                 forward = lambda attend=attend: attend(q, k, v, causal, window)
                 y = forward()
                 runs[peer, "forward"] = forward
-                if name != "decode":
-                    dy = torch.randn_like(y)
-                    runs[peer, "backward"] = lambda y=y, dy=dy: torch.autograd.grad(y, (q, k, v), dy, retain_graph=True)
-                    runs[peer, "backward"]()
-            except RuntimeError:
-                runs.pop((peer, "forward"), None)
+                if name == "decode": continue
+                runs[peer, "backward"] = lambda y=y, dy=torch.randn_like(y): torch.autograd.grad(y, (q, k, v), dy, retain_graph=True)
+                runs[peer, "backward"]()
+            except RuntimeError: runs = {key: f for key, f in runs.items() if key[0] != peer}
         times, memory = {key: [] for key in runs}, {}
         for _ in range(rounds):                                                 # in turns: a slower clock slows all of them
             for key, f in runs.items():
@@ -240,8 +235,7 @@ def bench_attention(argv, out=os.path.join("out", "bench"), rounds=15):
                 times[key].append(milliseconds(f))
                 memory[key] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
         for (peer, which), ms in sorted(((key, statistics.median(t)) for key, t in times.items()), key=lambda x: x[0][1], reverse=True):
-            rate = flops * (2.5 if which == "backward" else 1) / ms / 1e9
-            ratio = ms / statistics.median(times["ours", which])
+            rate, ratio = flops * (2.5 if which == "backward" else 1) / ms / 1e9, ms / statistics.median(times["ours", which])
             rows.append(dict(case=name, which=which, B=B, H=H, K=K, T=T, S=S, D=D, causal=causal, window=window, peer=peer, ms=ms,
                              tflops=rate, of_peak=rate / peak, mib=memory[peer, which], ours_is_faster=ratio))
             print(f"{name:12}{which:9}{B:3}{H:3}{K:3}{T:6}{S:6}{D:4} {causal!s:6}  {peer:10} {ms:9.3f}{rate:9.1f}{rate / peak:10.1%}"
@@ -252,18 +246,14 @@ def bench_attention(argv, out=os.path.join("out", "bench"), rounds=15):
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {out}/attention.csv")
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no plot: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    try: plt = pyplot()
+    except ValueError as e: return print(e)
+    figure, axes = plt.subplots(2, 4, figsize=(18, 8), sharex=True)
     panels = [(which, D, causal) for which in ("forward", "backward") for D in (64, 128) for causal in (True, False)]
-    figure, axes = pyplot.subplots(2, 4, figsize=(18, 8), sharex=True)
     for axis, (which, D, causal) in zip(axes.flat, panels):
         for peer in peers:
             points = [(r["T"], r["tflops"]) for r in rows if (r["case"], r["which"], r["D"], r["causal"], r["peer"]) == ("", which, D, causal, peer)]
-            axis.plot(*zip(*points), marker="o", label=peer) if points else None
+            if points: axis.plot(*zip(*points), marker="o", label=peer)
         axis.set(xscale="log", title=f"{which}, D {D}, {'causal' if causal else 'not causal'}", xlabel="T = S", ylabel="TFLOP/s")
         axis.legend()
     figure.savefig(os.path.join(out, "attention.png"), dpi=120, bbox_inches="tight")
@@ -277,8 +267,7 @@ def bench_attention_cpu():
         stats = flash_attn.new_stats(torch.empty(1, 12, T, 64, device="meta")).nbytes
         print(f"  T {T:6}: flash {stats / 2 ** 20:8.2f} MiB   naive {12 * T * T * 2 / 2 ** 20:9.1f} MiB   {12 * T * T * 2 / stats:7.0f} x")
     q, k, v = torch.randn(3, 1, 2, 150, 64, generator=torch.Generator().manual_seed(0))
-    if flash_attn.why_not(q, k, v):
-        return print("correctness: TRITON_INTERPRET=1 python bench.py attention runs the kernels on the CPU")
+    if flash_attn.why_not(q, k, v): return print("correctness: TRITON_INTERPRET=1 python bench.py attention runs the kernels on the CPU")
     leaves = [[x.to(t).requires_grad_() for x in (q, k, v)] for t in (torch.float32, torch.float64)]
     outs = [f(*x) for f, x in zip((flash_attn.flash_attention, flash_attn.attention_ref), leaves)]
     pairs = [outs, *zip(*[torch.autograd.grad(o.square().sum(), x) for o, x in zip(outs, leaves)])]
@@ -547,8 +536,8 @@ def read_question(item):
         ctx = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}" if "activity_label" in item else item["ctx"]
         return clean(ctx), [clean(e) for e in item["endings"]], int(item["label"])
     if "answerKey" in item:
-        stem = item["question"]["stem"] if isinstance(item["question"], dict) else item["question"]
-        flat = item["choices"] if isinstance(item["choices"], dict) else {k: [c[k] for c in item["choices"]] for k in ("text", "label")}
+        stem, choices = (item["question"]["stem"], item["question"]["choices"]) if isinstance(item["question"], dict) else (item["question"], item["choices"])
+        flat = choices if isinstance(choices, dict) else {key: [c[key] for c in choices] for key in ("text", "label")}
         return f"Question: {stem}\nAnswer:", flat["text"], flat["label"].index(item["answerKey"])
     letters = "ABCDEFGHIJ"[:len(item["choices"])]
     about = f"The following are multiple choice questions (with answers) about {item['subject'].replace('_', ' ')}.\n\n" if "subject" in item else ""
@@ -559,7 +548,7 @@ def read_question(item):
 def read_task(path, tok, size):
     """[(ids of the context, ids of each ending, bytes of each ending, index of the right one)]; a context too long loses its beginning."""
     questions = []
-    for n, line in enumerate(sampler.read_file(path).splitlines(), 1):
+    for n, line in enumerate(sampler.read_file(path).split("\n"), 1):
         if not line.strip(): continue
         try:
             context, endings, label = read_question(json.loads(line))
@@ -581,7 +570,9 @@ def score(model, questions):
         [torch.tensor(r) for r in rows], batch_first=True, padding_value=-1)
     rows = [(i, [context[-1]] + ending) for i, (context, endings, *_) in enumerate(questions) for ending in endings]
     tokens, past = pad([row for _, row in rows]).to(device), [len(context) - 1 for context, *_ in questions]
-    cache = sampler.new_cache(model, len(questions), max(past) + tokens.shape[1] - 1)
+    longest, half = max(past) + tokens.shape[1] - 1, len(questions) // 2
+    if longest > model.config.block_size and half: return score(model, questions[:half]) + score(model, questions[half:])    # one alone fits
+    cache = sampler.new_cache(model, len(questions), longest)
     if max(past): model.hidden(pad([context[:-1] for context, *_ in questions]).clamp(min=0).to(device), cache)
     cache.set_lengths(past)
     cache.reorder([i for i, _ in rows])
@@ -632,11 +623,13 @@ def text_loss(model, tok, text, batch_size, stride):
     ids, nats, device = torch.tensor([begin] * (not given) + ids), 0.0, model.transformer.wte.weight.device
     T, n = min(size, len(ids) - 1), len(ids) - 1
     if n < 1: raise ValueError("nothing to score: give a longer text")
-    ends = torch.tensor([0, T, *range(T + stride, n, stride)] + [n] * (n > T))
+    ends, add = torch.tensor([0, T, *range(T + stride, n, stride)] + [n] * (n > T)), prepare.progress("text", len(text.encode()))
     for before, end in zip(ends[:-1].split(batch_size), ends[1:].split(batch_size)):
         at = end[:, None] - T + torch.arange(T + 1)                                             # (B, T + 1)
         y = ids[at[:, 1:]].masked_fill(at[:, 1:] <= before[:, None], -1)
-        nats += model(ids[at[:, :-1]].to(device), y.to(device))[1].item() * (y >= 0).sum().item()
+        x, y = model.hidden(ids[at[:, :-1]].to(device)), y.to(device)
+        nats -= sum(model.log_probs(*row).item() for row in zip(x.split(1), y.split(1)))        # a row at a time: its logits are large
+        add(len(text.encode()) * len(end) // (len(ends) - 1))
     return nats, n, len(text.encode()) - given
 
 

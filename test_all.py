@@ -6,7 +6,7 @@ What every stage promises, each against an independent twin: naive code, float64
     python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
 """
 import base64, copy, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
-    shutil, signal, subprocess, sys, threading, time, types, warnings
+    shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -2992,3 +2992,143 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     out = capsys.readouterr().out
     assert "no CUDA GPU: speed not measured" in out
     assert all(float(x) < 1e-5 for x in re.findall(r"\d\.\de-\d\d", out))
+
+
+EVAL_LINES = [
+    {"activity_label": "Roof", "ctx_a": "A man [substeps] sits.", "ctx_b": "he", "ctx": "unused", "endings": ["runs [x] off.", "is", "jumps  up [title] End"], "label": 1},
+    {"ctx": "A longer context, of which the first words do not fit, " * 3 + "so", "endings": ["it is cut", "not"], "label": "0"},
+    {"question": {"stem": "Why?", "choices": [{"text": "Because", "label": "1"}, {"text": "So", "label": "2"}]}, "answerKey": "2"},
+    {"question": "Why?", "choices": {"text": ["Because", "So", "\u00fc"], "label": ["A", "B", "C"]}, "answerKey": "C"},
+    {"question": " 1+1? ", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "high_school_sums"}, {"question": "q", "choices": ["1", "2"], "answer": "B"},
+    {"ctx": "x", "endings": ["y", "z and more"], "label": 0}]
+EVAL_READ = [("Roof: A man sits. He", ["runs off.", "is", "jumps up. End"], 1), (EVAL_LINES[1]["ctx"], ["it is cut", "not"], 0),
+             ("Question: Why?\nAnswer:", ["Because", "So"], 1), ("Question: Why?\nAnswer:", ["Because", "So", "\u00fc"], 2),
+             ("The following are multiple choice questions (with answers) about high school sums.\n\n1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", list("ABCD"), 1),
+             ("q\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1), ("x", ["y", "z and more"], 0)]
+
+
+def eval_plain(model, tok, context, ending):
+    """One text at a time, the whole of it through the model, no cache, no padding."""
+    ending = tok.encode(" " + ending)
+    ids = tok.encode(context) + ending
+    logp = model(torch.tensor([ids[:-1]]))[0][0].double().log_softmax(-1)
+    return sum(logp[i - 1, ids[i]].item() for i in range(len(ids) - len(ending), len(ids)))
+
+
+@pytest.mark.parametrize("shape", SAMPLE_SHAPES)
+def test_bench_eval_choices_equal_a_plain_computation(tmp_path, shape):
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, EVAL_LINES)) + "\n\n")
+    model = sample_gpt(block_size=128, **shape)
+    questions = bench.read_task(str(tmp_path / "q.jsonl"), sample_TOK, 128)
+    for batch in (1, 3, 7):
+        scores = [s for i in range(0, 7, batch) for s in bench.score(model, questions[i:i + batch])]
+        for (context, endings, label), found, (ids, *_, right) in zip(EVAL_READ, scores, questions, strict=True):
+            assert bench.read_question(EVAL_LINES[EVAL_READ.index((context, endings, label))]) == (context, endings, label) and right == label
+            for ending, value in zip(endings, found, strict=True):
+                assert value == pytest.approx(eval_plain(model, sample_TOK, sample_TOK.decode(ids), ending), abs=1e-4)
+    assert len(questions[1][0]) + max(map(len, questions[1][1])) == 129 and EVAL_READ[1][0].endswith(sample_TOK.decode(questions[1][0]))
+
+
+@pytest.mark.parametrize("stride, n", [(32, 500), (7, 130), (64, 300), (1, 70), (32, 40), (32, 65)])
+def test_bench_eval_text_scores_every_token_once_with_enough_context(stride, n):
+    model, text = sample_gpt(), "".join(random.Random(0).choices("abc \u00fc\n", k=n))
+    begin = sample_TOK.special_tokens["<|endoftext|>"]
+    ids, want = [begin] + sample_TOK.encode(text), 0.0
+    for i in range(1, len(ids)):            # token by token: the window that scores i ends at the first end that is not before it
+        end = 64 if i <= 64 else min(64 + stride * -(-(i - 64) // stride), len(ids) - 1)
+        start = max(0, end - 64) if len(ids) - 1 >= 64 else 0
+        assert i <= 64 or i - start > 64 - stride
+        want -= model(torch.tensor([ids[start:i]]))[0][0, -1].double().log_softmax(-1)[ids[i]].item()
+    nats, tokens, size = bench.text_loss(model, sample_TOK, text, 3, stride)
+    assert nats == pytest.approx(want, rel=1e-5) and tokens == len(ids) - 1 and size == len(text.encode())
+    plain = bpe.Tokenizer(sample_TOK.merges)                # no end-of-text to begin with: the first token is given
+    plain.special_tokens = {}
+    nats, tokens, size = bench.text_loss(model, plain, "abcabc", 2, stride)
+    assert tokens == len(plain.encode("abcabc")) - 1 and size == 6 - len(plain.decode_bytes(plain.encode("abcabc")[:1]))
+
+
+def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(tmp_path, capsys, monkeypatch):
+    path, out = tmp_path / "q.jsonl", str(tmp_path / "run")
+    path.write_text("\n".join(json.dumps(EVAL_LINES[i % 7]) for i in range(23)))
+    (tmp_path / "t.txt").write_text("abc abc abc")
+    sample_checkpoint(out, block_size=128)
+    argv, kept, score, scored = ["eval", f"--out_dir={out}", f"--task={path}", "--batch_size=4", "--device=cpu"], tmp_path / "run" / "eval_q.jsonl", bench.score, []
+    def counting(model, questions):
+        if len(scored) == 3: raise KeyboardInterrupt
+        scored.append(len(questions))
+        return score(model, questions)
+    monkeypatch.setattr(bench, "score", counting)
+    with pytest.raises(KeyboardInterrupt): bench.main(argv)
+    with open(kept, "a") as f: f.write('{"question": 1, "sco')                  # the line that a crash cut short
+    scored.clear()
+    scored += [0] * 4
+    bench.main(argv + [f"--input={tmp_path / 't.txt'}"])
+    out_text = capsys.readouterr().out
+    assert scored[4:] == [4, 4, 3] and "going on, 12 of 23" in out_text and re.search(r"t.txt +11 +\d+ +\d+\.\d{4} .* \d+\.\d{4}$", out_text, re.M)
+    records = [json.loads(line) for line in open(kept)][1:]
+    assert sorted(r["question"] for r in records) == list(range(23))
+    acc = [sum(r[k] for r in records) / 23 for k in ("acc", "acc_norm")]
+    model = model_py.GPT.load(os.path.join(out, "ckpt.pt"))
+    want = [[0, 0] for _ in range(23)]
+    for r in records:
+        context, endings, label = EVAL_READ[r["question"] % 7]
+        values = [v / len(e.encode()) for v, e in zip(r["scores"], endings)]
+        assert (r["acc"], r["acc_norm"]) == (r["scores"].index(max(r["scores"])) == label, values.index(max(values)) == label)
+    error = [math.sqrt(p * (1 - p) / 22) for p in acc]
+    assert f"{acc[0]:.2%} +- {error[0]:.2%}" in out_text and f"{acc[1]:.2%} +- {error[1]:.2%}" in out_text
+    for change in (lambda: None, lambda: sample_checkpoint(out, block_size=128, seed=1), lambda: path.write_text(path.read_text() + "\n" + json.dumps(EVAL_LINES[0]))):
+        change()
+        scored[:] = [0] * 4
+        bench.main(argv)
+        assert sum(scored) == (0 if len(scored) == 4 else len(path.read_text().splitlines()))
+        assert (len(scored) == 4) == ("going on, 23 of 23" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("line, message", [("{", "line 2: not a question"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not a question"), ("[]", "line 2"),
+                                           ('{"ctx": "a", "endings": ["b", " "], "label": 0}', "line 2"), ('{"question": "a", "choices": ["b"], "answer": "C"}', "line 2"),
+                                           ('{"question": {"stem": 1}, "answerKey": "A", "choices": {}}', "line 2"),
+                                           ('{"ctx": "a", "endings": ["%s"], "label": 0}' % ("x y " * 90), "line 2: an ending of")])
+def test_bench_eval_bad_questions_are_named(tmp_path, line, message):
+    (tmp_path / "q.jsonl").write_text(json.dumps(EVAL_LINES[-1]) + "\n" + line)
+    with pytest.raises(ValueError, match=f"q.jsonl, {message}") as e: bench.read_task(str(tmp_path / "q.jsonl"), sample_TOK, 64)
+    assert "\n" not in str(e.value)
+
+
+def test_bench_eval_user_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sample_checkpoint("out/x")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.jsonl").write_text("\n")
+    for words, message in (([], "say what to evaluate"), (["--task=nope"], "none of hellaswag"), (["--input=nope.txt"], "no file 'nope.txt'"), (["--input=empty.txt"], "nothing to score"),
+                           (["--task=one.jsonl"], "has no questions"), (["--input=empty.txt", "--stride=65"], "stride=65 is longer")):
+        with pytest.raises(ValueError, match=message): bench.main(["eval", "--device=cpu", *words])
+
+
+def test_bench_eval_unpacks_the_published_files(tmp_path, monkeypatch):
+    """Archives built as the real ones are, in place of the downloads."""
+    monkeypatch.chdir(tmp_path)
+    arc, urls = json.dumps(EVAL_LINES[2]), []
+    def fetch(url, path):
+        urls.append(url)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(path, "w") as z:
+                for kind in ("Easy", "Challenge"):
+                    for split in ("Train", "Test"): z.writestr(f"ARC-V1-Feb2018-2/ARC-{kind}/ARC-{kind}-{split}.jsonl", (arc + "\n") * (1 + (kind == "Easy") + 2 * (split == "Train")))
+        elif url.endswith(".tar"):
+            with tarfile.open(path, "w") as tar:
+                for name, data in (("data/test/anatomy_test.csv", b'"A, ""b""\nc",1,2,3,4,D\r\nq,5,6,7,8,A\r\n'), ("data/dev/anatomy_dev.csv", b"no,1,2,3,4,A\n"), ("data/test/abstract_algebra_test.csv", b"r,1,2,3,4,B\n")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        else: open(path, "w").write(json.dumps(EVAL_LINES[0]))
+    monkeypatch.setattr(prepare, "fetch", fetch)
+    read = {task: bench.read_task(bench.task_file(task), sample_TOK, 640) for task in ("hellaswag", "arc_easy", "arc_challenge", "mmlu")}
+    assert {task: len(q) for task, q in read.items()} == {"hellaswag": 1, "arc_easy": 2, "arc_challenge": 1, "mmlu": 3}
+    assert [q[3] for q in read["mmlu"]] == [1, 3, 0] and "abstract algebra.\n\nr\nA. 1" in sample_TOK.decode(read["mmlu"][0][0])
+    assert 'A, "b"\nc\nA. 1\n' in sample_TOK.decode(read["mmlu"][1][0])
+    monkeypatch.setattr(prepare, "fetch", lambda url, path: None)
+    bench.task_file("mmlu")
+    os.remove("data/eval/mmlu.jsonl")
+    open("data/eval/data.tar", "wb").write(b"broken")
+    with pytest.raises(ValueError, match="data.tar is damaged"): bench.task_file("mmlu")

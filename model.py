@@ -581,17 +581,18 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     return model.to(device).eval()
 
 
-def save_hf(model, folder, dtype, end=None):
+def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     """
-    Write config.json and model.safetensors, as GPT-2, Llama or Qwen3, whichever has what the model has; end: id of the end-of-text token.
-    What theirs have and ours lack is filled in, biases of zero and gains of one; ReLU^2 is their relu(gate) * up with gate = up.
+    Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever has what the model has, and return its name; begin, end: ids
+    of the tokens that a text begins and ends with. What theirs have and ours lack is filled in, biases of zero and gains of one; ReLU^2 is their relu(gate) * up with gate = up.
     """
     c, st = model.config, safetensors()
     family = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
     filled = (("bias", False, True), ("norm_gain", False, True), ("mlp", "relu2", "swiglu"))
     wrong = [f"{k}={ours!r}" for k, v in HF_SHAPE[family].items() if (ours := getattr(c, k)) != v and (k, ours, v) not in filled]
     if c.rope_scaling in ("ntk", "yarn"): wrong.append(f"rope_scaling={c.rope_scaling!r}")
-    if family == "gpt2": wrong += [f"{k}={getattr(c, k)}" for k in ("n_kv_head", "head_size") if getattr(c, k)]
+    if family == "gpt2" and c.kv_heads != c.n_head: wrong.append(f"n_kv_head={c.n_kv_head}")
+    if family == "gpt2" and c.n_head * c.head_dim != c.n_embd: wrong.append(f"head_size={c.head_size}")
     if family == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
     if wrong: raise ValueError(f"no export: transformers' {family} has no {', '.join(wrong)}")
     full = replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
@@ -603,7 +604,7 @@ def save_hf(model, folder, dtype, end=None):
         if c.rope_scaling == "llama3":
             d["rope_scaling"] |= dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=round(c.trained_length))
     d |= dict(model_type=family, architectures=[{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
-              torch_dtype=str(dtype)[6:], bos_token_id=end, eos_token_id=end)
+              torch_dtype=str(dtype)[6:], bos_token_id=begin, eos_token_id=end)
     state, out = model.state_dict(), {}
     for theirs, (parts, turned) in hf_tensors(c, family).items():
         for ours, p in parts.items():
@@ -611,8 +612,9 @@ def save_hf(model, folder, dtype, end=None):
             parts[ours] = state[source] if source in state else torch.full(p.shape, float("weight" in ours))
         out[theirs] = join(parts.values(), turned).to("cpu", dtype)
     st.torch.save_file(out, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    for name, what in (("config.json", d), ("generation_config.json", dict(bos_token_id=end, eos_token_id=end))):
+    for name, what in (("config.json", d), ("generation_config.json", dict(bos_token_id=begin, eos_token_id=end))):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as f: json.dump(what, f, indent=1)
+    return family
 
 # ---------------------------------------------------------------------------- devices and checkpoints
 

@@ -13,7 +13,7 @@ chooses the validation split; the tokenizer learns from the training split; a se
 file of its own in data/<dataset>/.partial-<hash of text and knobs>; then they are joined. A killed run finds what it had finished and
 goes on from there. The output depends on text and knobs, on nothing else.
 """
-import collections, functools, glob, hashlib, itertools, json, multiprocessing, os, re, shutil, signal, sys, sysconfig
+import collections, dataclasses, functools, glob, hashlib, itertools, json, multiprocessing, os, re, shutil, signal, sys, sysconfig
 import threading, time
 from concurrent.futures import ProcessPoolExecutor, process
 from os.path import basename, exists, join
@@ -24,6 +24,8 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 SHAKESPEARE_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"      # the shards of modded-nanogpt
+HUB = "https://huggingface.co/openai-community/"
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = ("stdlib", "shakespeare", "tinystories", "fineweb")
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 UNIT = 2 << 20              # bytes of text per unit of work: enough for a vectorised encoder, not too much to share out evenly
@@ -120,6 +122,28 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
             if failures >= tries: fail(str(e)[:100])
             print(f"download of {basename(path)} broke off ({str(e)[:100]}), trying again", file=sys.stderr)
             time.sleep(min(wait * 2 ** (failures - 1), 60))
+
+# ---- models of others ------------------------------------------------------------------------------------------------
+
+def pretrained(init_from):
+    """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is one of GPT-2's; "" for scratch and resume."""
+    if init_from in ("scratch", "resume"): return ""
+    if init_from in GPT2:
+        folder = join("data", "hf", init_from)
+        for name in ("config.json", "tokenizer.json", "model.safetensors"): fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
+        return folder
+    if not os.path.isdir(init_from): raise ValueError(f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, nor a folder")
+    return init_from
+
+def read_tokenizer(path):
+    """A tokenizer.json: one that bpe.py saved, or a Hugging Face folder's."""
+    return (bpe.Tokenizer.from_hf if "model" in bpe.read(path, json.loads) else bpe.Tokenizer.load)(path)
+
+def own_tokenizer(cfg):
+    """cfg with the tokenizer of the model that init_from names: other ids would mean nothing to it."""
+    folder = pretrained(cfg.init_from)
+    if not folder or cfg.init_from in GPT2 and cfg.tokenizer == "gpt2": return cfg
+    return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"))
 
 # ---- files -> spans -> documents -------------------------------------------------------------------------------------
 
@@ -355,7 +379,8 @@ def verify(cfg, deep=False):
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
         found = meta["knobs"].get(key)
-        if found != value: raise ValueError(f"{folder} was prepared with {key}={found!r}, not {value!r}: {again}")
+        same = key == "tokenizer" and os.path.isfile(cfg.tokenizer) and read_tokenizer(cfg.tokenizer).hash == meta["tokenizer_hash"]
+        if found != value and not same: raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
     for name, digest in meta["sha256"].items():
         split, _, mask = name.partition(".")
@@ -378,9 +403,10 @@ def write_bins(work, parts, masked):
     return meta | ({"answers": answers} if masked else {}) | {"sha256": {name.removesuffix(".bin"): sha256(f.name) for name, f in files.items()}}
 
 def main(cfg):
+    cfg = own_tokenizer(cfg)
     folder, fineweb, start = join("data", cfg.dataset), cfg.dataset == "fineweb", time.time()
     meta = {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
-    tok = bpe.Tokenizer.load(cfg.tokenizer) if cfg.tokenizer not in ("bpe", "gpt2") else None
+    tok = read_tokenizer(cfg.tokenizer) if cfg.tokenizer not in ("bpe", "gpt2") else None
     if tok: check_vocab(cfg, tok.vocab_size)
     def every(label, function, jobs):                       # the units' results, in order, from all cores
         add = progress(label, sum(sizes))

@@ -7,6 +7,8 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8 draws eight and keeps the likeliest
     python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts looked up; --compile for long runs
     python sample.py --interactive                                  # a conversation that stays in the cache
+    python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder's: Llama 3, Qwen3
+    python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 
 Row i of a batch draws with seed + i and nothing else: `--seed=<seed + i>` alone gives the same text, with speculation or without.
 
@@ -17,7 +19,7 @@ Row i of a batch draws with seed + i and nothing else: `--seed=<seed + i>` alone
 
 Notation: R rows alive, T tokens fed to each in a step, V the ids that may be drawn, the rest as in model.py.
 """
-import base64, codecs, copy, glob, json, math, os, re, sys, time
+import base64, codecs, copy, dataclasses, glob, json, math, os, re, shutil, sys, time
 from collections import Counter
 
 import torch
@@ -25,9 +27,11 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import bpe, config
-from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, pick_device
+from config import GPTConfig
+from model import GPT, KVCache, apply_rope, filter_logits, hf_config, load_checkpoint, load_hf, pick_device, save_hf
 
-ENDOFTEXT = "<|endoftext|>"
+ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # Llama 3 wants every text to begin with the latter
+ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # ours and GPT-2's, Llama 3's, and that of its and of Qwen's answers
 
 # ---------------------------------------------------------------------------- weights
 
@@ -88,21 +92,54 @@ def find_checkpoint(cfg):
     return next(p for p in found if os.path.dirname(p) == newest)
 
 
-def load(cfg):
-    """(model, tokenizer, a line about them) as the config wants them: device, dtype, int8, a longer context."""
-    path = find_checkpoint(cfg)
-    checkpoint = load_checkpoint(path)
-    tok, shape = checkpoint.get("tokenizer"), checkpoint.get("config", {})
-    if not tok: raise ValueError(f"{path} holds no tokenizer, so its ids cannot become text: train again with train.py")
-    tok = bpe.Tokenizer.gpt2() if tok == "gpt2" else bpe.Tokenizer.from_dict(tok)
+def read(cfg, device, dtype):
+    """(model, tokenizer, its path) of out_dir or the newest run; with init_from and no out_dir of that Hugging Face folder, in dtype at once."""
+    hf = not cfg.out_dir and cfg.init_from not in ("scratch", "resume")
+    if hf:
+        import prepare      # for downloads
+        path = prepare.pretrained(cfg.init_from)
+        shape, tok = dataclasses.asdict(hf_config(path)[1]), prepare.read_tokenizer(os.path.join(path, "tokenizer.json"))
+    else:
+        path = find_checkpoint(cfg)
+        checkpoint = load_checkpoint(path)
+        tok, shape = checkpoint.get("tokenizer"), checkpoint.get("config", {})
+        if not tok: raise ValueError(f"{path} holds no tokenizer, so its ids cannot become text: train again with train.py")
+        tok = bpe.Tokenizer.gpt2() if tok == "gpt2" else bpe.Tokenizer.from_dict(tok)
     if cfg.rope_scaling != "none":
-        shape |= dict(rope_scaling=cfg.rope_scaling, rope_factor=cfg.rope_factor,
-                      block_size=int(shape["block_size"] / shape.get("rope_factor", 1) * cfg.rope_factor))
-    model, device = GPT.from_checkpoint(checkpoint, path), pick_device(cfg.device)
+        trained = shape.get("rope_trained") or shape["block_size"] / shape.get("rope_factor", 1)
+        shape |= dict(rope_scaling=cfg.rope_scaling, rope_factor=cfg.rope_factor, rope_trained=0, block_size=int(trained * cfg.rope_factor))
+    model = load_hf(path, device, dtype, GPTConfig(**shape)) if hf else GPT.from_checkpoint(checkpoint, path)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: a tokenizer of {tok.vocab_size} tokens, a model of {model.config.vocab_size}: not from one run")
+    return model, tok, path
+
+
+def export(cfg):
+    """Write cfg.export, a folder for transformers' AutoModelForCausalLM and AutoTokenizer, whole or not at all."""
+    folder, dtype = os.path.normpath(cfg.export), torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    if os.path.exists(folder): raise ValueError(f"--export={folder} exists: delete it or choose another folder")
+    model, tok, path = read(cfg, torch.device("cpu"), dtype)
+    work, end = folder + ".partial", next((t for t in ENDS if t in tok.special_tokens), None)
+    begin = BEGIN if BEGIN in tok.special_tokens else end
+    shutil.rmtree(work, ignore_errors=True)
+    os.makedirs(work)
+    try:
+        family = save_hf(model, work, dtype, tok.special_tokens.get(begin), tok.special_tokens.get(end))
+        tok.to_hf(os.path.join(work, "tokenizer.json"))
+        with open(os.path.join(work, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            json.dump(dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end, model_max_length=model.config.block_size,
+                           clean_up_tokenization_spaces=False), f, indent=1)
+        os.rename(work, folder)
+    finally: shutil.rmtree(work, ignore_errors=True)
+    print(f"{path} -> {folder}: {family}, {model.num_params():,} parameters, {str(dtype)[6:]}, {tok.vocab_size:,} tokens")
+
+
+def load(cfg):
+    """(model, tokenizer, a line about them) as the config wants them: device, dtype, int8, a longer context."""
+    device = pick_device(cfg.device)
     small = device.type != "cpu" or cfg.quantize == "int8"      # the CPU's int8 kernel multiplies with bfloat16
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
+    model, tok, path = read(cfg, device, dtype)
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' * (cfg.quantize == 'int8')}"
     return place(model, device, dtype, cfg.quantize, pack=not cfg.compile), tok, about
 
@@ -326,17 +363,22 @@ def read_file(path):
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
 
 
+def first_token(tok):
+    """[the id that a text begins with], [] if the tokenizer has none."""
+    return [tok.special_tokens[t] for t in (BEGIN, ENDOFTEXT) if t in tok.special_tokens][:1]
+
+
 def read_prompts(cfg, tok, model):
     """(lists of ids, their texts); ValueError for what is empty, missing or too long for the context."""
-    texts, size, begin = [cfg.start], model.config.block_size, tok.special_tokens.get(ENDOFTEXT)
+    texts, size, begin = [cfg.start], model.config.block_size, first_token(tok)
     if cfg.prompts or cfg.start.startswith("FILE:"):
         path = cfg.prompts or cfg.start[5:]
         texts = (read_file(path).split("\n") if cfg.prompts else [read_file(path)]) or [""]
         if cfg.prompts and len(texts) > 1 and not texts[-1]: texts.pop()
         line = f" at line {texts.index('') + 1}" if cfg.prompts and "" in texts else ""
         if not all(texts): raise ValueError(f"{path} is empty{line}: a prompt must have text")
-    if not texts[0] and begin is None: raise ValueError(f"the tokenizer has no {ENDOFTEXT} to begin with: give a --start")
-    prompts = [tok.encode(t) if t else [begin] for t in texts]
+    if not texts[0] and not begin: raise ValueError(f"the tokenizer has no {ENDOFTEXT} to begin with: give a --start")
+    prompts = [(begin if BEGIN in tok.special_tokens else []) + tok.encode(t) if t else begin for t in texts]
     longest = max(map(len, prompts))
     if longest > size:
         raise ValueError(f"prompt has {longest} tokens, block_size is {size}: shorten it or train with a larger block_size")
@@ -348,7 +390,7 @@ def read_prompts(cfg, tok, model):
 
 def read_stops(cfg, tok):
     r"""cfg.stop -> (ids that end a row, byte strings that do): "\n\n|<|endoftext|>" -> ({the end-of-text id}, [two line ends])"""
-    ends, strings = {tok.special_tokens[ENDOFTEXT]} if ENDOFTEXT in tok.special_tokens else set(), []
+    ends, strings = {tok.special_tokens[t] for t in ENDS if t in tok.special_tokens}, []
     for stop in re.findall(r"(?:^|\|)(<\|.*?\|>|[^|]*)", cfg.stop) if cfg.stop else []:
         if not stop: raise ValueError(f"stop={cfg.stop!r} has an empty part, which would stop every sample at once")
         if stop in tok.special_tokens: ends.add(tok.special_tokens[stop])
@@ -377,7 +419,7 @@ def report(stats, device, compiled, say):
 def interact(model, tok, cfg, limit, ends, stops, say):
     """A conversation: each line typed goes, with its line end, behind what the cache holds, and the model continues."""
     cache, text, turn = new_cache(model, 1, model.config.block_size), [], 0
-    pending = [tok.special_tokens[ENDOFTEXT]] if ENDOFTEXT in tok.special_tokens else []        # in the text, not yet in the cache
+    pending = first_token(tok)          # in the text, not yet in the cache
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
         try: fresh = pending + tok.encode(input("> ") + "\n")
@@ -443,6 +485,7 @@ draw();
 
 
 def main(cfg):
+    if cfg.export: return export(cfg)
     model, tok, about = load(cfg)
     device, say = model.transformer.wte.weight.device, lambda *a: print(*a, file=sys.stderr, flush=True)
     limit, stats, (ends, stops) = tok.vocab_size, Counter(), read_stops(cfg, tok)

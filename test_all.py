@@ -424,12 +424,12 @@ OUR_MODELS = {
     "linear": dict(rope_scaling="linear", rope_factor=2.0, norm_gain=True), "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6)}
 
 
-def hf_made(name):
+def hf_made(name, **changes):
     """transformers' model with every weight random: gains, biases and all."""
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     kind, kw = HF_MODELS[name]
     torch.manual_seed(3)
-    theirs = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**kw)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**{**kw, **changes})).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             if p.dim() == 1: p.add_(torch.randn_like(p) * 0.3)
@@ -458,7 +458,7 @@ def test_model_from_transformers_peer(name, tmp_path):
     many = model_py.load_hf(str(tmp_path / "many"), dtype=torch.bfloat16)
     for a, b in zip(ours.parameters(), many.parameters(), strict=True): assert torch.equal(a.bfloat16(), b) and b.is_contiguous()
     os.mkdir(tmp_path / "back")
-    model_py.save_hf(ours, str(tmp_path / "back"), torch.float32)
+    model_py.save_hf(ours, str(tmp_path / "back"))
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
     for (a, x), (b, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True): assert a == b and torch.equal(x, y), a
     # transformers 4 wrote rope_theta and rope_scaling instead, and GPT-2's own file leaves out the prefix but keeps the masks
@@ -479,7 +479,7 @@ def test_model_from_transformers_peer(name, tmp_path):
 def test_model_to_transformers_peer(name, tmp_path):
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     ours = tiny_gpt(noise=0.3, **{"block_size": 64, **OUR_MODELS[name]}).requires_grad_(False)
-    model_py.save_hf(ours, str(tmp_path), torch.float32, end=5)
+    model_py.save_hf(ours, str(tmp_path), end=5)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     hf_same(ours, theirs)
     assert theirs.generation_config.eos_token_id == 5
@@ -494,7 +494,7 @@ def test_model_to_transformers_peer(name, tmp_path):
     (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
-    with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path), torch.float32)
+    with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
     assert "\n" not in str(e.value) and not os.listdir(tmp_path)
 
 
@@ -539,7 +539,7 @@ def test_model_folder_errors_peer(name, hf_folder, tmp_path, monkeypatch):
 def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_positions=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, layer_norm_epsilon=1e-5)))
-    for use in (lambda: model_py.GPT.load(str(tmp_path)), lambda: model_py.save_hf(tiny_gpt(), str(tmp_path), torch.float32)):
+    for use in (lambda: model_py.GPT.load(str(tmp_path)), lambda: model_py.save_hf(tiny_gpt(), str(tmp_path))):
         with pytest.raises(ValueError, match="pip install safetensors"): use()
 
 
@@ -2941,6 +2941,146 @@ def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path, caps
         cfg = config.load([f"--out_dir={tmp_path}", f"--rope_scaling={kind}", "--rope_factor=2"])
         model = sample.load(cfg)[0]
         assert model.config.block_size == 128 and model(torch.randint(280, (1, 128)))[0].isfinite().all()
+
+
+# ---- models of others: in by init_from, out by --export
+
+HF_TEXTS = ["the cat", " déjà vu — 🙂\n\n  x", "'s 12345 ", "क्षि 한국어 \u200d", "\t\r\n \u00a0"]
+
+
+def hf_tokens_equal(ours, theirs, seed=0):
+    rng = random.Random(seed)
+    for text in HF_TEXTS + [bpe_random_text(rng, 40) for _ in range(100)]:
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3"])
+def test_sample_from_a_folder_is_transformers_greedy_text_peer(name, tmp_path, capsys):
+    """sample.py's own path, through its prefill and ragged cache, 50 tokens of two prompts."""
+    theirs = hf_made(name, vocab_size=280)
+    theirs.save_pretrained(tmp_path)
+    sample_TOK.to_hf(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "p.txt").write_text("the cat\non the mat, the rat sat\n")
+    lines = sample_main(capsys, f"--init_from={tmp_path}", f"--prompts={tmp_path}/p.txt", "--temperature=0", "--max_new_tokens=50", "--past_context=error")
+    for line, prompt in zip(map(json.loads, lines.splitlines()), ("the cat", "on the mat, the rat sat"), strict=True):
+        idx = torch.tensor([sample_TOK.encode(prompt)])
+        expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=50, do_sample=False, pad_token_id=0,
+                                   eos_token_id=sample_TOK.special_tokens["<|endoftext|>"])[0, idx.shape[1]:].tolist()
+        ended = line["finish"] == "end"
+        assert line["tokens"] == len(expected) and line["text"] == sample_TOK.decode(expected[:-1] if ended else expected)
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(n_kv_head=4, pos="learned", norm="layernorm", mlp="gelu", qk_norm=False), dict(qk_norm=False, mlp="swiglu")])
+def test_sample_export_loads_in_transformers_peer(kw, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    sample_checkpoint(tmp_path / "run", **kw)
+    for dtype in ("float32", "bfloat16"):
+        folder = str(tmp_path / dtype)
+        out = sample_main(capsys, f"--out_dir={tmp_path}/run", f"--export={folder}/", f"--dtype={dtype}")
+        assert f"-> {folder}: " in out and f"{dtype}, 280 tokens" in out and not os.path.exists(folder + ".partial")
+    ours, tok = sample.load(config.Config(out_dir=str(tmp_path / "run"), compile=True))[:2]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32").eval()
+    idx = torch.tensor([tok.encode("the cat sat on the mat")])
+    with torch.no_grad(): torch.testing.assert_close(theirs(idx).logits, ours(idx)[0], atol=1e-4, rtol=1e-4)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16").dtype == torch.bfloat16
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "float32")
+    hf_tokens_equal(tok, auto)
+    end = tok.special_tokens["<|endoftext|>"]
+    assert auto.eos_token_id == theirs.generation_config.eos_token_id == end and auto.encode("a<|endoftext|>b") == tok.encode("a<|endoftext|>b", "all")
+    with pytest.raises(ValueError, match="exists: delete it or choose another"): sample.main(config.load([f"--out_dir={tmp_path}/run", f"--export={folder}"]))
+    sample_checkpoint(tmp_path / "capped", **{**kw, "logit_softcap": 9.0})
+    with pytest.raises(ValueError, match="logit_softcap=9.0"): sample.main(config.load([f"--out_dir={tmp_path}/capped", f"--export={tmp_path}/no"]))
+    assert sorted(os.listdir(tmp_path)) == ["bfloat16", "capped", "float32", "run"]
+
+
+def test_sample_llama3_texts_begin_with_its_token():
+    tok = bpe.Tokenizer.train(["ab ab"], 260, special_tokens=("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(block_size=64))
+    begin = tok.special_tokens["<|begin_of_text|>"]
+    assert sample.read_prompts(config.Config(start="ab"), tok, model)[0] == [[begin] + tok.encode("ab")]
+    assert sample.read_prompts(config.Config(), tok, model)[0] == [[begin]]
+    assert sample.read_stops(config.Config(), tok)[0] == {tok.special_tokens["<|end_of_text|>"], tok.special_tokens["<|eot_id|>"]}
+
+
+def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_path, capsys):
+    """A model trained here, in transformers, and fine-tuned from there: data already prepared with its own tokenizer serves."""
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    trained = train_here(monkeypatch, train_dir, tmp_path, max_iters=10)
+    folder = str(tmp_path / "hf")
+    sample_main(capsys, f"--out_dir={tmp_path}/run", f"--export={folder}")
+    ours, tok = model_py.GPT.load(str(tmp_path / "run" / "ckpt.pt")), Tokenizer.from_dict(trained["tokenizer"])
+    theirs, auto = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    hf_tokens_equal(tok, auto)
+    idx = torch.tensor([tok.encode("This module provides")])[:, :12]
+    with torch.no_grad(): torch.testing.assert_close(theirs(idx).logits, ours(idx)[0], atol=1e-4, rtol=1e-4)
+    assert theirs(idx).logits.abs().max() > 0.1
+    start = ["--start=module", "--max_new_tokens=30", "--seed=3"]
+    assert sample_main(capsys, f"--init_from={folder}", *start) == sample_main(capsys, f"--out_dir={tmp_path}/run", "--dtype=float32", *start)
+    # the shape is the folder's, only a smaller block_size and dropout are the config's
+    other = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=999, learning_rate=0, matrix_lr=0, embedding_lr=0, unembedding_lr=0, max_iters=2, block_size=8)
+    tuned = train_here(monkeypatch, train_dir, tmp_path, out="tuned", init_from=folder, **other)
+    out = capsys.readouterr().out
+    assert "n_layer 4 -> 2" in out and "vocab_size 999 -> 300" in out and "block_size" not in out.split("sets: ")[1].split("\n")[0]
+    assert tuned["config"]["n_layer"] == 2 and tuned["config"]["block_size"] == 8 and tuned["tokenizer"]["hash"] == tok.hash
+    for name, p in trained["model"].items(): assert torch.equal(tuned["model"][name], p), name      # every rate was zero
+    # a run so begun goes on with the same words, though the config file's shape is another
+    resumed = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **{**other, "init_from": "resume", "max_iters": 4, "learning_rate": 1e-2})
+    assert resumed["step"] == 4 and resumed["config"]["n_layer"] == 2 and resumed["config"]["init_from"] == folder
+    again = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **{**other, "init_from": "resume", "max_iters": 5})
+    assert again["step"] == 5 and not equal_states(again, trained)
+    sample_main(capsys, f"--out_dir={tmp_path}/tuned", "--max_new_tokens=5", "--sinks=1")
+    # data of another tokenizer is refused; missing data is prepared with the model's
+    with pytest.raises(ValueError, match="data/tiny was prepared with tokenizer='bpe', not '.*tokenizer.json'"):
+        bpe.Tokenizer.train(["other text"], 300).to_hf(os.path.join(folder, "tokenizer.json"))
+        train_here(monkeypatch, train_dir, tmp_path, out="none", init_from=folder, **other)
+    new = train_here(monkeypatch, train_dir, tmp_path, out="new", init_from=folder, dataset="new", **other)
+    assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
+    with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "): train_here(monkeypatch, train_dir, tmp_path, init_from="gpt3")
+
+
+def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):
+    """From a hub on 127.0.0.1: broken off and resumed, hash verified; then from the disk; a gated one is refused in a line."""
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    (tmp_path / "source").mkdir()
+    bpe.Tokenizer.train(["ab"], 257).to_hf(str(tmp_path / "source" / "tokenizer.json"))
+    transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**{**HF_MODELS["gpt2"][1], "vocab_size": 257})).save_pretrained(tmp_path / "source")
+    asked, cut = [], [True]
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *a): pass
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Range")))
+            if "medium" in self.path: return self.send_error(401)
+            if "large" in self.path: return self.send_error(403)
+            body = (tmp_path / "source" / self.path.rsplit("/", 1)[1]).read_bytes()
+            start = int(self.headers["Range"][6:-1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Length", str(len(body) - start))
+            if self.path.endswith("safetensors"): self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.end_headers()
+            half = self.path.endswith("safetensors") and cut and cut.pop()
+            self.wfile.write(body[start:start + 9000 if half else None])
+            self.close_connection = True
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(prepare, "HUB", f"http://127.0.0.1:{server.server_address[1]}/")
+    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    monkeypatch.chdir(tmp_path)
+    words = ["--init_from=gpt2", "--start=ab", "--max_new_tokens=9", "--temperature=0"]
+    text = sample_main(capsys, *words)
+    weights = [r for p, r in asked if p == "/gpt2/resolve/main/model.safetensors"]
+    assert len(asked) == 4 and len(weights) == 2 and weights[0] == "bytes=0-" and int(weights[1][6:-1]) > 8000
+    assert sorted(os.listdir("data/hf/gpt2")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert text == sample_main(capsys, *words) == sample_main(capsys, "--init_from=data/hf/gpt2", *words[1:]) and len(asked) == 4
+    for name, code in (("gpt2-medium", 401), ("gpt2-large", 403)):
+        with pytest.raises(ValueError, match=f"cannot download http.*{name}/resolve/main/config.json: the server says {code}"):
+            sample.main(config.load([f"--init_from={name}"]))
+        assert not os.listdir(f"data/hf/{name}")
+    server.shutdown(); server.server_close()
 
 
 # ============================================================================ bench.py

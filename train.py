@@ -7,6 +7,7 @@ Train a GPT: one process or many, from a config to a checkpoint and a first samp
     python train.py config/stdlib.py --init_from=resume                  # go on from out_dir/ckpt.pt, exactly
     python train.py config/finetune_shakespeare.py --lora_rank=8         # go on from GPT-2, learning 0.5% of its size
     python train.py --dataset=prefs --objective=dpo ...                  # answers that people preferred, see prepare.py
+    python train.py --dataset=notes --input=notes/ --init_from=gpt2      # go on from others' weights: GPT-2, or a Hugging Face folder
 
 A step always means tokens_per_step tokens, however many devices share them: batches are a pure function of (seed, step, position),
 so one process and eight see the same data and a resumed run goes on as if it had never stopped.
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import config, prepare
-from model import GPT, load_checkpoint, pick_device, save_checkpoint
+from model import GPT, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint
 
 # dense bf16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's name counts. Unknown: no MFU.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
@@ -232,7 +233,7 @@ def prepare_data(cfg, run):
             raise ValueError(f"the {split} split of {cfg.dataset} has {meta['tokens'][split]} tokens, block_size is {cfg.block_size}: "
                              "give more text or set a smaller --block_size" + (" or a larger --val_fraction" if split == "val" else ""))
     path = os.path.join("data", cfg.dataset, "tokenizer.json")
-    if not os.path.exists(path): return meta, cfg.tokenizer
+    if not os.path.exists(path): return meta, meta["tokenizer"]
     with open(path, encoding="utf-8") as f: return meta, json.load(f)
 
 
@@ -264,6 +265,28 @@ def plan(cfg, model, run, accumulate, epoch):
     if run.device.type == "cuda" and memory > (free := torch.cuda.mem_get_info(run.device)[0]):
         lines.insert(3, f"WARNING: {free / 2 ** 20:,.0f} MiB are free: lower --batch_size, or set --grad_checkpoint")
     return "\n".join(lines)
+
+
+def adopt(cfg, run, checkpoint, say):
+    """
+    (cfg, folder) where the weights begin as another model's, from its Hugging Face folder: cfg with its shape (a smaller block_size stays)
+    and tokenizer. A run that began so and is resumed has both in its checkpoint; folder is "" then, and where nothing is adopted.
+    """
+    fields, folder = [f.name for f in dataclasses.fields(config.GPTConfig)], ""
+    if checkpoint:
+        new = {k: v for k, v in checkpoint["config"].items() if k in (*fields, "tokenizer", "init_from")}
+        if new["init_from"] in ("scratch", "resume"): return cfg, ""
+    else:
+        for turn in (run.rank == 0, run.local_rank == 0, True):     # the first to come downloads what is missing
+            if turn: folder = prepare.pretrained(cfg.init_from)
+            run.wait()
+        if not folder: return cfg, ""
+        new = dataclasses.asdict(hf_config(folder)[1]) | dict(tokenizer=prepare.own_tokenizer(cfg).tokenizer)
+        new["block_size"] = min(new["block_size"], cfg.block_size)
+    new["dropout"] = cfg.dropout
+    changed = [f"{k} {getattr(cfg, k)!r} -> {v!r}" for k, v in new.items() if v != getattr(cfg, k) and k != "init_from"]
+    say(f"the model of {folder or new['init_from']} sets: {', '.join(changed) or 'nothing else than this config'}\n")
+    return dataclasses.replace(cfg, **new), folder
 
 
 def check_resume(checkpoint, cfg, meta, say):
@@ -345,10 +368,7 @@ def main(cfg):
 def train(cfg, run):
     """The whole run; returns out_dir, or None if it was stopped before its last step."""
     say = print if run.rank == 0 else lambda *args, **kw: None
-    say(config.show(cfg))
     if cfg.shard_optimizer and run.world == 1: raise ValueError("shard_optimizer shares the state among ranks: start with torchrun, or leave it out")
-    accumulate = gradient_accumulation(cfg, run.world)
-    meta, tokenizer = prepare_data(cfg, run)
     out_dir, data_dir = cfg.out_dir or os.path.join("out", cfg.dataset), os.path.join("data", cfg.dataset)
     last, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and os.path.exists(last)      # by torchrun --max-restarts
@@ -356,10 +376,16 @@ def train(cfg, run):
     if os.path.exists(last) and not resume:
         raise ValueError(f"{last} exists: go on with --init_from=resume, choose another --out_dir, or delete {out_dir}")
     run.wait()      # nobody writes before everybody has looked
+    checkpoint = load_checkpoint(last) if resume else None
+    cfg, folder = adopt(cfg, run, checkpoint, say)
+    say(config.show(cfg))
+    accumulate = gradient_accumulation(cfg, run.world)
+    meta, tokenizer = prepare_data(cfg, run)
 
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
-    raw_model = GPT(cfg.model()).to(run.device)         # saved, evaluated and sampled as it is, without compile's and DDP's wrappers
+    # raw_model is saved, evaluated and sampled, without compile's and DDP's wrappers
+    raw_model = load_hf(folder, run.device, config=cfg.model()).train() if folder else GPT(cfg.model()).to(run.device)
     if cfg.lora_rank: raw_model.add_lora(cfg.lora_rank)
     frozen = copy.deepcopy(raw_model).requires_grad_(False).eval() if cfg.objective == "dpo" and not cfg.lora_rank else None
     optimizers = raw_model.configure_optimizers(cfg)
@@ -367,14 +393,13 @@ def train(cfg, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     step, best, seconds, bad = 0, math.inf, 0.0, 0
     if resume:
-        checkpoint = load_checkpoint(last)
         check_resume(checkpoint, cfg, meta, say)
         raw_model.load_state_dict(checkpoint["model"])
         if frozen is not None: frozen.load_state_dict(checkpoint["reference"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True): optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
         step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
-        del checkpoint
+        checkpoint = None
         say(f"resuming {last} at step {step}")
     backend, raw_model.grad_checkpoint = raw_model.set_backend(), cfg.grad_checkpoint
     model = torch.compile(raw_model) if run.compile else raw_model

@@ -85,7 +85,7 @@ class Config(GPTConfig):
     workers: int = 0                # processes that encode; 0 = one per core
     # run (train.py)
     out_dir: str = ""               # checkpoints and log; "" = out/<dataset> to train, the newest run in out/ to sample
-    init_from: Literal["scratch", "resume"] = "scratch"             # resume = go on from out_dir/ckpt.pt
+    init_from: str = "scratch"      # scratch; resume = go on from out_dir/ckpt.pt; gpt2, gpt2-medium, -large, -xl or a Hugging Face folder
     max_iters: int = 1000           # optimizer steps
     batch_size: int = 16            # sequences per forward pass on one device
     tokens_per_step: int = 0        # tokens per optimizer step over all devices; 0 = batch_size*block_size on one device
@@ -147,6 +147,7 @@ class Config(GPTConfig):
     speculate: int = 0              # draft so many tokens from earlier text, check them in one pass; 0 = off
     prefill_chunk: int = 512        # prompt tokens per forward pass
     interactive: bool = False       # a conversation: each line you type continues the text
+    export: str = ""                # instead of sampling, write the model as this folder, which transformers loads
     visualize: str = ""             # write this HTML page: probabilities, alternatives and attention of the first sample
 
     def __post_init__(self):

@@ -84,6 +84,11 @@ class KVCache:
         self.max_len, self.end, self.ragged, self.static = max_len, 0, False, False    # end: the longest row, known on the host
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
 
+    @property
+    def span(self):
+        """S, the keys that attention is given."""
+        return self.max_len if self.static else self.end
+
     def set_lengths(self, lengths):
         """lengths: one int per row. Forget everything beyond them; all zero empties the cache."""
         if len(lengths) != len(self.lengths) or max(lengths) > self.max_len:
@@ -107,14 +112,13 @@ class KVCache:
         return pos
 
     def update(self, layer, pos, k, v):
-        """Write the new k, v (B, K, T, D) of one layer at pos; return all that is valid so far, (B, K, end, D)."""
+        """Write the new k, v (B, K, T, D) of one layer at pos; return all that is valid so far, (B, K, S, D)."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.ragged:     # subtle: indices around a slice put (B, T) first and K after them
                 store[torch.arange(len(new), device=new.device)[:, None], :, pos] = new.transpose(1, 2).to(store.dtype)
             else:
                 store[:, :, self.end - new.shape[2]:self.end] = new
-        end = self.max_len if self.static else self.end
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        return self.k[layer, :, :, :self.span], self.v[layer, :, :, :self.span]
 
 
 def attention_backend(config, device, training=True):
@@ -125,21 +129,30 @@ def attention_backend(config, device, training=True):
     return ("flash_attn", "flash_attn.py, Triton kernels") if why_not is None else ("sdpa", f"torch SDPA ({why_not})")
 
 
-def attention(q, k, v, backend="sdpa", cache=None, pos=None, dropout_p=0.0):
+def sdpa_mask(pos, S, window=0, doc_start=None):
     """
-    Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. Query i is at position
-    i + S - T of its keys (bottom-right), or, in rows of different lengths, at pos[b, i].
+    True where the query at pos, (T,) or (B, T), sees key j of S: j <= pos, j > pos - window if there is one, j >= doc_start (B, T); as
+    (T, S) or (B, 1, T, S). None where SDPA needs no mask: T == S is what is_causal means, and one query alone sees all its keys.
     """
-    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    j, p = torch.arange(S, device=pos.device), pos[..., None]
+    if pos.dim() == 1 and len(pos) in (1, S) and doc_start is None and not 0 < window < S: return None
+    seen = j <= p
+    if window: seen = seen & (j > p - window)
+    if doc_start is not None: seen = seen & (j >= doc_start[..., None])
+    return seen[:, None] if seen.dim() == 3 else seen
+
+
+def attention(q, k, v, backend="sdpa", cache=None, window=0, mask=None, dropout_p=0.0):
+    """
+    Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. mask: sdpa_mask's, which says it
+    all, or, for flash_attn, which sees to causality, window and the rows' lengths by itself, doc_start.
+    """
+    T, S = q.shape[2], k.shape[2]
     if backend == "flash_attn":
-        if cache is None or T == S and not cache.ragged: return flash_attn.flash_attention(q, k, v, causal=True)
-        return flash_attn.flash_decode(q, k, v, cache.lengths)
-    if cache is not None and cache.ragged:
-        mask = torch.arange(S, device=q.device) <= pos[:, None, :, None]                                    # (B, 1, T, S)
-    elif 1 < T < S: mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    else: mask = None                            # one query sees all its keys; T == S is what is_causal means
+        if cache is None or T == S and not cache.ragged: return flash_attn.flash_attention(q, k, v, window=window, doc_start=mask)
+        return flash_attn.flash_decode(q, k, v, cache.lengths, window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None and T > 1,
-                                          enable_gqa=grouped)
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 # ---------------------------------------------------------------------------- the blocks
 
@@ -182,7 +195,7 @@ class LoRALinear(nn.Linear):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.config, self.layer, self.backend = config, layer, "sdpa"
+        self.config, self.layer, self.window, self.backend = config, layer, config.windows[layer], "sdpa"
         C, HD, kv = config.n_embd, config.n_head * config.head_dim, config.kv_heads * config.head_dim
         self.c_q = nn.Linear(C, HD, bias=config.bias)   # three matrices, not one: Muon orthogonalises each on its own
         self.c_k = nn.Linear(C, kv, bias=config.bias)
@@ -200,10 +213,10 @@ class CausalSelfAttention(nn.Module):
         if rope is not None: q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q.type_as(v), k.type_as(v), v
 
-    def forward(self, x, rope, cache, pos):
+    def forward(self, x, rope, cache, pos, masks):
         q, k, v = self.qkv(x, rope)
         if cache is not None: k, v = cache.update(self.layer, pos, k, v)       # (B, K, S, D)
-        y = attention(q, k, v, self.backend, cache, pos, self.config.dropout if self.training else 0.0)
+        y = attention(q, k, v, self.backend, cache, self.window, masks[self.window], self.config.dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, H*D)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
@@ -231,8 +244,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = Norm(config, config.n_embd, layernorm), CausalSelfAttention(config, layer)
         self.ln_2, self.mlp = Norm(config, config.n_embd, layernorm), MLP(config)
 
-    def forward(self, x, rope=None, cache=None, pos=None):
-        x = x + self.attn(self.ln_1(x), rope, cache, pos)
+    def forward(self, x, rope, cache, pos, masks):
+        x = x + self.attn(self.ln_1(x), rope, cache, pos, masks)
         return x + self.mlp(self.ln_2(x))
 
 # ---------------------------------------------------------------------------- the loss
@@ -298,6 +311,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p) if config.zero_init else nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
         if config.zero_init: nn.init.zeros_(self.lm_head.weight)
         self.backend, self.grad_checkpoint = None, False
+        self.doc_mask = None        # the end-of-text id, which begins a document: without a cache, no token sees what is before its own
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -351,9 +365,12 @@ class GPT(nn.Module):
         rope = None
         if self.config.pos == "rope":
             rope = tuple(t[pos] if pos.dim() == 1 else t[pos][:, None] for t in (self.table0, self.table1))
+        starts = None if self.doc_mask is None or cache is not None else torch.where(idx == self.doc_mask, pos, 0).cummax(1).values     # (B, T)
+        masks = {window: starts if self.backend == "flash_attn" else sdpa_mask(pos, T if cache is None else cache.span, window, starts)
+                 for window in set(self.config.windows)}                                        # made once, not in every layer
+        again = self.grad_checkpoint and self.training and cache is None
         for block in self.transformer.h:
-            again = self.grad_checkpoint and self.training and cache is None
-            x = checkpoint(block, x, rope, cache, pos, use_reentrant=False) if again else block(x, rope, cache, pos)
+            x = checkpoint(block, x, rope, cache, pos, masks, use_reentrant=False) if again else block(x, rope, cache, pos, masks)
         return self.transformer.ln_f(x)
 
     def head(self, x):
@@ -372,11 +389,12 @@ class GPT(nn.Module):
     def estimate_flops(self):
         """
         Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding look-ups), 4 if
-        it is frozen, and 12*L*H*D*T for the attention matrix, not halved for causality; PaLM, arXiv:2204.02311, appendix B.
+        it is frozen, and 12*H*D*T a layer for the attention matrix (its window instead of T), not halved for causality; PaLM, arXiv:2204.02311, appendix B.
         """
         looked_up = [m.weight for name, m in self.transformer.items() if name == "wpe" or name == "wte" and not self.config.tie_weights]
         weights = [p for p in self.parameters() if not any(p is q for q in looked_up)]
-        attention = 12 * self.config.n_layer * self.config.n_head * self.config.head_dim * self.config.block_size
+        seen = sum(min(window or self.config.block_size, self.config.block_size) for window in self.config.windows)
+        attention = 12 * self.config.n_head * self.config.head_dim * seen
         return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights) + attention
 
     def configure_optimizers(self, cfg):
@@ -590,6 +608,7 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     family = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
     filled = (("bias", False, True), ("norm_gain", False, True), ("mlp", "relu2", "swiglu"))
     wrong = [f"{k}={ours!r}" for k, v in HF_SHAPE[family].items() if (ours := getattr(c, k)) != v and (k, ours, v) not in filled]
+    if any(c.windows): wrong.append(f"window_pattern={c.window_pattern!r}")
     if c.rope_scaling in ("ntk", "yarn"): wrong.append(f"rope_scaling={c.rope_scaling!r}")
     if family == "gpt2" and c.kv_heads != c.n_head: wrong.append(f"n_kv_head={c.n_kv_head}")
     if family == "gpt2" and c.n_head * c.head_dim != c.n_embd: wrong.append(f"head_size={c.head_size}")

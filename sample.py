@@ -449,7 +449,7 @@ def visualize(model, row, limit, path):
     def look(attn, args):
         q, k, _ = attn.qkv(*args[:2])                                                           # (1, H, T, D), (1, K, T, D)
         s = q.float() @ k.float().repeat_interleave(c.n_head // c.kv_heads, 1).mT / math.sqrt(c.head_dim)
-        s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -torch.inf)
+        s = s.masked_fill(~torch.ones_like(s, dtype=torch.bool).tril().triu(1 - (attn.window or len(ids))), -torch.inf)
         maps.append((s.softmax(-1) * 255).round().to(torch.uint8).cpu())
     hooks = [block.attn.register_forward_pre_hook(look) for block in model.transformer.h]
     p = model(torch.tensor([ids], device=model.transformer.wte.weight.device))[0][0, :, :limit].float().softmax(-1).cpu()

@@ -3036,7 +3036,7 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
         train_here(monkeypatch, train_dir, tmp_path, out="none", init_from=folder, **other)
     new = train_here(monkeypatch, train_dir, tmp_path, out="new", init_from=folder, dataset="new", **other)
     assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
-    with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "): train_here(monkeypatch, train_dir, tmp_path, init_from="gpt3")
+    with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "): train_here(monkeypatch, train_dir, tmp_path, out="none", init_from="gpt3")
 
 
 def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):

@@ -401,7 +401,7 @@ def train(cfg, run):
         step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
         checkpoint = None
         say(f"resuming {last} at step {step}")
-    backend, raw_model.grad_checkpoint = raw_model.set_backend(), cfg.grad_checkpoint
+    backend, raw_model.grad_checkpoint, raw_model.doc_mask = raw_model.set_backend(), cfg.grad_checkpoint, meta["eot"] if cfg.doc_mask else None
     model = torch.compile(raw_model) if run.compile else raw_model
     if run.world > 1: model = DDP(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
 

@@ -34,6 +34,8 @@ class GPTConfig:
     mlp: Literal["relu2", "swiglu", "gelu"] = "relu2"               # activation of the MLP
     bias: bool = False              # biases in linear layers and LayerNorm, as GPT-2
     qk_norm: bool = True            # normalise queries and keys per head before the dot product
+    window_pattern: str = ""        # "" = every layer sees all; "SSSL", say, repeats over the layers: S sees the last `window` tokens, L all; the last layer is L
+    window: int = 0                 # how many that is, a token itself included
     logit_softcap: float = 0.0      # squash logits into (-cap, cap) by cap*tanh(x/cap); 0 = off
     tie_weights: bool = False       # share the embedding with the output head
     zero_init: bool = True          # output projections and untied head start at zero; False: GPT-2's scaled normal
@@ -55,6 +57,8 @@ class GPTConfig:
                 f"rope_scaling={self.rope_scaling!r} and rope_factor={self.rope_factor} belong together: set both, the factor above 1, with pos='rope'")
         require(min(self.n_inner, self.head_size, self.rope_trained, self.logit_softcap) >= 0 and min(self.rope_theta, self.norm_eps) > 0,
                 "n_inner, head_size, rope_trained and logit_softcap must be at least 0 (0 = default, off), rope_theta and norm_eps above 0")
+        require(set(self.window_pattern) <= {"S", "L"} and self.window >= 0 and ("S" in self.window_pattern) == (self.window > 0),
+                f"window_pattern={self.window_pattern!r} and window={self.window} belong together: a pattern of S and L such as 'SSSL', and a window above 0")
         require(not self.norm_gain or self.norm == "rmsnorm", "norm_gain is RMSNorm's: layernorm always has its own")
 
     @property
@@ -65,6 +69,12 @@ class GPTConfig:
 
     @property
     def trained_length(self): return self.rope_trained or self.block_size / self.rope_factor
+
+    @property
+    def windows(self):
+        """How many tokens each layer sees, 0 = all: window_pattern="SL", window=64, n_layer=5 -> [64, 0, 64, 0, 0]"""
+        pattern = self.window_pattern or "L"
+        return [self.window if pattern[layer % len(pattern)] == "S" else 0 for layer in range(self.n_layer - 1)] + [0]
 
     @property
     def inner(self):
@@ -92,6 +102,7 @@ class Config(GPTConfig):
     eval_interval: int = 250        # steps between evaluations and checkpoints
     eval_tokens: int = 0            # validation tokens per evaluation, the same every time; 0 = the whole split
     log_interval: int = 10          # steps between log lines
+    doc_mask: bool = False          # in training and validation a token sees nothing before the start of its own document
     sample_interval: int = 0        # steps between samples printed during training; 0 = only at the end
     keep_checkpoints: int = 0       # besides ckpt.pt and best.pt keep ckpt_<step>.pt of so many of the last evaluations
     wandb_log: bool = False         # log to Weights & Biases, too

@@ -618,9 +618,9 @@ def text_loss(model, tok, text, batch_size, stride):
     (nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the one before
     has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored.
     """
-    size, begin, ids = model.config.block_size, tok.special_tokens.get(bpe.ENDOFTEXT), tok.encode(text)
-    given = 0 if begin is not None else len(tok.decode_bytes(ids[:1]))
-    ids, nats, device = torch.tensor([begin] * (not given) + ids), 0.0, model.transformer.wte.weight.device
+    size, begin, ids = model.config.block_size, sampler.first_token(tok), tok.encode(text)
+    given = 0 if begin else len(tok.decode_bytes(ids[:1]))
+    ids, nats, device = torch.tensor(begin + ids), 0.0, model.transformer.wte.weight.device
     T, n = min(size, len(ids) - 1), len(ids) - 1
     if n < 1: raise ValueError("nothing to score: give a longer text")
     ends, add = torch.tensor([0, T, *range(T + stride, n, stride)] + [n] * (n > T)), prepare.progress("text", len(text.encode()))
@@ -634,7 +634,7 @@ def text_loss(model, tok, text, batch_size, stride):
 
 
 def bench_eval(argv):
-    """A checkpoint (--out_dir) on texts (--input) and multiple-choice tasks (--task)."""
+    """A checkpoint (--out_dir), or others' weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
     cfg = config.load(argv)
     if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=FILE for text, --task=hellaswag or a .jsonl file for questions")
     model, tok, about = sampler.load(dataclasses.replace(cfg, compile=True))       # compile: without the packing, which only sampling understands
@@ -648,7 +648,9 @@ def bench_eval(argv):
     if rows: table(["text", "bytes", "tokens", "nats per token", "perplexity", "bits per byte"], rows)
     digest = hashlib.sha256(repr((model.config, tok.hash)).encode())
     for p in model.state_dict().values(): digest.update(p.cpu().contiguous().view(torch.uint8).numpy())
-    rows = [evaluate_task(model, tok, task, cfg, digest.hexdigest(), os.path.dirname(sampler.find_checkpoint(cfg))) for task in filter(None, cfg.task.split(","))]
+    folder = about.split(" | ")[0]
+    folder = folder if os.path.isdir(folder) else os.path.dirname(folder)      # scores are kept beside the weights
+    rows = [evaluate_task(model, tok, task, cfg, digest.hexdigest(), folder) for task in filter(None, cfg.task.split(","))]
     if rows: table(["task", "questions", "acc", "acc_norm", "chance"], rows)
 
 # ---------------------------------------------------------------------------- the command line

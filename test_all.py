@@ -318,7 +318,7 @@ def test_model_lora_is_small_starts_as_nothing_and_merges():
         plain, keys = model(idx)[0], list(model.state_dict())
         model.add_lora(4)
         assert torch.equal(model(idx)[0], plain)
-        optimizers = [o for kind in ("muon", "adamw") for o in model.configure_optimizers(config.Config(optimizer=kind, lora_rank=4))]
+        optimizers = [o for kind in ("muon", "adamw") for o in model.configure_optimizers(config.Config(optimizer=kind))]
         owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
         assert owned == 2 * [{id(p) for name, p in model.named_parameters() if "lora_" in name}] and len(owned[0]) == 2 * 4 * 2
         frozen = {name: p.clone() for name, p in model.named_parameters() if "lora_" not in name}
@@ -343,7 +343,7 @@ def test_model_lora_learns_a_small_task():
     torch.manual_seed(0)
     model = tiny_gpt(n_embd=64)
     model.add_lora(8)
-    optimizers = model.configure_optimizers(config.Config(lora_rank=8, learning_rate=1e-2))
+    optimizers = model.configure_optimizers(config.Config(learning_rate=1e-2))
     losses = []
     for _ in range(150):
         first = torch.randint(2, (16, 1))                   # the answer hangs on the first token
@@ -2325,7 +2325,7 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
 def test_train_memory_estimate_counts_optimizer_state(train_dir):
     """What the optimizers really hold after a step, against the estimate."""
     for optimizer, rank in (("muon", 0), ("adamw", 0), ("muon", 4)):
-        cfg = config.load(train_words(optimizer=optimizer, lora_rank=rank))
+        cfg = config.load(train_words(optimizer=optimizer, lora_rank=rank, init_from="gpt2"))
         model = model_py.GPT(cfg.model())
         if rank: model.add_lora(rank)
         optimizers = model.configure_optimizers(cfg)
@@ -2341,19 +2341,22 @@ TRAIN_TUNE = dict(answers=dict(lora_rank=4, dropout=0.1, learning_rate=1e-2), pa
 
 @pytest.fixture(scope="module")
 def tune_dir(train_dir):
-    """train_dir with two more datasets: questions whose answers count, and pairs, where a shouted answer is preferred."""
+    """train_dir with a Hugging Face folder to begin from and two datasets: questions whose answers count; pairs, where a shouted answer is preferred."""
+    base = tiny_gpt(vocab_size=300, block_size=64, **CLASSIC)
+    sample_checkpoint(train_dir / "base_run", base, json.load(open(train_dir / "data" / "tiny" / "tokenizer.json")))
+    sample.main(config.load([f"--out_dir={train_dir / 'base_run'}", f"--export={train_dir / 'base'}"]))
     words = [w for w in re.findall(r"[a-z]{3,9}", " ".join(p.read_text() for p in (train_dir / "notes").iterdir()))][:120]
     lines = dict(answers=[{"prompt": w * (1 + i % 3), "response": w.upper() * (i % 4)} for i, w in enumerate(dict.fromkeys(words))],
                  pairs=[{"prompt": w, "chosen": w.upper(), "rejected": w} for w in dict.fromkeys(words)])
     for name, items in lines.items():
         (train_dir / f"{name}.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
-        subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), *train_words(dataset=name, input=f"{name}.jsonl")], cwd=train_dir, check=True, capture_output=True)
+        subprocess.run([sys.executable, os.path.join(HERE, "prepare.py"), *train_words(dataset=name, input=f"{name}.jsonl", init_from="base")], cwd=train_dir, check=True, capture_output=True)
     return train_dir
 
 
 def tune_here(monkeypatch, tune_dir, tmp_path, kind, **kw):
     name = "answers" if kind == "answers" else "pairs"
-    return train_here(monkeypatch, tune_dir, tmp_path, **{**dict(dataset=name, input=f"{name}.jsonl", block_size=32, eval_tokens=0, zero_init=False), **TRAIN_TUNE[kind], **kw})
+    return train_here(monkeypatch, tune_dir, tmp_path, **{**dict(dataset=name, input=f"{name}.jsonl", block_size=32, eval_tokens=0, init_from="base"), **TRAIN_TUNE[kind], **kw})
 
 
 @pytest.mark.parametrize("kind", TRAIN_TUNE)
@@ -2380,7 +2383,7 @@ def test_train_fine_tuning_one_process_equals_two_ranks(monkeypatch, tune_dir, t
     kw = dict(tokens_per_step=256, batch_size=2, max_iters=4, dropout=0.0)
     tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", **{**kw, "batch_size": 8})
     name = "answers" if kind == "answers" else "pairs"
-    words = train_words(**{**dict(dataset=name, input=f"{name}.jsonl", block_size=32, eval_tokens=0, zero_init=False), **TRAIN_TUNE[kind], **kw, "out_dir": tmp_path / "two"})
+    words = train_words(**{**dict(dataset=name, input=f"{name}.jsonl", block_size=32, eval_tokens=0, init_from="base"), **TRAIN_TUNE[kind], **kw, "out_dir": tmp_path / "two"})
     out = train_run(tune_dir, *words, processes=2)
     assert "2 device(s)" in out and "Traceback" not in out
     for a, b in zip(train_log(tmp_path / "one"), train_log(tmp_path / "two"), strict=True):
@@ -2417,9 +2420,9 @@ def test_train_dpo_equals_a_reference_written_out_in_float64(tune_dir, monkeypat
     """Loss and every gradient against the formula of the paper, token by token, from separate models and unpadded texts."""
     monkeypatch.chdir(tune_dir)
     eot, beta = json.load(open("data/pairs/meta.json"))["eot"], 0.3
-    pairs = train.Pairs("data/pairs/train.bin", 32, 7, eot)
-    model, cfg = tiny_gpt(vocab_size=300).double(), config.Config(objective="dpo", dpo_beta=beta)
-    start = tiny_gpt(vocab_size=300).double()
+    pairs = train.Pairs("data/pairs/train.bin", 64, 7, eot)
+    model, cfg = tiny_gpt(vocab_size=300, block_size=64).double(), config.Config(objective="dpo", dpo_beta=beta)
+    start = tiny_gpt(vocab_size=300, block_size=64).double()
     if lora:
         model.add_lora(4)
         model.double()
@@ -2440,7 +2443,7 @@ def test_train_dpo_equals_a_reference_written_out_in_float64(tune_dir, monkeypat
         return logp
     for i in range(4):
         (a, b), (c, d) = pairs.span(2 * i), pairs.span(2 * i + 1)
-        assert b == c and d - c <= 33 and ids[b - 1] == ids[d - 1] == eot
+        assert b == c and d - c <= 65 and ids[b - 1] == ids[d - 1] == eot
         with torch.no_grad(): ref = log_prob(start, a, b) - log_prob(start, c, d)
         total = total - torch.log(1 / (1 + torch.exp(-beta * (log_prob(policy, a, b) - log_prob(policy, c, d) - ref)))) / 4
     total.backward()
@@ -2472,7 +2475,8 @@ def test_train_pairs_visit_every_pair_once_and_cut_long_prompts(tmp_path):
 
 
 def test_train_objective_and_data_must_fit(monkeypatch, tune_dir, tmp_path):
-    for kw, message in ((dict(dataset="pairs", input="pairs.jsonl"), "set --objective=dpo"), (dict(objective="dpo"), "has no preference pairs")):
+    for kw, message in ((dict(dataset="pairs", input="pairs.jsonl", init_from="base"), "set --objective=dpo"), (dict(objective="dpo"), "has no preference pairs"),
+                        (dict(lora_rank=4), "adapts a trained model")):
         with pytest.raises(ValueError, match=message): train_here(monkeypatch, tune_dir, tmp_path, **kw)
     with pytest.raises(ValueError, match="batch_size=3 must be even"): config.Config(objective="dpo", batch_size=3)
 

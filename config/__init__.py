@@ -174,6 +174,7 @@ class Config(GPTConfig):
         require(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 keeps every token")
         require(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty} must be above 0; 1 = off")
+        require(not self.lora_rank or self.init_from != "scratch", f"lora_rank={self.lora_rank} adapts a trained model: say which by --init_from=gpt2 or a folder")
         require(self.objective != "dpo" or self.batch_size % 2 == 0, f"objective='dpo' trains on pairs: batch_size={self.batch_size} must be even")
         require(self.num_beams == 1 or self.temperature == 0 and self.num_samples <= self.num_beams and self.best_of == 1 and not self.speculate,
                 f"num_beams={self.num_beams} is a search, not a draw: it needs --temperature=0, best_of=1, speculate=0 and num_samples <= num_beams")

@@ -133,7 +133,8 @@ def naive_attention(q, k, v):
 @pytest.mark.parametrize("T, S, K", [(7, 7, 4), (1, 9, 2), (3, 9, 1), (1, 1, 4)])
 def test_model_attention_against_naive_float64(T, S, K):
     q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in ((4, T), (K, S), (K, S)))
-    torch.testing.assert_close(model_py.attention(q, k, v), naive_attention(q, k, v))
+    mask = model_py.sdpa_mask(torch.arange(S - T, S), S)
+    torch.testing.assert_close(model_py.attention(q, k, v, mask=mask), naive_attention(q, k, v))
 
 
 def naive_gpt2(p, idx, n_head, n_layer):
@@ -273,6 +274,69 @@ def test_model_flops_against_torch_counter():
     idx = torch.randint(64, (1, 32))
     with FlopCounterMode(display=False) as counter: model(idx, idx)[1].backward()
     assert counter.get_total_flops() == 32 * (model.estimate_flops() - 12 * 2 * 32 * 32)
+
+
+def model_interpreted(model):
+    """The same model, its attention through flash_attn.py's kernels."""
+    model.set_backend()
+    for part in (model, *(block.attn for block in model.transformer.h)): part.backend = "flash_attn"
+    return model
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
+def test_model_windows_against_naive(backend, monkeypatch):
+    """Each layer's window is the attention of the specification with that window; layers: S, L, and the last sees all whatever its letter."""
+    model, idx, real, seen = tiny_gpt(n_layer=3, window_pattern="SLS", window=3), torch.randint(61, (2, 11)), model_py.attention, []
+    if backend == "flash_attn": model_interpreted(model)
+    monkeypatch.setattr(model_py, "attention", lambda *args: seen.append((args[:3], real(*args))) or seen[-1][1])
+    model(idx)
+    for (args, y), window in zip(seen, (3, 0, 0), strict=True):
+        torch.testing.assert_close(y, flash_attn.attention_ref(*args, window=window), atol=1e-5, rtol=1e-4)
+    assert (seen[0][1] - flash_attn.attention_ref(*seen[0][0])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
+def test_model_document_mask_equals_each_document_alone(backend):
+    """Logits and gradients of three documents in a row, with windows and gradient checkpointing, are those of each by itself (RoPE)."""
+    shape, end = dict(n_layer=3, window_pattern="SL", window=4), 60
+    model, ids = tiny_gpt(**shape).train(), torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(2))
+    if backend == "flash_attn": model_interpreted(model)
+    cuts = [(9, 10), (1, 16)]                       # documents begin there, with the end-of-text token; a row may begin within one
+    for row, at in zip(ids, cuts): row[list(at)] = end
+    model.doc_mask, model.grad_checkpoint, twin = end, True, tiny_gpt(**shape)
+    logits, loss = model(ids)[0], model(ids[:, :-1], ids[:, 1:])[1]
+    loss.backward()
+    losses = []
+    for b, at in enumerate(cuts):
+        for first, last in zip((0, *at), (*at, 24)):
+            alone = twin(ids[b:b + 1, first:last])[0][0]
+            torch.testing.assert_close(logits[b, first:last], alone, atol=2e-4, rtol=1e-4)
+            n = min(last, 23) - first               # the last token of a document predicts the next one's first
+            losses.append(torch.nn.functional.cross_entropy(alone[:n], ids[b, first + 1:first + 1 + n], reduction="sum"))
+    (sum(losses) / 46).backward()
+    assert loss.item() == pytest.approx(sum(losses).item() / 46, rel=1e-5)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True): torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
+    cache = model_py.KVCache(model.config, 2, 24, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(model.eval()(ids, cache=cache)[0], twin(ids)[0], atol=2e-4, rtol=1e-4)      # sampling sees everything
+
+
+def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_twice(monkeypatch):
+    torch.manual_seed(0)
+    model, ids, made, real = tiny_gpt(n_layer=5, window_pattern="SSL", window=4, dropout=0.5).train(), torch.randint(61, (2, 16)), [], model_py.sdpa_mask
+    model.set_backend()
+    model.doc_mask, model.grad_checkpoint = 60, True
+    monkeypatch.setattr(model_py, "sdpa_mask", lambda *args: made.append(args[2]) or real(*args))
+    model(ids, ids)[1].backward()
+    assert sorted(made) == [0, 4]
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(ids, ids)[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(compiled.eval()(ids)[0], model.eval()(ids)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_model_flops_of_windows():
+    flops = lambda **kw: model_py.GPT(tiny(n_layer=4, **kw)).estimate_flops()
+    assert flops() - flops(window_pattern="SL", window=5) == 12 * 32 * 2 * (32 - 5) and flops() == flops(window_pattern="SL", window=99)
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
@@ -2176,7 +2240,7 @@ def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(optimizer="adamw", learning_rate=3e-3, dropout=0.2), dict(dtype="bfloat16", tokens_per_step=256, batch_size=8)])
+@pytest.mark.parametrize("kw", [dict(), dict(optimizer="adamw", learning_rate=3e-3, dropout=0.2), dict(dtype="bfloat16", tokens_per_step=256, batch_size=8, window_pattern="SL", window=6, doc_mask=True)])
 def test_train_resume_is_bit_for_bit(monkeypatch, train_dir, tmp_path, kw):
     whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     half = train_here(monkeypatch, train_dir, tmp_path, out="half", stop_at=10, **kw)
@@ -2218,7 +2282,10 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
 @pytest.mark.parametrize("kw, message", [
     (dict(tokens_per_step=100), "not a multiple of batch_size * block_size * 1 device(s) = 64: set --tokens_per_step=128"),
     (dict(block_size=9000, n_embd=2, n_head=1, n_layer=1), "tokens, block_size is 9000: give more text"),
-    (dict(init_from="resume"), "no checkpoint at"), (dict(device="gpu"), "device='gpu' is not a device"), (dict(vocab_size=400), "vocab_size")])
+    (dict(init_from="resume"), "no checkpoint at"), (dict(device="gpu"), "device='gpu' is not a device"),
+    (dict(window=8), "window_pattern='' and window=8 belong together"),
+    (dict(doc_mask=True, dataset="one", input="notes/heapq.txt", vocab_size=260), "one is one text without end-of-text tokens"),
+    (dict(vocab_size=400), "vocab_size")])
 def test_train_errors(monkeypatch, train_dir, tmp_path, kw, message):
     with pytest.raises(ValueError) as e: train_here(monkeypatch, train_dir, tmp_path, **kw)
     assert message in str(e.value) and "\n" not in str(e.value)
@@ -2529,7 +2596,8 @@ def sample_checkpoint(folder, model=None, tokenizer=None, **kw):
 
 
 SAMPLE_PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9], [44, 45, 46], [5]]
-SAMPLE_SHAPES = [dict(), dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, n_kv_head=4), dict(pos="sinusoidal", n_kv_head=1)]
+SAMPLE_SHAPES = [dict(), dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, n_kv_head=4), dict(pos="sinusoidal", n_kv_head=1),
+                 dict(n_layer=3, window_pattern="SL", window=6)]
 
 
 def sample_recomputed(model, prompt, seed, n, **kw):
@@ -2758,7 +2826,7 @@ def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
 
 def test_sample_static_shapes_give_the_same_text(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)                # the path that a compiler sees, without waiting for one
-    model = sample_gpt()
+    model = sample_gpt(window_pattern="SL", window=6)
     for speculate in (0, 3):
         a = sample_rows(model, SAMPLE_PROMPTS, max_new_tokens=80, speculate=speculate, ends={7, 8, 9})
         b = sample_rows(model, SAMPLE_PROMPTS, max_new_tokens=80, speculate=speculate, ends={7, 8, 9}, static=True)
@@ -2924,14 +2992,14 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
 
 
 def test_sample_visualize_is_one_page_with_attention_that_sums_to_one(tmp_path, capsys):
-    sample_checkpoint(tmp_path)
+    sample_checkpoint(tmp_path, window_pattern="SL", window=3)
     sample_main(capsys, f"--out_dir={tmp_path}", "--start=</script> the cat", "--max_new_tokens=9", f"--visualize={tmp_path}/v.html")
     page = (tmp_path / "v.html").read_text()
     data = json.loads(re.search(r"const d = (\{.*\}), T =", page).group(1))
     maps = torch.frombuffer(bytearray(__import__("base64").b64decode(data["maps"])), dtype=torch.uint8)
     T = len(data["tokens"])
     maps = maps.view(data["L"], data["H"], T, T).float() / 255
-    assert (maps.sum(-1) - 1).abs().max() < 0.06 and (maps.triu(1) == 0).all() and page.count("</script>") == 1 and "http" not in page
+    assert (maps.sum(-1) - 1).abs().max() < 0.06 and (maps.triu(1) == 0).all() and (maps[0].tril(-3) == 0).all() and page.count("</script>") == 1 and "http" not in page
     model = sample.load(config.Config(out_dir=str(tmp_path)))[0]
     ids = sample_TOK.encode("</script> the cat")
     p = model(torch.tensor([ids]))[0][0, :, :sample_TOK.vocab_size].softmax(-1)

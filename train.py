@@ -228,6 +228,8 @@ def prepare_data(cfg, run):
     if (cfg.objective == "dpo") != pairs:
         raise ValueError(f"objective={cfg.objective!r}, but {cfg.dataset} has {'' if pairs else 'no '}preference pairs: " +
                          ("set --objective=dpo" if pairs else 'prepare {"prompt", "chosen", "rejected"} lines, or leave objective out'))
+    if cfg.doc_mask and (meta["eot"] is None or meta["documents"]["train"] < 2):
+        raise ValueError(f"doc_mask keeps documents apart, and {cfg.dataset} is one text without end-of-text tokens: leave it out")
     for split in () if pairs else ("train", "val"):
         if meta["tokens"][split] <= cfg.block_size:
             raise ValueError(f"the {split} split of {cfg.dataset} has {meta['tokens'][split]} tokens, block_size is {cfg.block_size}: "

@@ -17,7 +17,7 @@ References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019
 """
 # Notation: a word is what the pattern cuts out of the text; starts and lens are the words' offsets and lengths in bytes.
 # Inside, ids are 0..255 for bytes and 256 + i for merge i; `ids` maps them to a vocabulary's own numbering (GPT-2 has one).
-import base64, functools, hashlib, heapq, itertools, json, os, re, sys, time
+import base64, codecs, collections, functools, hashlib, itertools, json, os, re, signal, sys, threading, time
 import numpy as np
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -31,31 +31,35 @@ SAME_SPLIT = {GPT2_TIKTOKEN: GPT2_SPLIT, QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1
 ENDOFTEXT = "<|endoftext|>"
 CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
 BATCH = 1 << 23            # bytes sent to a worker process at once
-PARALLEL_FROM = 1 << 24    # bytes counted before worker processes are started
+HERE = 2                   # jobs done before worker processes are started, which takes time
 CACHE = 1 << 20            # words whose ids the encoder remembers
 HOT = 1024                 # pairs the trainer keeps in sight
-LONG = 256                 # bytes; longer words are rare and are treated apart
+LONG = 256                 # bytes; longer words are rare and left to tiktoken's engine
 NONE = np.iinfo(np.int32).max
 
 # ---- Text to words --------------------------------------------------------------------------------------------------------------
 
-SPACE, WHITE, NEWLINE, LETTER, NUMBER, OTHER, EDGE = range(7)   # classes of characters; an EDGE parts two texts
+SPACE, WHITE, NEWLINE, LETTER, NUMBER, OTHER, EDGE, UNKNOWN = range(8)   # classes of characters; an EDGE parts two texts
 ASCII = bytes(SPACE if c == 32 else NEWLINE if c in (10, 13) else WHITE if c in (9, 11, 12) else NUMBER if 48 <= c <= 57
               else LETTER if 65 <= c <= 90 or 97 <= c <= 122 else OTHER for c in range(256))
 MAYBE_WHITE = np.isin(np.arange(256), [*range(9, 14), 32, *range(0x80, 0x8B), 0x9F, 0xA0, 0xA8, 0xA9, 0xAF])   # as last byte
 VISIBLE_SPACE_VISIBLE = re.compile(rb".*[!-~]( )[!-~]", re.S)
 LAST_ASCII = re.compile(rb".*([\x00-\x7f])", re.S)
 
-@functools.lru_cache(None)
-def unicode_classes(n=0x110000):
-    """Class of each code point below n, uint8. Asked of tiktoken's own engine: other Unicode versions differ in 17,000 of them."""
-    import tiktoken
-    table = np.full(n, OTHER, np.uint8)
-    every = np.r_[0:min(n, 0xD800), 0xE000:max(n, 0xE000)].astype("<u4").tobytes().decode("utf-32-le")
-    for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
-        plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
-        table[np.frombuffer(bytes(plain.encode_ordinary(every)).decode().encode("utf-32-le"), "<u4")] = cls
-    return table
+CLASS = np.full(0x110000, UNKNOWN, np.uint8)   # of code points, found when they first occur
+CLASS[0xD800:0xE000] = OTHER
+
+def classes(code):
+    """Class of each code point. Asked of tiktoken's own engine: other Unicode versions differ in 17,000 of them."""
+    new = np.unique(code[CLASS[code] == UNKNOWN]).astype("<u4")
+    if len(new):
+        import tiktoken
+        CLASS[new] = OTHER
+        for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
+            plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+            found = bytes(plain.encode_ordinary(new.tobytes().decode("utf-32-le"))).decode()   # what matches, without the rest
+            CLASS[np.frombuffer(found.encode("utf-32-le"), "<u4")] = cls
+    return CLASS[code]
 
 def characters(raw, edges, fold):
     """-> class and first byte of every character of raw, and its offset (None if every character is one byte)."""
@@ -70,7 +74,7 @@ def characters(raw, edges, fold):
     size = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
     size[(code >= 0xDC80) & (code < 0xDD00)] = 1   # a byte that is not UTF-8
     first = at[np.cumsum(size) - size]
-    cls[first] = np.where(code < 0x80, cls[first], unicode_classes(min(0x110000, 1 << int(code.max()).bit_length()))[code])
+    cls[first] = np.where(code < 0x80, cls[first], classes(code))
     near[:] = True
     near[at], near[first] = False, True
     offset = np.flatnonzero(near)
@@ -137,14 +141,14 @@ def as_bytes(text):
     except UnicodeEncodeError:   # lone surrogates
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-def cut(blocks, pattern):
+def cut(blocks, pattern, normalizer=None):
     """The parts, str or bytes, of one text -> pieces of about CHUNK bytes whose words together are the words of the whole.
 
     No pattern looks back, so any word start will do before which no white space stands (that looks ahead) and after which enough text
     follows for it to be certain. A space between two visible ASCII characters is such a place; without one near the end, ask `split`.
     """
     held, n, want = [], 0, CHUNK
-    for block in map(as_bytes, blocks):
+    for block in normalized(blocks) if normalizer else map(as_bytes, blocks):
         for i in range(0, len(block), CHUNK):
             held.append(block[i:i + CHUNK])
             n += len(held[-1])
@@ -225,8 +229,9 @@ def room(a, n):
 class Table:
     """Distinct uint64 keys, numbered in the order they are added. Open addressing, linear probing, at most half full."""
 
-    def __init__(self):
-        self.n, self.keys, self.numbers = 0, np.zeros(1 << 12, U), np.full(1 << 12, -1, np.int32)
+    def __init__(self, keys=np.zeros(0, U)):
+        self.n, self.keys, self.numbers, self.kept = 0, np.zeros(1 << 12, U), np.full(1 << 12, -1, np.int32), []
+        self.add(keys)
 
     def slots(self, keys):
         return (keys * MIX[2] >> U(65 - len(self.keys).bit_length())).view(np.int64)
@@ -257,21 +262,16 @@ class Table:
             todo = todo[self.numbers[slot[todo]] != numbers[todo]]
             slot[todo] = (slot[todo] + 1) & (len(self.keys) - 1)
 
-class Words:
-    """Numbers the distinct words of a text in the order they come, and keeps the new ones, end to end, until `new` takes them."""
-
-    def __init__(self):
-        self.table, self.kept = Table(), []
-
-    def number(self, raw, starts, lens):
+    def words(self, raw, starts, lens):
+        """Numbers of words, new ones included: these are kept, end to end, until `new` takes them."""
         keys = word_keys(raw, starts, lens)
-        number = self.table.find(keys)
+        number = self.find(keys)
         miss = np.flatnonzero(number < 0)
         miss = miss[np.argsort(keys[miss])]
         first = runs(keys[miss])
-        number[miss] = self.table.n + np.repeat(np.arange(len(first)), np.diff(first, append=len(miss)))
+        number[miss] = self.n + np.repeat(np.arange(len(first)), np.diff(first, append=len(miss)))
         first = miss[first]
-        self.table.add(keys[first])
+        self.add(keys[first])
         self.kept.append((gather(np.frombuffer(raw, np.uint8), starts[first], lens[first]), lens[first]))
         return number
 
@@ -281,43 +281,52 @@ class Words:
         self.kept = []
         return np.concatenate(texts), np.concatenate(lens)
 
+def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's to handle; and a killed parent cannot say goodbye:
+    import multiprocessing
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+def in_order(function, jobs, workers):
+    """Yield function(job) for each job, in order, computed by `workers` processes. At most two jobs for each are under way: memory is
+    bounded. OSError if a process dies."""
+    jobs, waiting = iter(jobs), collections.deque()
+    yield from map(function, jobs if workers == 1 else itertools.islice(jobs, HERE))
+    if not (head := list(itertools.islice(jobs, 1))):
+        return
+    import multiprocessing
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+    # fork where it is safe: a spawned worker imports the caller's script again, and with train.py that is all of torch
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"), start_worker)
+    try:
+        for job in itertools.chain(head, jobs):
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise OSError("a worker process died, for want of memory? Run again with --workers=1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
 def count_words(pieces, pattern):
     """list of bytes -> (distinct words end to end, their lens, their counts as int64); runs in a worker."""
-    words, counts = Words(), np.zeros(4096, np.int64)
+    words, counts = Table(), np.zeros(0, np.int64)
     for group in groups(pieces, CHUNK):
-        number = words.number(*split(group, pattern)[:3])
-        counts = room(counts, words.table.n)
-        np.add.at(counts, number, 1)
-    return *words.new(), counts[:words.table.n]
+        number = words.words(*split(group, pattern)[:3])
+        old, counts = counts, np.bincount(number, minlength=words.n)
+        counts[:len(old)] += old
+    return *words.new(), counts
 
-def count_parallel(pieces, pattern, workers, tell):
-    """The same for any number of pieces. Batches go to worker processes, at most two per worker at a time: memory is bounded."""
-    words, counts, waiting, done, pool = Words(), np.zeros(4096, np.int64), [], 0, None
-    def take(size, result):
-        nonlocal counts
-        text, lens, times = result if isinstance(result, tuple) else result.result()
-        number = words.number(text.tobytes(), np.cumsum(lens) - lens, lens)
-        counts = room(counts, words.table.n)
+def count_parallel(pieces, pattern, workers, add):
+    """The same for any number of pieces."""
+    words, counts = Table(), np.zeros(0, np.int64)
+    for text, lens, times in in_order(functools.partial(count_words, pattern=pattern), groups(pieces, BATCH), workers):
+        number = words.words(text.tobytes(), np.cumsum(lens) - lens, lens)
+        counts = np.append(counts, np.zeros(words.n - len(counts), np.int64))
         counts[number] += times
-        tell("counting", size / 1e6, None, "MB")
-    try:
-        for batch in groups(pieces, BATCH):
-            done += sum(map(len, batch))
-            if workers == 1 or done < PARALLEL_FROM:
-                take(done, count_words(batch, pattern))
-                continue
-            if not pool:
-                import concurrent.futures, signal
-                pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-            waiting.append((done, pool.submit(count_words, batch, pattern)))
-            if len(waiting) > 2 * workers:
-                take(*waiting.pop(0))
-        while waiting:
-            take(*waiting.pop(0))
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    return *words.new(), counts[:words.table.n]
+        add(int(lens @ times))
+    return *words.new(), counts
 
 # ---- Merging --------------------------------------------------------------------------------------------------------------------
 
@@ -390,7 +399,7 @@ class Pairs:
         left = self.prv[pos]
         return self.store(np.concatenate([left[(self.sym[left] >= 0) & (self.sym[left] < base)], pos]))   # each position once
 
-def learn_merges(text, lens, counts, n_merges, tell):
+def learn_merges(text, lens, counts, n_merges, add=lambda n: None):
     """Distinct words, end to end, and how often each occurs -> up to n_merges pairs (left id, right id), most frequent first.
 
     Many merges at a time. Let p1, p2, ... be the pairs in order (count falling, then key rising). Merging p1 = (a, b) takes away pairs
@@ -403,7 +412,6 @@ def learn_merges(text, lens, counts, n_merges, tell):
     merges, hot, window = [], np.zeros(0, np.int64), 16
     least = last = 0    # hot holds the pairs with more than `least` occurrences, or as many and a key up to `last`
     while len(merges) < n_merges:
-        tell("merging", len(merges), n_merges, "merges")
         count, key = pairs.count, pairs.key
         c = count[hot]
         keep = (c > least) | ((c == least) & (key[hot] <= last))
@@ -429,6 +437,7 @@ def learn_merges(text, lens, counts, n_merges, tell):
                 break
         top, window = top[:len(batch)], 2 * len(batch) + 8
         merges += batch
+        add(len(batch))
         new = pairs.merge(top, *pairs.positions(top), 256 + len(merges) - len(batch))
         hot = np.concatenate([hot, new[pairs.count[new] >= least]])
     return merges
@@ -439,27 +448,15 @@ def ranks(table, left, right):
     rank[(rank < 0) | (right < 0)] = NONE
     return rank
 
-def merge_long(table, text, lens):
-    """Apply learned merges in their order to words of any length, in time that grows with the length."""
-    pairs = Pairs(text, lens, np.ones(len(lens), np.int64))
-    queue, new = [], np.arange(pairs.n)
-    while len(new) or queue:
-        for item in zip(ranks(table, pairs.key[new] >> 32, pairs.key[new] & 0xFFFFFFFF).tolist(), new.tolist()):
-            heapq.heappush(queue, item)
-        rank, p = heapq.heappop(queue)
-        if rank == NONE:
-            break
-        new = pairs.merge(np.array([p]), *pairs.positions(np.array([p])), 256 + rank)
-    return pairs.sym[pairs.sym >= 0], np.diff(np.cumsum(pairs.sym >= 0)[pairs.sep])
-
-def merge_words(table, text, lens):
+def merge_words(table, text, lens, limit, merge_one):
     """Words end to end -> (their tokens end to end, number of tokens of each). All words go in step: each round merges in every word
-    the pair learned first, so there are as many rounds as the busiest word has merges."""
-    short = lens <= LONG
+    the pair learned first, so there are as many rounds as the busiest word has merges. Words over `limit` bytes go to merge_one."""
+    hard = np.flatnonzero(lens > limit)
+    tokens = [merge_one(text[i:i + n].tobytes()) for i, n in zip((np.cumsum(lens) - lens)[hard], lens[hard])]
+    tokens, owners = [np.array(list(itertools.chain(*tokens)), np.int32)], [np.repeat(hard, np.array(list(map(len, tokens)), int))]
     owner = np.repeat(np.arange(len(lens)), lens)
-    tokens, sizes = merge_long(table, text[~short[owner]], lens[~short]) if not short.all() else (np.zeros(0, np.int32), 0)
-    tokens, owners = [tokens], [np.repeat(np.flatnonzero(~short), sizes)]
-    sym, word = np.append(text[short[owner]].astype(np.int32), -1), np.append(owner[short[owner]], -1)   # -1 closes the last word
+    easy = lens[owner] <= limit
+    sym, word = np.append(text[easy].astype(np.int32), -1), np.append(owner[easy], -1)   # -1 closes the last word
     rank = np.append(np.where(word[1:] == word[:-1], ranks(table, sym[:-1], sym[1:]), NONE), NONE)
     while len(sym) > 1:
         start = runs(word)
@@ -486,23 +483,19 @@ class Tokenizer:
     """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache); pickles.
 
     merges: list of (left id, right id). special_tokens: dict text -> id. ids: the id of every byte and then of every merge, None for
-    0, 1, 2, ... vocab_size: the number of ids a model needs, special tokens included. hash: identifies all these and the pattern.
-    normalizer: None, or "NFC", which encoding applies to the text first. A vocabulary made otherwise than by merging (Llama 3's in part)
-    may have tokens to which the tokens before them do not lead: the "merge" is the three or more parts where that ends, and tiktoken's
-    engine merges the words.
+    0, 1, 2, ... vocab_size: the number of ids a model needs, special tokens included. normalizer: None, or "NFC", which encoding applies
+    to the text first. hash: identifies all these and the pattern. A vocabulary made otherwise than by merging (Llama 3's, in part) has
+    tokens to which those before them do not lead: their "merge" is the three or more parts where that ends, and tiktoken's engine encodes.
     """
 
     def __init__(self, merges, pattern=GPT2_SPLIT, special_tokens=(), ids=None, normalizer=None):
-        n = 256 + len(merges)
+        n, pattern = 256 + len(merges), SAME_SPLIT.get(pattern, pattern)
         number = np.arange(n) if ids is None else np.array(ids, np.int64)
         if not isinstance(special_tokens, dict):
             special_tokens = {t: int(number.max()) + 1 + i for i, t in enumerate(dict.fromkeys(special_tokens))}
-        pattern = SAME_SPLIT.get(pattern, pattern)
-        if pattern not in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, QWEN_SPLIT):
-            raise ValueError(f"split pattern {pattern!r} is not supported: use bpe.GPT2_SPLIT or bpe.GPT4_SPLIT")
-        if normalizer not in (None, "NFC"):
-            raise ValueError(f"normalizer {normalizer!r} is not supported: None or 'NFC'")
-        inside = {j: i for i, j in enumerate(number.tolist())}
+        if pattern not in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, QWEN_SPLIT) or normalizer not in (None, "NFC"):
+            raise ValueError(f"split pattern {pattern!r} with normalizer {normalizer!r} is not supported: use GPT2_SPLIT or GPT4_SPLIT of bpe.py")
+        inside = dict(zip(number.tolist(), range(n)))
         pairs = [tuple(inside.get(part, n) for part in m) for m in merges]
         if any(len(p) < 2 or max(p) >= 256 + i for i, p in enumerate(pairs)) or len(set(pairs)) < len(pairs):
             raise ValueError("damaged merges: each must be a new pair of ids that are bytes or earlier merges")
@@ -512,9 +505,7 @@ class Tokenizer:
         self.pattern, self.normalizer, self.special_tokens, self.vocab_size = pattern, normalizer, special_tokens, max(taken) + 1
         self.merges, self.ids = [tuple(m) for m in merges], None if (number == np.arange(n)).all() else number.tolist()
         self._number = number.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self._table = Table()    # of merges
-        self._table.add(np.array([p[0] << 32 | p[1] for p in pairs], U))
-        self._engine = self.to_tiktoken() if any(len(p) > 2 for p in pairs) else None
+        self._table, self._limit = Table(np.array([p[0] << 32 | p[1] for p in pairs], U)), LONG if all(len(p) == 2 for p in pairs) else 0
         self._forget()
 
     @classmethod
@@ -525,79 +516,66 @@ class Tokenizer:
         a str or bytes document is no text: it parts it, as the end of a document does.
         vocab_size: the number of ids, bytes and special tokens included; 256 is the plain byte tokenizer, its special tokens on top.
         If the text has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count; None: one per
-        core. Small texts are counted here. verbose: progress on stderr. Raises ValueError for vocab_size < 256 or another pattern.
+        core. verbose: progress on stderr. Raises ValueError for vocab_size < 256 or another pattern, OSError if a worker dies.
         """
         if vocab_size < 256:
             raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
-        plain = cls([], pattern, special_tokens)
-        n_merges = max(0, vocab_size - 256 - len(plain.special_tokens))
-        tell = progress() if verbose else lambda *a: None
+        plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
+        n_merges, merges = max(0, vocab_size - 256 - len(plain.special_tokens)), []
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
-                whole = isinstance(doc, (str, bytes))
-                for part in plain._parts(doc, plain.special_tokens)[::2] if whole else [doc]:
-                    yield from cut([part] if whole else part, plain.pattern)
-        words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), tell) if n_merges else None
-        merges = learn_merges(*words, n_merges, tell) if n_merges else []
-        tell(None)
+                parts = [[t] for t in plain._parts(doc, plain.special_tokens)[::2]] if isinstance(doc, (str, bytes)) else [doc]
+                for part in parts:
+                    yield from cut(part, plain.pattern)
+        if n_merges:
+            words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), show("counting"))
+            merges = learn_merges(*words, n_merges, show("merging", n_merges, 1, "merges"))
         if len(merges) < n_merges:
             print(f"bpe.py: the text has only {len(merges)} pairs to merge, so vocab_size is {vocab_size - n_merges + len(merges)}, "
                   f"not {vocab_size}", file=sys.stderr)
         return cls(merges, pattern, special_tokens)
 
-    def _forget(self):
-        self._words, self._tokens, self._used = Words(), np.zeros(4096, self._number.dtype), 0
-        self._begin, self._size = np.zeros(4096, np.int64), np.zeros(4096, np.int64)
+    @functools.cached_property
+    def _engine(self):
+        import tiktoken
+        return tiktoken.Encoding("words", pat_str=GPT2_SPLIT, special_tokens={},
+                                 mergeable_ranks={self.vocab[j]: i for i, j in enumerate(self._number.tolist())})
 
-    def _merge(self, text, lens):
-        """Words end to end -> (their ids end to end, number of ids of each)."""
-        if not self._engine:
-            tokens, size = merge_words(self._table, text, lens)
-            return self._number[tokens], size
-        raw, end = text.tobytes(), np.cumsum(lens).tolist()
-        ids = [self._engine._encode_single_piece(raw[i:j]) for i, j in zip([0, *end], end)]
-        return np.array(list(itertools.chain(*ids)), self._number.dtype), np.array(list(map(len, ids)), np.int64)
+    def _forget(self):
+        self._words, self._tokens, self._end = Table(), np.zeros(0, self._number.dtype), np.zeros(1, np.int64)
 
     def _encode(self, pieces):
         """Pieces of text -> an array of ids for each, in order. The new words of several chunks are merged together."""
         for batch in groups(pieces, 8 * CHUNK):
-            if self._words.table.n > CACHE or self._used > 8 * CACHE:
+            if self._words.n > CACHE or len(self._tokens) > 8 * CACHE:
                 self._forget()
-            chunks, old = [], self._words.table.n
+            chunks = []
             for group in groups(batch, CHUNK):
                 *words, ends = split(group, self.pattern)
-                chunks.append((self._words.number(*words), ends))
-            tokens, size = self._merge(*self._words.new())
-            n, used = self._words.table.n, self._used + len(tokens)
-            self._begin, self._size, self._tokens = room(self._begin, n), room(self._size, n), room(self._tokens, used)
-            self._begin[old:n], self._size[old:n] = self._used + np.cumsum(size) - size, size
-            self._tokens[self._used:used], self._used = tokens, used
+                chunks.append((self._words.words(*words), ends))
+            tokens, size = merge_words(self._table, *self._words.new(), self._limit, lambda word: self._engine._encode_single_piece(word))
+            self._tokens = np.append(self._tokens, self._number[tokens])
+            self._end = np.append(self._end, self._end[-1] + np.cumsum(size))
             for number, ends in chunks:
-                size = self._size[number]
-                ids = gather(self._tokens, self._begin[number], size)
+                size = self._end[number + 1] - self._end[number]
+                ids = gather(self._tokens, self._end[number], size)
                 yield from np.split(ids, np.append(0, np.cumsum(size))[ends[:-1]])
-
-    def _cut(self, blocks):
-        return cut(normalized(blocks) if self.normalizer else blocks, self.pattern)
 
     def _parts(self, text, special):
         """[ordinary, special token, ordinary, ...] as bytes."""
-        tokens = sorted(map(as_bytes, special), key=len, reverse=True)
-        text = as_bytes(text)
+        tokens, text = sorted(map(as_bytes, special), key=len, reverse=True), as_bytes(text)
         return re.split(b"(" + b"|".join(map(re.escape, tokens)) + b")", text) if any(t in text for t in tokens) else [text]
 
     def encode(self, text, allowed_special=()):
         """str or bytes -> list of ids. Special tokens named in allowed_special ("all" for all) get their id; the rest, by default all, is
         ordinary text."""
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
-        for name in allowed:
-            if name not in self.special_tokens:
-                raise ValueError(f"allowed_special has {name!r}, which is none of this tokenizer's: {list(self.special_tokens)}")
+        if unknown := [name for name in allowed if name not in self.special_tokens]:
+            raise ValueError(f"allowed_special has {unknown[0]!r}, which is none of this tokenizer's: {list(self.special_tokens)}")
         parts = self._parts(text, allowed)
-        out = self.encode_batch(parts[:1])[0].tolist()
-        for name, ids in zip(parts[1::2], self.encode_batch(parts[2::2])):
-            out += [self.special_tokens[name.decode()], *ids.tolist()]
-        return out
+        parts[::2] = [ids.tolist() for ids in self.encode_batch(parts[::2])]
+        parts[1::2] = [[self.special_tokens[name.decode()]] for name in parts[1::2]]
+        return list(itertools.chain(*parts))
 
     def encode_batch(self, texts):
         """Any iterable of str or bytes -> list of arrays of ids, uint16 where the vocabulary fits, else uint32. No special tokens."""
@@ -605,7 +583,7 @@ class Tokenizer:
         def pieces():
             for text in texts:
                 sizes.append(0)
-                for piece in self._cut([text]):
+                for piece in cut([text], self.pattern, self.normalizer):
                     sizes[-1] += 1
                     yield piece
         arrays = iter(list(self._encode(pieces())))
@@ -613,7 +591,7 @@ class Tokenizer:
 
     def encode_iterable(self, lines):
         """Parts of one text (str or bytes; an open file, say) -> its ids one by one, as of the whole text, in bounded memory."""
-        for ids in self._encode(self._cut(lines)):
+        for ids in self._encode(cut(lines, self.pattern, self.normalizer)):
             yield from ids.tolist()
 
     @functools.cached_property
@@ -637,11 +615,9 @@ class Tokenizer:
 
     def decode_stream(self, ids):
         """Yields text as ids arrive, holding back the bytes of a character until it is whole."""
-        import codecs
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for i in itertools.chain(ids, [None]):
-            text = decoder.decode(b"", True) if i is None else decoder.decode(self.decode_bytes([int(i)]))
-            if text:
+        for data, last in itertools.chain(((self.decode_bytes([int(i)]), False) for i in ids), [(b"", True)]):
+            if text := decoder.decode(data, last):
                 yield text
 
     # Files. The file's own form is JSON of to_dict(); a checkpoint may carry the dict itself.
@@ -678,40 +654,41 @@ class Tokenizer:
         """-> tiktoken.Encoding with the same vocabulary, pattern and special tokens."""
         import tiktoken
         order = self._number[256:].tolist()
-        if order != sorted(order):
-            raise ValueError("tiktoken merges in the order of ids, and this vocabulary's ids are not in the order of its merges")
-        if self.normalizer:
-            raise ValueError(f"tiktoken does not normalize, and this tokenizer normalizes to {self.normalizer}: use to_hf")
+        if order != sorted(order) or self.normalizer:
+            raise ValueError("tiktoken merges in the order of ids and does not normalize to NFC: this tokenizer cannot become one of its")
         return tiktoken.Encoding(f"bpe-{self.hash[:8]}", pat_str=self.pattern, special_tokens=self.special_tokens,
                                  mergeable_ranks={self.vocab[i]: i for i in self._number.tolist()})
+
+    @classmethod
+    def from_ranks(cls, rank, merges=None, **rest):
+        """rank: dict token -> id, merged in the order of ids. What each token was merged from is found again by merging its bytes as far as
+        the tokens before it go: two parts are left. If a file lists merges, pairs of tokens, they must be these, or every split of a token."""
+        order, found = sorted((t for t in rank if len(t) > 1), key=rank.get), []
+        try:
+            for token in order:
+                parts = [token[i:i + 1] for i in range(len(token))]
+                while len(parts) > 2:
+                    best, i = min((rank.get(a + b, NONE), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+                    if best >= rank[token]:
+                        break
+                    parts[i:i + 2] = [parts[i] + parts[i + 1]]
+                found.append(tuple(rank[part] for part in parts))
+            pairs = found if merges is None else [(rank[a], rank[b]) for a, b in merges]
+            made = order if merges is None else [rank[a + b] for a, b in merges]
+            ids = [rank[bytes([i])] for i in range(256)] + [rank[t] for t in order]
+        except KeyError as e:
+            raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
+        if merges and (made != sorted(made) or {*pairs} not in ({*found}, {*splits(rank)})):
+            raise ValueError("its merges are not those of its ids, in their order: this cannot be read")
+        return cls(found, ids=ids, **rest)
 
     @classmethod
     def from_tiktoken(cls, source, pattern=GPT2_SPLIT, special_tokens=()):
         """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line)."""
         if hasattr(source, "_mergeable_ranks"):
-            rank, pattern, special_tokens = source._mergeable_ranks, source._pat_str, source._special_tokens
-        else:
-            rank = read(source, lambda text: {base64.b64decode(t, validate=True): int(r) for t, r in map(str.split, text.splitlines())})
-        return cls._from_ranks(rank, pattern, special_tokens)
-
-    @classmethod
-    def _from_ranks(cls, rank, pattern, special_tokens, normalizer=None):
-        """rank: dict token -> id. Merges are found again by merging each token's bytes as far as the tokens before it go: if these came
-        by merging, two parts are left."""
-        order, merges = sorted((t for t in rank if len(t) > 1), key=rank.get), []
-        try:
-            for token in order:
-                parts, below = [token[i:i + 1] for i in range(len(token))], rank[token]
-                while len(parts) > 2:
-                    best, i = min((rank.get(a + b, NONE), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-                    if best >= below:
-                        break
-                    parts[i:i + 2] = [parts[i] + parts[i + 1]]
-                merges.append(tuple(rank[part] for part in parts))
-            ids = [rank[bytes([i])] for i in range(256)] + [rank[t] for t in order]
-        except KeyError as e:
-            raise ValueError(f"not a byte-level BPE vocabulary: it has no token {e.args[0]!r}") from None
-        return cls(merges, pattern, special_tokens, ids, normalizer)
+            return cls.from_ranks(source._mergeable_ranks, pattern=source._pat_str, special_tokens=source._special_tokens)
+        return read(source, lambda text: cls.from_ranks({base64.b64decode(t, validate=True): int(r) for t, r in map(
+            str.split, text.splitlines())}, pattern=pattern, special_tokens=special_tokens))
 
     @classmethod
     def gpt2(cls):
@@ -724,39 +701,30 @@ class Tokenizer:
                              "Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
 
     @classmethod
-    def _from_letters(cls, merges, vocab, pattern, special_tokens, normalizer=None):
-        """Merges as pairs of strings in GPT-2's letters; vocab: dict from such strings to ids."""
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
-        try:
-            ids = [vocab[letter] for _, letter in sorted(gpt2_letters().items())] + [vocab[a + b] for a, b in merges]
-            return cls([(vocab[a], vocab[b]) for a, b in merges], pattern, special_tokens, ids, normalizer)
-        except KeyError as e:
-            raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
-
-    @classmethod
     def from_gpt2(cls, merges_path, vocab_path=None):
         """GPT-2's published merges.txt (vocab.bpe) and vocab.json (encoder.json); without the latter, numbered as GPT-2 does."""
         def parse(text):
-            merges = [line for line in text.split("\n") if line and not line.startswith("#version")]
-            tokens = [*gpt2_letters().values(), *(a + b for a, b in map(lambda line: line.split(" "), merges)), ENDOFTEXT]
-            vocab = read(vocab_path, json.loads) if vocab_path else {t: i for i, t in enumerate(tokens)}
-            return cls._from_letters(merges, vocab, GPT2_SPLIT, {t: vocab[t] for t in [ENDOFTEXT] if t in vocab})
+            merges = [line.split(" ") for line in text.split("\n") if line and not line.startswith("#version")]
+            tokens = [*LETTERS.values(), *(a + b for a, b in merges), ENDOFTEXT]
+            vocab = read(vocab_path, json.loads) if vocab_path else dict(zip(tokens, range(len(tokens))))
+            special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)} if ENDOFTEXT in vocab else {}
+            return cls.from_ranks({to_bytes(t): i for t, i in vocab.items()}, [tuple(map(to_bytes, m)) for m in merges], special_tokens=special)
         return read(merges_path, parse)
 
     def to_hf(self, path):
         """Write a Hugging Face tokenizer.json."""
-        name = {i: "".join(gpt2_letters()[b] for b in self.vocab[i]) for i in self._number.tolist()}
-        merges = splits({self.vocab[i]: i for i in name}) if self._engine else self.merges
+        name = {i: "".join(map(LETTERS.get, self.vocab[i])) for i in self._number.tolist()}
+        merges = self.merges if self._limit else splits({self.vocab[i]: i for i in name})
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
         regex = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                 for t, i in self.special_tokens.items()]
         write_json(path, {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": None,
+            "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
+            "added_tokens": [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+                             for t, i in self.special_tokens.items()],
             "normalizer": {"type": self.normalizer} if self.normalizer else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [level] if level["use_regex"] else [regex, level]}, "decoder": level,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [level] if level["use_regex"] else [regex, level]},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": bool(self._engine), "vocab": {t: i for i, t in name.items()},
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": not self._limit, "vocab": {t: i for i, t in name.items()},
                       "merges": [[name[a], name[b]] for a, b in merges]}})
 
     @classmethod
@@ -765,74 +733,72 @@ class Tokenizer:
         become special tokens; what a post-processor adds, such as a first token, is the caller's to add."""
         def parse(text):
             d = json.loads(text)
-            model, norm, steps = d["model"], d.get("normalizer"), d.get("pre_tokenizer") or {}
-            steps = [s for s in steps.get("pretokenizers", [steps]) if s]
-            level = [s for s in steps if s["type"] == "ByteLevel"]
-            kind = model.get("type", "BPE" if "merges" in model else "unnamed")
-            wrong = [f"a model of type {kind}"] * (kind != "BPE") + [f"a {s['type']} pre-tokenizer" for s in steps if s["type"] not in (
-                "Split", "ByteLevel")] + ["byte_fallback, SentencePiece's way"] * bool(model.get("byte_fallback")) + \
-                [f"a normalizer of type {norm and norm['type']}"] * (norm is not None and norm["type"] != "NFC") + \
-                ["no ByteLevel pre-tokenizer"] * (len(level) != 1) + ["a prefix space"] * any(s["add_prefix_space"] for s in level) + \
-                [f"{key}={model[key]!r}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-            pattern = [s["pattern"].get("Regex") for s in steps if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
-            pattern += [GPT2_SPLIT for s in level if s.get("use_regex", True)]
-            if wrong or len(pattern) != 1:
-                raise ValueError(f"it has {' and '.join(wrong) or 'not one split pattern'}; only byte-level BPE with one pattern can be read, "
-                                 "with NFC or no normalizer")
+            model, norm, steps = d["model"], (d.get("normalizer") or {}).get("type"), d.get("pre_tokenizer") or {"type": "missing"}
+            steps = steps.get("pretokenizers", [steps])
+            cuts = [s["pattern"].get("Regex") for s in steps if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
+            cuts += [GPT2_SPLIT for s in steps if s["type"] == "ByteLevel" and s.get("use_regex", True)]
+            wrong = [f"its {what} is {is_!r}" for what, is_, ok in [
+                ("model", model.get("type", "BPE"), "BPE"), ("normalizer", norm, norm if norm == "NFC" else None),
+                ("byte_fallback (SentencePiece's)", model.get("byte_fallback", False), False),
+                *[("pre-tokenizer", s["type"], s["type"] if s["type"] == "Split" else "ByteLevel") for s in steps],
+                *[("prefix space", s["add_prefix_space"], False) for s in steps if "add_prefix_space" in s],
+                *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
+                ("number of split patterns", len(cuts), 1), ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if is_ != ok]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)}: only byte-level BPE with one split pattern, and NFC or no normalizer, can be read")
             special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
-            vocab, rest = model["vocab"] | special, (pattern[0], special, norm and norm["type"])
-            if not model.get("ignore_merges"):
-                return cls._from_letters(model["merges"], vocab, *rest)
-            # Words are looked up first, as tiktoken does; it has no list of merges, so the file's must be what tiktoken would do.
-            byte = {letter: bytes([b]) for b, letter in gpt2_letters().items()}
-            rank = {b"".join(byte[c] for c in t): i for t, i in vocab.items() if t not in special}
-            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-            tok, made = cls._from_ranks(rank, *rest), [vocab[a + b] for a, b in merges]
-            if made != sorted(made) or {(vocab[a], vocab[b]) for a, b in merges} not in ({*tok.merges}, {*splits(rank)}):
-                raise ValueError("ignore_merges with merges that are not those of its ids, in their order, cannot be read")
+            rank = {to_bytes(t): i for t, i in model["vocab"].items() if t not in special}
+            merges = [tuple(map(to_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
+            tok = cls.from_ranks(rank, merges, pattern=cuts[0], special_tokens=special, normalizer=norm)
+            if not tok._limit and not model.get("ignore_merges"):
+                raise ValueError("it has tokens that merging does not lead to, but no ignore_merges")
             return tok
         return read(path, parse)
+
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # the printable character GPT-2's files write for each byte, in its order
+LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}
+BYTES = {letter: b for b, letter in LETTERS.items()}
+
+def to_bytes(letters):
+    return bytes(map(BYTES.__getitem__, letters))
 
 def splits(vocab):
     """dict token -> id: every two tokens that make a third, (left id, right id) -> id of the third, in the order of the thirds."""
     return {(vocab[t[:i]], vocab[t[i:]]): vocab[t] for t in sorted(vocab, key=vocab.get) for i in range(1, len(t))
             if t[:i] in vocab and t[i:] in vocab}
 
-@functools.lru_cache(1)
-def gpt2_letters():
-    """dict byte -> the printable character that GPT-2's files write for it, in GPT-2's own order of bytes."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
-
 def read(path, parse):
     """parse(the text of the file); what is wrong with it becomes a ValueError that names the file."""
     try:
         with open(path, encoding="utf-8") as f:
             return parse(f.read())
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
 
 def write_json(path, d):
     """Atomic: the whole file or none."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        json.dump(d, f, separators=(",", ":"), ensure_ascii=False)
+        f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False))
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
 
 # ---- Command line ---------------------------------------------------------------------------------------------------------------
 
-def progress():
-    """-> tell(stage, done, total, unit): a line on stderr that rewrites itself, with rate and time left."""
-    began, shown = {}, [0.0]
-    def tell(stage, done=0, total=None, unit=""):
-        now = time.time()
-        if stage is None or now - shown[0] < 0.5:
-            return print(file=sys.stderr) if stage is None and shown[0] else None
-        shown[0], rate = now, done / max(now - began.setdefault(stage, now), 1e-3)
-        left = f" of {total:,}, {(total - done) / max(rate, 1e-3):.0f} s left" if total else ""
-        print(f"\r{stage}: {done:,.0f} {unit}{left}, {rate:,.0f} {unit}/s      ", end="", file=sys.stderr, flush=True)
-    return tell
+def progress(label, total=0, scale=1e6, unit="MB"):
+    """add(n), which keeps a line on stderr: how far, how fast, how long still (in a log file: a line every 10 seconds)."""
+    done, start, shown, tty = 0, time.time(), time.time(), sys.stderr.isatty()
+    def add(n):
+        nonlocal done, shown
+        done, now = done + n, time.time()
+        if tty and 0 < total <= done:
+            print(end="\x1b[K", file=sys.stderr, flush=True)
+        elif now - shown >= (0.2 if tty else 10):
+            rate, shown = max(done, 1) / (now - start), now
+            left = f" of {total / scale:,.0f}, {max(total - done, 0) / rate:,.0f} s left" if total else ""
+            print(f"{label}: {done / scale:,.0f} {unit}{left}, {rate / scale:,.1f} {unit}/s",
+                  end="\x1b[K\r" if tty else "\n", file=sys.stderr, flush=True)
+    return add
 
 def main(argv=None):
     import argparse
@@ -847,17 +813,15 @@ def main(argv=None):
     try:
         began, total = time.time(), sum(map(os.path.getsize, a.files))
         if not total or not os.path.isdir(os.path.dirname(a.out) or "."):
-            raise ValueError(f"no text in {', '.join(a.files)}: give files that are not empty" if not total else
-                             f"--out={a.out}: its folder does not exist")
+            raise ValueError(f"{', '.join(a.files)}: no text" if not total else f"--out={a.out}: its folder does not exist")
         docs = (iter(lambda f=f: f.read(CHUNK), b"") for f in map(lambda path: open(path, "rb"), a.files))
-        tok = Tokenizer.train(docs, a.vocab_size, GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT,
-                              [s for s in a.special.split(",") if s], a.workers, verbose=sys.stderr.isatty())
+        pattern, special = GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT, [s for s in a.special.split(",") if s]
+        tok = Tokenizer.train(docs, a.vocab_size, pattern, special, a.workers, verbose=True)
         tok.save(a.out)
-        seconds = time.time() - began
         with open(a.files[0], "rb") as f:
             sample = f.read(1 << 20)
-        print(f"{a.out}: {len(tok.merges):,} merges, vocab_size {tok.vocab_size:,}; {total / 1e6:.1f} MB in {seconds:.2f} s, "
-              f"{total / 1e6 / seconds:.1f} MB/s; {len(sample) / max(1, len(tok.encode_batch([sample])[0])):.2f} bytes per token")
+        print(f"{a.out}: {len(tok.merges):,} merges, vocab_size {tok.vocab_size:,}; {total / 1e6:.1f} MB in {time.time() - began:.2f} s; "
+              f"{len(sample) / max(1, len(tok.encode_batch([sample])[0])):.2f} bytes per token")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -143,7 +143,7 @@ def own_tokenizer(cfg):
     """cfg with the tokenizer of the model that init_from names: other ids would mean nothing to it."""
     folder = pretrained(cfg.init_from)
     if not folder or cfg.init_from in GPT2 and cfg.tokenizer == "gpt2": return cfg
-    return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"))
+    return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"), vocab_size=65536)     # what uint16 holds; the model's is train.py's to check
 
 # ---- files -> spans -> documents -------------------------------------------------------------------------------------
 

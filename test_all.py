@@ -3136,6 +3136,9 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
         train_here(monkeypatch, train_dir, tmp_path, out="none", init_from=folder, **other)
     new = train_here(monkeypatch, train_dir, tmp_path, out="new", init_from=folder, dataset="new", **other)
     assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
+    monkeypatch.chdir(train_dir)
+    prepare.main(config.load(train_words(init_from=folder, dataset="new", vocab_size=257)))
+    assert "data/new is prepared already, nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "): train_here(monkeypatch, train_dir, tmp_path, out="none", init_from="gpt3")
 
 

@@ -2437,6 +2437,7 @@ TRAIN_TUNE = dict(answers=dict(lora_rank=4, dropout=0.1, learning_rate=1e-2), pa
 @pytest.fixture(scope="module")
 def tune_dir(train_dir):
     """train_dir with a Hugging Face folder to begin from and two datasets: questions whose answers count; pairs, where a shouted answer is preferred."""
+    pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
     base = tiny_gpt(vocab_size=300, block_size=64, **CLASSIC)
     sample_checkpoint(train_dir / "base_run", base, json.load(open(train_dir / "data" / "tiny" / "tokenizer.json")))
     sample.main(config.load([f"--out_dir={train_dir / 'base_run'}", f"--export={train_dir / 'base'}"]))
@@ -2455,7 +2456,7 @@ def tune_here(monkeypatch, tune_dir, tmp_path, kind, **kw):
 
 
 @pytest.mark.parametrize("kind", TRAIN_TUNE)
-def test_train_fine_tuning_resumes_bit_for_bit_and_samples(monkeypatch, tune_dir, tmp_path, capsys, kind):
+def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tune_dir, tmp_path, capsys, kind):
     whole = tune_here(monkeypatch, tune_dir, tmp_path, kind, out="whole")
     tune_here(monkeypatch, tune_dir, tmp_path, kind, out="half", stop_at=10)
     resumed = tune_here(monkeypatch, tune_dir, tmp_path, kind, out="half", init_from="resume")
@@ -2473,7 +2474,7 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples(monkeypatch, tune_dir
 
 
 @pytest.mark.parametrize("kind", ["answers", "lora_pairs"])
-def test_train_fine_tuning_one_process_equals_two_ranks(monkeypatch, tune_dir, tmp_path, kind):
+def test_train_fine_tuning_one_process_equals_two_ranks_peer(monkeypatch, tune_dir, tmp_path, kind):
     """Micro-batches with different numbers of answers weigh as if they were one batch, over steps and ranks."""
     kw = dict(tokens_per_step=256, batch_size=2, max_iters=4, dropout=0.0)
     tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", **{**kw, "batch_size": 8})
@@ -2486,7 +2487,7 @@ def test_train_fine_tuning_one_process_equals_two_ranks(monkeypatch, tune_dir, t
         assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=2e-3, abs=1e-6)
 
 
-def test_train_masked_batches_and_evaluation(tune_dir, tmp_path, monkeypatch):
+def test_train_masked_batches_and_evaluation_peer(tune_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tune_dir)
     batches = train.Batches("data/answers/train.bin", 32, 0)
     ids, mask, seen = np.fromfile("data/answers/train.bin", "<u2"), np.fromfile("data/answers/train.mask", np.uint8), []
@@ -2511,7 +2512,7 @@ def test_train_masked_batches_and_evaluation(tune_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_train_dpo_equals_a_reference_written_out_in_float64(tune_dir, monkeypatch, lora):
+def test_train_dpo_equals_a_reference_written_out_in_float64_peer(tune_dir, monkeypatch, lora):
     """Loss and every gradient against the formula of the paper, token by token, from separate models and unpadded texts."""
     monkeypatch.chdir(tune_dir)
     eot, beta = json.load(open("data/pairs/meta.json"))["eot"], 0.3
@@ -2569,7 +2570,7 @@ def test_train_pairs_visit_every_pair_once_and_cut_long_prompts(tmp_path):
     assert x[firsts.index(2)].tolist() == [2] * 8 and pairs.windows(0)[2] == (7 + 31 - 9, 7 + 31)
 
 
-def test_train_objective_and_data_must_fit(monkeypatch, tune_dir, tmp_path):
+def test_train_objective_and_data_must_fit_peer(monkeypatch, tune_dir, tmp_path):
     for kw, message in ((dict(dataset="pairs", input="pairs.jsonl", init_from="base"), "set --objective=dpo"), (dict(objective="dpo"), "has no preference pairs"),
                         (dict(lora_rank=4), "adapts a trained model")):
         with pytest.raises(ValueError, match=message): train_here(monkeypatch, tune_dir, tmp_path, **kw)

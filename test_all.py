@@ -2196,6 +2196,8 @@ def train_here(monkeypatch, train_dir, tmp_path, stop_at=None, **kw):
     monkeypatch.chdir(train_dir)
     monkeypatch.setattr(train, "show_sample", lambda *a: None)
     handlers, factor = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)], train.lr_factor
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                # so small a model only waits for a second one
     def lr_factor(step, cfg):
         if step + 1 == stop_at: signal.raise_signal(signal.SIGTERM)
         return factor(step, cfg)
@@ -2204,6 +2206,7 @@ def train_here(monkeypatch, train_dir, tmp_path, stop_at=None, **kw):
     try: train.main(config.load(train_words(out_dir=out, **kw)))
     finally:
         for handler in handlers: signal.signal(*handler)
+        torch.set_num_threads(threads)
         monkeypatch.undo()
     return model_py.load_checkpoint(str(out / "ckpt.pt"))
 
@@ -2311,6 +2314,102 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
         train_here(monkeypatch, train_dir, tmp_path, out="bad", max_bad_steps=4)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_train_update_skips_exactly_and_is_otherwise_the_optimizers_own(optimizer):
+    """Whether the flag falls on the first step or a later one: weights and state as if update had not been called."""
+    cfg, runs = config.Config(**vars(tiny(norm="layernorm", bias=True)), optimizer=optimizer, weight_decay=0.1), []
+    for bad, own in ((set(), True), (set(), False), ({0, 2}, False)):
+        model, clean = tiny_gpt(norm="layernorm", bias=True), 0
+        optimizers = model.configure_optimizers(cfg)
+        for step in range(5 if bad else 3):
+            idx = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(clean))
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            if step in bad:
+                for p in model.parameters(): p.grad.fill_(math.nan if step else math.inf)
+            clean += step not in bad
+            if own: [o.step() for o in optimizers]
+            else: train.update(optimizers, ~torch.stack([p.grad.norm() for p in model.parameters()]).norm().isfinite())
+            model.zero_grad()
+        state = [t for o in optimizers for p in model.parameters() if p in o.state for t in o.state[p].values()]
+        runs.append([*model.parameters(), *state])
+    assert len(runs[0]) > 2 * len(list(model.parameters())) - 9
+    for a, b, c in zip(*runs, strict=True): assert torch.equal(a, b) and torch.equal(a, c) and not torch.equal(a, torch.zeros_like(a))
+
+
+class Killed(BaseException): pass
+
+
+def killed(monkeypatch, owner, name, call):
+    """The process ends in the call-th call of owner.name; what is written by then stays, of a checkpoint a few bytes."""
+    real, calls = getattr(owner, name), itertools.count(1)
+    def fatal(*args, **kw):
+        if next(calls) < call: return real(*args, **kw)
+        if name == "save": args[1].write(b"half a checkpoint")
+        raise Killed
+    monkeypatch.setattr(owner, name, fatal)
+
+
+def test_train_killed_in_any_place_resumes_bit_for_bit(monkeypatch, train_dir, tmp_path):
+    """In a step, an evaluation, half-way through writing best.pt or ckpt.pt, before a rename, between the two files, in the log."""
+    kw = dict(max_iters=9, eval_interval=3)
+    whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
+    places = [(torch.nn.utils, "clip_grad_norm_", 5), (train, "evaluate", 2), (torch, "save", 3), (torch, "save", 4), (os, "fsync", 4),
+              (os, "replace", 4), (os, "replace", 5), (json, "dumps", 8), (torch, "save", 1), (train, "save_checkpoint", 2)]
+    for i, (owner, name, call) in enumerate(places):
+        killed(monkeypatch, owner, name, call)
+        with pytest.raises(Killed): train_here(monkeypatch, train_dir, tmp_path, out=f"{i}", **kw)
+        saved = (tmp_path / f"{i}" / "ckpt.pt").exists()
+        assert saved == (i < 8)                                 # the last two are killed before there is a ckpt.pt
+        resumed = train_here(monkeypatch, train_dir, tmp_path, out=f"{i}", **dict(init_from="resume") if saved else {}, **kw)
+        assert equal_states(whole, resumed) and resumed["best"] == whole["best"]
+        assert [r["step"] for r in train_log(tmp_path / f"{i}") if "loss" in r] == list(range(1, 10))
+
+
+def test_train_sigterm_in_an_evaluation_saves_and_resumes(monkeypatch, train_dir, tmp_path, capsys):
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: (signal.raise_signal(signal.SIGTERM), evaluate(*a))[1])
+    stopped = train_here(monkeypatch, train_dir, tmp_path, eval_interval=5)
+    out = capsys.readouterr().out
+    assert out.count("SIGTERM: finishing this step") == 1 and "go on with: python" in out and stopped["step"] == 6
+    resumed = train_here(monkeypatch, train_dir, tmp_path, eval_interval=5, init_from="resume")
+    assert equal_states(resumed, train_here(monkeypatch, train_dir, tmp_path, eval_interval=5, out="whole"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode: pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_train_full_or_read_only_disk_is_one_line_and_keeps_the_last_checkpoint(monkeypatch, train_dir, tmp_path, small_disk):
+    kw = dict(eval_interval=2, max_iters=10)
+    whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
+    with pytest.raises(OSError, match=r"cannot write .*\.pt \(.*free space or choose another --out_dir; the last one saved stands$"):
+        train_here(monkeypatch, train_dir, small_disk, keep_checkpoints=9, **kw)
+    kept = sorted((small_disk / "run").glob("ckpt_*.pt"))
+    step = model_py.load_checkpoint(str(small_disk / "run" / "ckpt.pt"))["step"]
+    assert 2 <= step < 10 and not list((small_disk / "run").glob("*.tmp")) and model_py.load_checkpoint(str(kept[-1]))
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left on device"): filler.write_bytes(bytes(1 << 22))
+    with pytest.raises(OSError, match="No space left on device.*: free space or choose another --out_dir; the last checkpoint stands$"):
+        train_here(monkeypatch, train_dir, small_disk, init_from="resume", **kw)
+    for path in (*kept, filler): path.unlink()
+    assert equal_states(train_here(monkeypatch, train_dir, small_disk, init_from="resume", **kw), whole)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match="Read-only file system: .*: free space or choose another --out_dir"):
+        train_here(monkeypatch, train_dir, small_disk, out="new", **kw)
+
+
+def test_train_out_of_memory_is_one_line(monkeypatch, train_dir, tmp_path):
+    def forward(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(model_py.GPT, "forward", forward)
+    with pytest.raises(ValueError, match="^out of memory: halve --batch_size=4 and set --tokens_per_step=64"): train_here(monkeypatch, train_dir, tmp_path)
+
+
 @pytest.mark.parametrize("kw, message", [
     (dict(tokens_per_step=100), "not a multiple of batch_size * block_size * 1 device(s) = 64: set --tokens_per_step=128"),
     (dict(block_size=9000, n_embd=2, n_head=1, n_layer=1), "tokens, block_size is 9000: give more text"),
@@ -2335,8 +2434,12 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     model_py.save_checkpoint(str(path), data)
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3, seed=5)
     assert "max_iters 2 -> 3, seed 1337 -> 5" in capsys.readouterr().out
+    changed = train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=4, beta2=0.5, weight_decay=0.25)
+    groups = [group for state in changed["optimizers"] for group in state["param_groups"]]
+    assert groups[0]["betas"][1] == 0.5 and groups[-1]["weight_decay"] == 0.25              # said and done
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged.*best.pt"): train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
+    with pytest.raises(ValueError, match="damaged.*best.pt") as e: train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
+    assert "\n" not in str(e.value)
 
 
 def test_train_truncated_bin_is_refused(monkeypatch, train_dir, tmp_path):

@@ -35,8 +35,8 @@ class Batches:
     """
     Rows of T tokens and the T that follow each. An epoch takes the text as a ring, begins anywhere, cuts it into len // T rows
     and visits them in random order; all a function of (seed, step, position), so there is nothing to save. With `eot`, the
-    documents, which end with it, are preference pairs, 2i chosen and 2i + 1 rejected: padded rows side by side. Where prepare.py has put a
-    mask beside the bin, targets that do not count are -1.
+    documents, which end with it, are preference pairs, 2i chosen and 2i + 1 rejected: padded rows side by side. Where prepare.py
+    has put a mask beside the bin, targets that do not count are -1.
     """
     def __init__(self, path, block_size, seed, eot=None):
         self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
@@ -457,7 +457,8 @@ def main(cfg):
             show_sample(out_dir, run.device)
             print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"")
     except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size}; tokens_per_step keeps the run as it is") from None
+        raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size} and set --tokens_per_step="
+                         f"{cfg.tokens_per_step or cfg.batch_size * cfg.block_size} to train the same") from None
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise
         raise OSError(f"{e}: free space or choose another --out_dir; the last checkpoint stands") from None

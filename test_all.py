@@ -2274,7 +2274,7 @@ def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(optimizer="adamw", learning_rate=3e-3, dropout=0.2), dict(dtype="bfloat16", tokens_per_step=256, batch_size=8, window_pattern="SL", window=6, doc_mask=True)])
+@pytest.mark.parametrize("kw", [dict(), dict(optimizer="adamw", learning_rate=3e-3, dropout=0.2), dict(dtype="float16"), dict(dtype="bfloat16", tokens_per_step=256, batch_size=8, window_pattern="SL", window=6, doc_mask=True)])
 def test_train_resume_is_bit_for_bit(monkeypatch, train_dir, tmp_path, kw):
     whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     half = train_here(monkeypatch, train_dir, tmp_path, out="half", stop_at=10, **kw)
@@ -2370,7 +2370,7 @@ def test_train_sigterm_in_an_evaluation_saves_and_resumes(monkeypatch, train_dir
     monkeypatch.setattr(train, "evaluate", lambda *a: (signal.raise_signal(signal.SIGTERM), evaluate(*a))[1])
     stopped = train_here(monkeypatch, train_dir, tmp_path, eval_interval=5)
     out = capsys.readouterr().out
-    assert out.count("SIGTERM: finishing this step") == 1 and "go on with: python" in out and stopped["step"] == 6
+    assert out.count("SIGTERM: finishing this step") == 1 and "give the same command with --init_from=resume" in out and stopped["step"] == 6
     resumed = train_here(monkeypatch, train_dir, tmp_path, eval_interval=5, init_from="resume")
     assert equal_states(resumed, train_here(monkeypatch, train_dir, tmp_path, eval_interval=5, out="whole"))
 
@@ -2519,6 +2519,11 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     assert sorted(p for p in os.listdir(tmp_path / "run") if p.startswith("ckpt_")) == ["ckpt_000016.pt", "ckpt_000020.pt"]
     assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
     assert "tokens a parameter (Chinchilla" in capsys.readouterr().out
+    seen = []
+    wandb = types.SimpleNamespace(init=lambda **kw: types.SimpleNamespace(log=lambda record, step: seen.append((step, "loss" in record))))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train_here(monkeypatch, train_dir, tmp_path, out="wandb", wandb_log=True, max_iters=2)
+    assert seen == [(1, True), (2, True), (2, False)]
     if importlib.util.find_spec("wandb") is None:
         with pytest.raises(ValueError, match="pip install wandb"): train_here(monkeypatch, train_dir, tmp_path, out="w", wandb_log=True)
     with pytest.raises(ValueError, match="start with torchrun"): train_here(monkeypatch, train_dir, tmp_path, out="z", shard_optimizer=True)

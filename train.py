@@ -13,7 +13,7 @@ A step means tokens_per_step tokens, however many devices share them: batches ar
 one process and eight see the same data and a resumed run goes on as if it had never stopped.
 Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import copy, dataclasses, datetime, errno, functools, glob, itertools, json, math, os, shlex, signal, subprocess, sys, time
+import copy, dataclasses, datetime, errno, functools, glob, itertools, json, math, os, signal, subprocess, sys, time
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def to_device(rows, device):
     rows = torch.from_numpy(rows)
     return (rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)).unbind()
 
-# ---------------------------------------------------------------------------- the objective
+# ---------------------------------------------------------------------------- the step
 
 def objective(model, x, y, cfg, reference=None):
     """
@@ -120,8 +120,6 @@ def evaluate(model, batches, cfg, run, reference=None):
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
     return (total[0] / total[1]).item()
-
-# ---------------------------------------------------------------------------- the step
 
 def lr_factor(step, cfg):
     """Learning rate of a step as a part of its peak: warm-up, constant, then decay to min_lr_frac over the last decay_frac."""
@@ -156,13 +154,12 @@ class Machine:
     """Where this process runs: rank and world size, device, dtype, compile; as the config says, sensibly where it says auto."""
     def __init__(self, cfg):
         env = os.environ
-        self.rank, self.local_rank, self.world, self.restarts = (int(env.get(name, default)) for name, default in (
-            ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0)))
-        self.distributed = "RANK" in env
+        self.rank, self.local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
+        self.world, self.restarts = int(env.get("WORLD_SIZE", 1)), int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.device = pick_device(cfg.device, self.local_rank)
         gpu = self.device.type == "cuda"
         if gpu: torch.cuda.set_device(self.device)
-        if self.distributed:
+        if self.world > 1:
             # subtle: torchrun's store outlives a restart and still has the addresses of the dead (pytorch/pytorch#135712): on one
             # machine a restarted run opens its own beside it; on several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
             if self.restarts and self.world == int(env["LOCAL_WORLD_SIZE"]):
@@ -201,11 +198,11 @@ def pick_dtype(name, device):
 # ---------------------------------------------------------------------------- before the first step
 
 def gradient_accumulation(cfg, world):
-    """Micro-batches per step and device: tokens_per_step = result * world * batch_size * block_size."""
+    """(tokens of a step, micro-batches of a step on each device): tokens = micro-batches * world * batch_size * block_size."""
     tokens, unit = cfg.tokens_per_step or cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.block_size * world
     require(tokens % unit == 0, f"tokens_per_step={tokens} is not a multiple of batch_size * block_size * {world} device(s) = "
             f"{unit}: set --tokens_per_step={-(-tokens // unit) * unit} or change batch_size")
-    return tokens // unit
+    return tokens, tokens // unit
 
 def settle(cfg, run, old):
     """
@@ -234,9 +231,8 @@ def prepare_data(cfg, run, old):
     run.in_turn(lambda: prepare.prepared(cfg) or prepare.main(cfg))
     meta, path = prepare.verify(cfg), os.path.join("data", cfg.dataset, "tokenizer.json")
     pairs = meta.get("form") == "pairs"
-    require((cfg.objective == "dpo") == pairs, f"objective={cfg.objective!r}, but {cfg.dataset} has " +
-            ("preference pairs: set --objective=dpo" if pairs else
-             'no preference pairs: prepare {"prompt", "chosen", "rejected"} lines, or leave it out'))
+    require((cfg.objective == "dpo") == pairs, f"objective={cfg.objective!r}, but {cfg.dataset} has {'' if pairs else 'no '}"
+            f"preference pairs, as prepare.py makes them: set --objective={'dpo' if pairs else 'tokens'}")
     require(not cfg.doc_mask or meta["eot"] is not None and meta["documents"]["train"] > 1,
             f"doc_mask keeps documents apart, and {cfg.dataset} is one text without end-of-text tokens: leave it out")
     for split in () if pairs else ("train", "val"):
@@ -279,8 +275,6 @@ def plan(cfg, model, run, tokens, epoch):
             f"about {needed / 2 ** 20:,.0f} MiB a device\n{warning}"
             f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}")
 
-# ---------------------------------------------------------------------------- during the run
-
 def clock(seconds):
     """3700 -> '1:01:40'"""
     return str(datetime.timedelta(seconds=round(seconds)))
@@ -321,6 +315,25 @@ def show_sample(out_dir, device):
 
 # ---------------------------------------------------------------------------- the run
 
+def build(cfg, run, folder, old):
+    """The model, dpo's reference model or None, the optimizers, and float16's loss scaler; as in the checkpoint `old`, if any."""
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+    model = load_hf(folder, run.device, config=cfg.model()).train() if folder else GPT(cfg.model()).to(run.device)
+    shared = {id(p): p for p in model.parameters() if cfg.lora_rank}        # LoRA leaves the weights it starts from as they are
+    reference = copy.deepcopy(model, shared).requires_grad_(False).eval() if cfg.objective == "dpo" else None
+    if cfg.lora_rank: model.add_lora(cfg.lora_rank)
+    optimizers = model.configure_optimizers(cfg)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    if old:
+        model.load_state_dict(old["model"])
+        if reference: reference.load_state_dict(old["reference"])
+        for optimizer, saved in zip(optimizers, old["optimizers"], strict=True):        # its moments, but this run's rates
+            groups = [new | dict(params=was["params"]) for new, was in zip(optimizer.param_groups, saved["param_groups"])]
+            optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+        scaler.load_state_dict(old["scaler"])
+    return model, reference, optimizers, scaler
+
 def train(cfg, run):
     """The whole run; returns out_dir, or None if it was stopped before its last step."""
     out_dir, asked, pairs = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg), cfg.objective == "dpo"
@@ -332,29 +345,13 @@ def train(cfg, run):
     old = load_checkpoint(last) if resume else {}
     cfg, folder = settle(cfg, run, old)
     run.say(config.show(cfg))
-    accumulate = gradient_accumulation(cfg, run.world)
+    tokens_per_step, accumulate = gradient_accumulation(cfg, run.world)
     meta, tokenizer = prepare_data(cfg, run, old)
 
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")
-    # raw_model is saved, evaluated and sampled, without compile's and DDP's wrappers
-    raw_model = load_hf(folder, run.device, config=cfg.model()).train() if folder else GPT(cfg.model()).to(run.device)
-    shared = {id(p): p for p in raw_model.parameters() if cfg.lora_rank}        # LoRA leaves the weights it starts from
-    reference = copy.deepcopy(raw_model, shared).requires_grad_(False).eval() if pairs else None
-    if cfg.lora_rank: raw_model.add_lora(cfg.lora_rank)
-    optimizers = raw_model.configure_optimizers(cfg)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, best, seconds = 0, math.inf, 0.0                              # seconds: spent in steps, over all resumes
-    if old:
-        raw_model.load_state_dict(old["model"])
-        if reference: reference.load_state_dict(old["reference"])
-        for optimizer, saved in zip(optimizers, old["optimizers"], strict=True):         # its moments, but this run's rates
-            groups = [own | dict(params=its["params"]) for own, its in zip(optimizer.param_groups, saved["param_groups"])]
-            optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-        scaler.load_state_dict(old["scaler"])
-        step, best, seconds = old["step"], old["best"], old["seconds"]
-        old = None
-        run.say(f"resuming {last} at step {step}")
+    raw_model, reference, optimizers, scaler = build(cfg, run, folder, old)     # raw: without compile's and DDP's wrappers
+    step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)     # seconds spent in steps
+    if old: run.say(f"resuming {last} at step {step}")
+    del old
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     attention, raw_model.grad_checkpoint = raw_model.set_backend(), cfg.grad_checkpoint
     raw_model.doc_mask = meta["eot"] if cfg.doc_mask else None
@@ -363,7 +360,6 @@ def train(cfg, run):
 
     batches, val_batches = (Batches(os.path.join("data", cfg.dataset, split + ".bin"), cfg.block_size, cfg.seed,
                                     meta["eot"] if pairs else None) for split in ("train", "val"))
-    tokens_per_step = accumulate * run.world * cfg.batch_size * cfg.block_size
     run.say(f"{plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)}, attention: {attention}\n")
     log = Log(out_dir, step, cfg) if run.rank == 0 else lambda **record: None
     stop = Stop(run)
@@ -383,7 +379,8 @@ def train(cfg, run):
         profiler.start()
     feed = batches.stream(step, accumulate, cfg.batch_size, run)
     x, y, share = next(feed)
-    sums, in_a_row = torch.zeros(2, device=run.device), 0   # since the last log line: losses, steps taken; skipped steps in a row
+    sums = torch.zeros(2, device=run.device)            # losses and number of the steps taken since the last log line
+    in_a_row = 0                                        # steps skipped up to now
     logged, mark, began = step, seconds, time.time() - seconds
     while step < cfg.max_iters:
         factor = lr_factor(step, cfg)
@@ -407,12 +404,13 @@ def train(cfg, run):
         step += 1
         if cfg.profile and run.rank == 0: profiler.step()
 
+        # on the device all of the above is only queued: what follows waits for it, and only when there is something to say
         sampling = cfg.sample_interval and step % cfg.sample_interval == 0 and step < cfg.max_iters
         evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling
         stopping = run.any(stop.asked) and step < cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluating or stopping:
             if run.world > 1: dist.all_reduce(sums)
-            loss, good = (sums / run.world).tolist()            # here the host waits for the device, and nowhere else
+            loss, good = (sums / run.world).tolist()
             loss, skipped = loss / good if good else math.nan, step - logged - round(good)
             norm, seconds = norm.item(), time.time() - began
             rate = (step - logged) * tokens_per_step / (seconds - mark)
@@ -434,17 +432,15 @@ def train(cfg, run):
             units = "" if pairs else f" nats per token, {bpb:.4f} bits per byte"
             run.say(f"step {step:>6}/{cfg.max_iters} | validation: {val:.4f}{units}" + (" | best" if val < best else ""))
             kept = [os.path.join(out_dir, f"ckpt_{step:06d}.pt")] if cfg.keep_checkpoints else []
-            better, best = val < best, min(val, best)
+            better, best = val < best, min(best, val)       # in this order no NaN stays
             save(*([best_path] if better else []), last, *kept)
             if kept and run.rank == 0:
-                for old in sorted(glob.glob(os.path.join(out_dir, "ckpt_*.pt")))[:-cfg.keep_checkpoints]: os.remove(old)
+                for path in sorted(glob.glob(os.path.join(out_dir, "ckpt_*.pt")))[:-cfg.keep_checkpoints]: os.remove(path)
             if sampling and run.rank == 0: show_sample(out_dir, run.device)
             began = time.time() - seconds                       # only steps count
         if stopping:
             save(last)
-            words = [word for word in sys.argv if word != "--init_from=resume"] + ["--init_from=resume"]
-            launch = "torchrun [its options]" if run.distributed else "python"
-            run.say(f"saved {last} at step {step}; go on with: {launch} {shlex.join(words)}")
+            run.say(f"saved {last} at step {step}; to go on, give the same command with --init_from=resume")
             return None
     run.say(f"\n{step} steps in {clock(seconds)}, besides evaluation; best validation loss {best:.4f}: {best_path}\n")
     return out_dir
@@ -463,7 +459,7 @@ def main(cfg):
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise
         raise OSError(f"{e}: free space or choose another --out_dir; the last checkpoint stands") from None
     finally:
-        if run.distributed: dist.destroy_process_group()
+        if run.world > 1: dist.destroy_process_group()
 
 if __name__ == "__main__":
     config.run(main)

@@ -263,16 +263,16 @@ def estimate_memory(cfg, model, world=1):
             "logits": 12 * min(2048, rows) * cfg.vocab_size}
 
 def plan(cfg, model, run, tokens, epoch):
-    """What the run is going to be, on a few lines, with a warning if it cannot fit; tokens of a step and of an epoch."""
+    """What the run is going to be, on a few lines, with a warning if it cannot fit; tokens, epoch: of a step and an epoch."""
     flops, n, total = model.estimate_flops(), model.num_params(), cfg.max_iters * tokens
     needed = sum(estimate_memory(cfg, model, run.world).values())
     free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else math.inf
     hours = f", {clock(flops * total / (0.4 * run.peak * run.world))} at 40% of peak" if run.peak else ""
-    warning = f"WARNING: {free / 2 ** 20:,.0f} are free: lower --batch_size or set --grad_checkpoint\n" if needed > free else ""
+    warning = f"WARNING: {free / 2 ** 20:,.0f} MiB are free: lower --batch_size or set --grad_checkpoint\n" if needed > free else ""
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
-            f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch; {cfg.max_iters:,} steps "
-            f"are {total:,} tokens, {total / n:.2f} a parameter (Chinchilla's optimum is about 20)\n"
-            f"about {needed / 2 ** 20:,.0f} MiB a device\n{warning}"
+            f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
+            f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed / 2 ** 20:,.0f} MiB a device\n"
+            f"{warning}"
             f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}")
 
 def clock(seconds):

@@ -216,7 +216,7 @@ def settle(cfg, run, old):
         fatal = ", ".join(text for k, text in changed.items() if k in (*shape, "lora_rank", "objective"))
         require(not fatal, f"cannot resume, the checkpoint's model differs: {fatal}; use its values or another --out_dir")
         if changed: run.say(f"resuming with a changed config: {', '.join(changed.values())}")
-        return dataclasses.replace(cfg, **{k: old["config"][k] for k in (*shape, "tokenizer")}), ""
+        return dataclasses.replace(cfg, **{k: old["config"][k] for k in (*shape, "tokenizer", "init_from")}), ""
     folder = run.in_turn(lambda: prepare.pretrained(cfg.init_from))
     if not folder: return cfg, ""
     model = dataclasses.asdict(hf_config(folder)[1])
@@ -268,11 +268,11 @@ def plan(cfg, model, run, tokens, epoch):
     needed = sum(estimate_memory(cfg, model, run.world).values())
     free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else math.inf
     hours = f", {clock(flops * total / (0.4 * run.peak * run.world))} at 40% of peak" if run.peak else ""
-    warning = f"WARNING: {free / 2 ** 20:,.0f} MiB are free: lower --batch_size or set --grad_checkpoint\n" if needed > free else ""
+    short = f"WARNING: {free / 2 ** 20:,.0f} MiB are free: lower --batch_size or use --grad_checkpoint\n" if needed > free else ""
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
             f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
             f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed / 2 ** 20:,.0f} MiB a device\n"
-            f"{warning}"
+            f"{short}"
             f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}")
 
 def clock(seconds):

@@ -2382,7 +2382,7 @@ def test_train_sigterm_in_an_evaluation_saves_and_resumes(monkeypatch, train_dir
     monkeypatch.setattr(train, "evaluate", lambda *a: (signal.raise_signal(signal.SIGTERM), evaluate(*a))[1])
     stopped = train_here(monkeypatch, train_dir, tmp_path, eval_interval=5)
     out = capsys.readouterr().out
-    assert out.count("SIGTERM: finishing this step") == 1 and "give the same command with --init_from=resume" in out
+    assert out.count("stopped by a signal") == 1 and "give the same command with --init_from=resume" in out
     assert stopped["step"] == 6
     resumed = train_here(monkeypatch, train_dir, tmp_path, eval_interval=5, init_from="resume")
     assert equal_states(resumed, train_here(monkeypatch, train_dir, tmp_path, eval_interval=5, out="whole"))
@@ -2501,7 +2501,7 @@ def test_train_kill_and_sigterm_then_resume(train_dir, tmp_path):
     job.terminate()
     job.terminate()         # a launcher's echo
     rest = job.communicate(timeout=60)[0]
-    assert "SIGTERM: finishing this step" in rest and "--init_from=resume" in rest and job.returncode == 0
+    assert "stopped by a signal" in rest and "--init_from=resume" in rest and job.returncode == 0
     train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", "--init_from=resume")
     whole, resumed = (model_py.load_checkpoint(f"{tmp_path}/{name}/ckpt.pt") for name in ("whole", "killed"))
     assert resumed["step"] == 60 and equal_states(whole, resumed)

@@ -178,7 +178,7 @@ class Machine:
 
     def any(self, flag):
         """True on every rank if `flag` is true on one: ranks must stop together. Whoever asks waits for the others."""
-        flag = torch.tensor(int(flag))
+        flag = torch.tensor(int(bool(flag)))
         if self.world > 1: dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(flag)
 
@@ -298,16 +298,6 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
         if self.wandb: self.wandb.log(record, step=record["step"])
 
-class Stop:
-    """SIGINT and SIGTERM ask the loop to finish its step and save; more of them mean nothing: torchrun repeats Ctrl-C."""
-    def __init__(self, run):
-        self.asked, self.run = False, run
-        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        if not self.asked: self.run.say(f"\n{signal.Signals(number).name}: finishing this step and saving; Ctrl-\\ stops at once")
-        self.asked = True
-
 def show_sample(out_dir, device):
     """In a process of its own: what a reader would type, and proof that the checkpoint suffices."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
@@ -362,7 +352,8 @@ def train(cfg, run):
                                     meta["eot"] if pairs else None) for split in ("train", "val"))
     run.say(f"{plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)}, attention: {attention}\n")
     log = Log(out_dir, step, cfg) if run.rank == 0 else lambda **record: None
-    stop = Stop(run)
+    signals = []        # SIGINT or SIGTERM: finish the step, save, end; more of them add nothing, for torchrun repeats Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: signals.append(number))
 
     def save(*paths):
         if cfg.shard_optimizer:
@@ -407,7 +398,7 @@ def train(cfg, run):
         # on the device all of the above is only queued: what follows waits for it, and only when there is something to say
         sampling = cfg.sample_interval and step % cfg.sample_interval == 0 and step < cfg.max_iters
         evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling
-        stopping = run.any(stop.asked) and step < cfg.max_iters
+        stopping = run.any(signals) and step < cfg.max_iters
         if step % cfg.log_interval == 0 or step == 1 or evaluating or stopping:
             if run.world > 1: dist.all_reduce(sums)
             loss, good = (sums / run.world).tolist()
@@ -440,7 +431,7 @@ def train(cfg, run):
             began = time.time() - seconds                       # only steps count
         if stopping:
             save(last)
-            run.say(f"saved {last} at step {step}; to go on, give the same command with --init_from=resume")
+            run.say(f"stopped by a signal, saved {last} at step {step}; to go on, give the same command with --init_from=resume")
             return None
     run.say(f"\n{step} steps in {clock(seconds)}, besides evaluation; best validation loss {best:.4f}: {best_path}\n")
     return out_dir

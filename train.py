@@ -116,7 +116,7 @@ def evaluate(model, batches, cfg, run, reference=None):
     for b in range(run.rank * cfg.batch_size, len(spans), run.world * cfg.batch_size):
         rows = batches.read(spans[b:b + cfg.batch_size])
         with run.autocast: loss = objective(model, *to_device(rows, run.device), cfg, reference)
-        total += batches.weigh(rows) * torch.tensor([loss.item(), 1])
+        total += batches.weigh(rows) * torch.tensor([loss.item(), 1]).double()
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
     return (total[0] / total[1]).item()

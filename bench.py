@@ -13,11 +13,12 @@ Every figure of the README, measured against the peer on the same machine in the
 
 Speed is a ratio: contestants take turns within one run and the median counts, so a machine that slows down slows all of them.
 """
-import csv, glob, hashlib, importlib, io, itertools, json, math, os, re, resource, statistics, subprocess, sys, sysconfig, tarfile
+import csv, hashlib, importlib, io, itertools, json, math, os, re, resource, statistics, subprocess, sys, sysconfig, tarfile
 import tempfile, time, warnings, zipfile
 from collections import Counter
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -79,31 +80,24 @@ def memory_of(work):
 
 def read_run(folder):
     """(config.json, [records of log.jsonl]) of a run."""
-    try:
-        with open(f"{folder}/config.json") as f, open(f"{folder}/log.jsonl") as lines:
-            return json.load(f), [json.loads(line) for line in lines if line.endswith("\n")]
+    try: files = [Path(folder, name).read_text("utf-8") for name in ("config.json", "log.jsonl")]
     except OSError as e: raise ValueError(f"no {e.filename}: give the out_dir of a run, e.g. out/stdlib") from None
-
-def load_model(cfg):
-    """(model, tokenizer, a line about them, the folder they are from) of out_dir, or else of init_from."""
-    model, tok, about = sampler.load(replace(cfg, compile=True))        # compile: no packing, which only sampling understands
-    path = about.split(" | ")[0]
-    return model, tok, about, path if os.path.isdir(path) else os.path.dirname(path)
+    return json.loads(files[0]), [json.loads(line) for line in files[1].split("\n")[:-1]]
 
 # ---------------------------------------------------------------------------- attention
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")    # math last: it leaves least memory
 WINDOW = 1024
 
-def attention_case(B, H, K, T, S, D, mask, measure):
+def attention_case(B, H, K, T, S, D, mask, device, measure):
     """
-    {(pass, peer): (median ms, MiB)}, bf16, forward and backward, or for one query (T = 1) decoding from a cache. A backend that refuses
-    the case, or whose matrices do not fit, is left out. SDPA knows no windows: it gets a T x S mask.
+    {(pass, peer): (median ms, MiB)}, bf16, forward and backward, or for one query (T = 1) decoding from a cache. A backend that
+    refuses the case, or whose matrices do not fit, is left out. SDPA knows no windows: it gets a T x S mask.
     """
-    q, k, v = (torch.randn(B, n, heads, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_(T > 1)
+    q, k, v = (torch.randn(B, n, heads, D, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_(T > 1)
                for heads, n in ((H, T), (K, S), (K, S)))
-    seen = torch.ones(T, S, dtype=torch.bool, device="cuda").tril().triu(1 - WINDOW) if mask == "window" else None
-    lengths, works, mib = torch.full((B,), S, dtype=torch.int32, device="cuda"), {}, {}
+    seen = torch.ones(T, S, dtype=torch.bool, device=device).tril().triu(1 - WINDOW) if mask == "window" else None
+    lengths, dy, works, mib = torch.full((B,), S, dtype=torch.int32, device=device), torch.randn_like(q), {}, {}
 
     def attend(name):
         if name == "ours" and T == 1: return flash_attn.flash_decode(q, k, v, lengths)
@@ -116,7 +110,6 @@ def attention_case(B, H, K, T, S, D, mask, measure):
         try:
             if T > 1:
                 y = attend(name)
-                dy = torch.randn_like(y)
                 passes["backward", name] = partial(torch.autograd.grad, y, (q, k, v), dy, retain_graph=True)
             mib |= {key: memory_of(work)[1] for key, work in passes.items()}
             works |= passes
@@ -130,8 +123,8 @@ def bench_attention(argv, out="out/bench"):
     from triton.testing import do_bench
     warnings.simplefilter("ignore")             # torch explains each refusal at length
     # subtle: GPU events around each of many runs, none waited for, and the L2 cache overwritten before each
-    measure, rows, panels = partial(do_bench, warmup=10, rep=50, return_mode="median"), [], {}
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    measure, rows, panels, device = partial(do_bench, warmup=10, rep=50, return_mode="median"), [], {}, torch.device("cuda")
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / take_turns({"product": lambda: a @ b}, 5, measure)["product"] / 1e9
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matrix product 8192^3: {peak:.0f} TFLOP/s")
     cases = [(16384 // T, 2048 // D, 2048 // D, T, T, D, mask)          # 16k tokens in all, 2048 wide
@@ -140,13 +133,13 @@ def bench_attention(argv, out="out/bench"):
               (8, 16, 4, 1, 16384, 128, "full"), (1, 16, 4, 1, 65536, 128, "full")]
     header = ["B", "H", "K", "T", "S", "D", "mask", "pass", "peer", "us", "TFLOP/s", "% of peak", "MiB", "time / ours"]
     for B, H, K, T, S, D, mask in cases:
-        found = attention_case(B, H, K, T, S, D, mask, measure)
+        found = attention_case(B, H, K, T, S, D, mask, device, measure)
         for (which, name), (ms, mib) in found.items():
-            keys = {"causal": S / 2, "full": S, "window": WINDOW}[mask]
-            rate, ours = 4 * B * H * T * D * keys * (2.5 if which == "backward" else 1) / ms / 1e9, found[which, "ours"][0]
+            keys = {"causal": S / 2, "full": S, "window": WINDOW}[mask] * (2.5 if which == "backward" else 1)
+            rate, ours = 4 * B * H * T * D * keys / ms / 1e9, found[which, "ours"][0]
             rows.append([B, H, K, T, S, D, mask, which, name, ms * 1e3, rate, 100 * rate / peak, mib, ms / ours])
-            if H == K and mask != "window":
-                panels.setdefault(f"{which}, D {D}, {mask}", {}).setdefault(name, []).append((T, rate))
+            panel = panels.setdefault(f"{which}, D {D}, {mask}", {}) if H == K and mask != "window" else {}
+            panel.setdefault(name, []).append((T, rate))
         table(header, rows[-len(found):])
     os.makedirs(out, exist_ok=True)
     with open(f"{out}/attention.csv", "w", newline="") as f: csv.writer(f).writerows([header, *rows])
@@ -155,7 +148,7 @@ def bench_attention(argv, out="out/bench"):
 
 def attention_without_gpu():
     """What each pass keeps of a training step and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
-    print("no CUDA GPU: speed not measured. MiB that a layer keeps for its backward pass besides q, k, v and the output, H 12, bf16:")
+    print("no CUDA GPU: speed not measured. MiB a layer keeps for its backward pass besides q, k, v and output, H 12, bf16:")
     for T in (1024, 4096, 16384):
         flash, naive = flash_attn.new_stats(torch.empty(1, 12, T, 64, device="meta")).nbytes, 12 * T * T * 2
         print(f"  T {T:6}: flash {flash / 2 ** 20:8.2f}   naive {naive / 2 ** 20:9.1f}   {naive / flash:7.0f} x")
@@ -165,8 +158,9 @@ def attention_without_gpu():
         inputs = [x.to(dtype).requires_grad_() for x in qkv]
         y = attend(*inputs)
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results)]
     print("correctness, float32 under the interpreter against float64, largest error over largest value:",
-          *(f"{name} {((a - b).abs().max() / b.abs().max()).item():.1e}" for name, a, b in zip(("out", "dq", "dk", "dv"), *results)))
+          *(f"{name} {error.item():.1e}" for name, error in zip(("out", "dq", "dk", "dv"), errors)))
 
 # ---------------------------------------------------------------------------- the tokenizer
 
@@ -195,8 +189,8 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
         result = [bytes(word) for word, _ in sorted(tok.get_mergeable_ranks(), key=lambda rank: rank[1])]
     else:       # Hugging Face breaks ties by its own order of the bytes: test_all.py compares, renumbered
         tok, level = module.Tokenizer(module.models.BPE()), module.pre_tokenizers.ByteLevel
-        tok.pre_tokenizer, alphabet = level(add_prefix_space=False), level.alphabet()
-        tok.train_from_iterator(pieces, module.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+        tok.pre_tokenizer, options = level(add_prefix_space=False), dict(initial_alphabet=level.alphabet(), show_progress=False)
+        tok.train_from_iterator(pieces, module.trainers.BpeTrainer(vocab_size=size, **options))
     spent = time.time() - float(started)        # of a training: of the whole process, start-up and reading included
     if job == "encode": result = [np.asarray(ids, np.uint32).tobytes()]
     elif name == "bpe": tok.save(vocab)
@@ -206,9 +200,9 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
 def tree_megabytes(pid):
     """Memory of a process and its workers now, shared pages counted once (Linux; elsewhere 0)."""
     try:
-        kids = [kid for path in glob.glob(f"/proc/{pid}/task/*/children") for kid in open(path).read().split()]
-        own = sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:")) / 1024
-        return own + sum(map(tree_megabytes, kids))
+        kids = [kid for path in Path(f"/proc/{pid}/task").glob("*/children") for kid in path.read_text().split()]
+        own = re.search(r"Pss: *(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())
+        return int(own[1]) / 1024 + sum(map(tree_megabytes, kids))
     except OSError: return 0        # it has just ended
 
 def contend(job, name, *words):
@@ -224,16 +218,14 @@ def contend(job, name, *words):
     return result | {"MB": max(peak, result["MB"])}
 
 def bench_tokenizer(argv):
-    """Each run is a process of its own, slow ones once. --vocab_size; --tokenizer=FILE, one of bpe.py's: only encode, with that."""
+    """Each run a process of its own, slow ones once. --vocab_size; --tokenizer=FILE, one of bpe.py's: only encode, with that."""
     if argv[:1] == ["contender"]: return tokenizer_contender(*argv[1:])
     cfg = config.load(["--vocab_size=32000", *(word for word in argv if word.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
         path = next((word for word in argv if not word.startswith("--")), "")
         if not path:
-            path = f"{folder}/stdlib.txt"
-            with open(path, "wb") as out:
-                for name in sorted(glob.glob(f"{sysconfig.get_path('stdlib')}/*.py")):
-                    with open(name, encoding="utf-8", errors="replace") as f: out.write(f.read().encode())
+            path, sources = f"{folder}/stdlib.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+            Path(path).write_text("".join(source.read_text("utf-8", "replace") for source in sources), "utf-8")
         size, own = os.path.getsize(path), cfg.tokenizer == "bpe"
         print(f"{path}: {size / 1e6:.1f} MB, median of 3, {os.cpu_count()} cores (encoding: one)")
         for job, names in (("train", ("rustbpe", "tokenizers")), ("encode", ("tiktoken", "tokenizers")))[not own:]:
@@ -251,23 +243,14 @@ def bench_tokenizer(argv):
 
 def bench_sample(argv):
     """
-    Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): without a cache, by Hugging Face's generate and by
-    sample.py in float32, bfloat16 and int8; then over batch sizes and prompt lengths. --max_new_tokens, --device.
+    Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): recomputing everything, by Hugging Face's
+    generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device.
     """
     files = [] if any(word.endswith(".py") for word in argv) else [f"{HERE}/config/gpt2_124m_classic.py"]
     cfg = replace(config.load(files + argv), temperature=1.0, top_k=200)
-    device, tok, rates, sweep = pick_device(cfg.device), bpe.Tokenizer([]), {}, []
+    device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
     tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
     n, static = min(cfg.max_new_tokens, cfg.block_size - 1), device.type == "cuda" if cfg.compile is None else cfg.compile
-
-    def ours(model, batch, prompt, n):                  # -> tokens/s of reading and of writing, GB/s
-        if static: torch._dynamo.reset()                # each batch size is compiled anew, and the compiler counts
-        c, stats = replace(cfg, max_new_tokens=n), Counter()
-        rows = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
-        for step, _ in enumerate(sampler.decode(model, rows, c, cfg.vocab_size, stats, static=static)):
-            if step == 0: reading = stats["prompt_tokens"] / stats["prompt_seconds"]
-            if step == 3 and n > 8: stats.clear()       # the first steps compile, or record CUDA graphs
-        return reading, stats["tokens"] / stats["seconds"], stats["bytes"] / stats["seconds"] / 1e9
 
     def build(dtype, quantize="none", pack=False):
         model = GPT(cfg.model())
@@ -275,46 +258,54 @@ def bench_sample(argv):
         return sampler.place(model, device, getattr(torch, dtype), quantize, pack)
 
     def recompute(n):                                   # nanoGPT's way: the whole text through the model for every token
-        idx = start
-        for _ in range(n):
-            logits = plain.head(plain.hidden(idx)[:, -1])
-            idx = torch.cat((idx, sampler.draw(logits, start[0] / 2, cfg)[:, None]), 1)
+        idx, u = start, torch.full((1,), 0.5, device=device)
+        for _ in range(n): idx = torch.cat((idx, sampler.draw(plain.head(plain.hidden(idx)[:, -1]), u, cfg)[:, None]), 1)
 
     def generate(n):
         hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=200)
+
+    def ours(model, batch, prompt, n):                  # -> tokens/s of writing and of reading, GB/s
+        if static: torch._dynamo.reset()                # each batch size is compiled anew, and the compiler counts
+        c, stats = replace(cfg, max_new_tokens=n), Counter()
+        texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
+        for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats, static=static)):
+            if step == 0: reading = stats["prompt_tokens"] / stats["prompt_seconds"]
+            if step == 3 and n > 8: stats.clear()       # the first steps compile, or record CUDA graphs
+        return stats["tokens"] / stats["seconds"], reading, stats["bytes"] / stats["seconds"] / 1e9
 
     torch.manual_seed(cfg.seed)
     weights, start = GPT(cfg.model()).state_dict(), torch.ones(1, 1, dtype=torch.long, device=device)
     plain, others = build("float32"), {"every token anew, as nanoGPT, float32": recompute}
     if transformers := peer("transformers"):
-        shape = dict(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head, vocab_size=cfg.vocab_size)
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=None)).eval().to(device)
+        shape = dict(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head)
+        shape |= dict(vocab_size=cfg.vocab_size, bos_token_id=0, eos_token_id=None)
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval().to(device)
         others["Hugging Face generate, cached, float32"] = generate
     for name, work in others.items():
-        work(8)
-        rates[name] = n / seconds(partial(work, n))
+        work(min(n, 17))        # up to a multiple of 16, which Triton compiles a kernel of its own for
+        rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])
     for dtype, quantize in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
         model, name = build(dtype, quantize, not static), f"sample.py, {dtype}{', int8 weights' * (quantize == 'int8')}"
         ours(model, 1, 16, 8)
-        rates[name] = ours(model, 1, 1, n)[1]
-        for shape in ((1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
-            if sum(shape[1:]) <= cfg.block_size: sweep.append([name, *shape, *ours(model, *shape)])
-    print(f"\n{plain.num_params():,} parameters, {n} tokens from one, {device}, {torch.get_num_threads()} CPU threads")
-    table(["", "tokens/s", "times"], [[name, rate, rate / [*rates.values()][0]] for name, rate in rates.items()])
-    table(["", "batch", "prompt", "new", "prefill tok/s", "decode tok/s", "GB/s read"], sweep)
+        for shape in ((1, 1, n), (1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
+            if sum(shape[1:]) <= cfg.block_size: rows.append([name, *shape, *ours(model, *shape)])
+    print(f"\n{plain.num_params():,} parameters, {device}, {torch.get_num_threads()} CPU threads")
+    table(["", "batch", "prompt", "new", "tokens/s", "prefill tok/s", "GB/s read", "times the first"],
+          [[*row, f"{row[4] / rows[0][4]:.1f} x"] for row in rows])
 
-@torch.inference_mode()
 def bench_context(argv):
     """
-    Perplexity of the last tokens before a length, as the length passes the context that a run was trained at (--out_dir): each RoPE
+    Perplexity of the last tokens before a length, as it passes the context that a run was trained at (--out_dir): each RoPE
     scaling, and the rolling window with and without attention sinks. Columns differ in their text: compare within one.
     """
-    plain, _, _, folder = load_model(config.load([*argv, "--rope_scaling=none", "--rope_factor=1"]))
-    n, rows, path = plain.config.block_size, [], f"data/{read_run(folder)[0]['dataset']}/val.bin"
+    cfg = config.load([*argv, "--rope_scaling=none", "--rope_factor=1"])
+    path = f"data/{read_run(cfg.out_dir or 'out/<run>')[0]['dataset']}/val.bin"
+    plain, rows = sampler.load(replace(cfg, compile=True))[0], []       # compile: no packing, which only sampling understands
+    n = plain.config.block_size
     data, lengths, last = np.memmap(path, dtype="<u2", mode="r"), (n, 2 * n, 4 * n, 8 * n), n // 2
     if len(data) <= 8 * n: raise ValueError(f"{path} has {len(data):,} tokens: more than 8 times block_size={n} are needed")
-    starts = np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)
-    texts = torch.from_numpy(data[starts[:, None] + np.arange(8 * n + 1)].astype(np.int64)).to(plain.transformer.wte.weight.device)
+    starts = np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)[:, None]
+    texts = torch.tensor(data[starts + np.arange(8 * n + 1)].astype(np.int64), device=plain.transformer.wte.weight.device)
 
     def perplexity(logits, length):                     # logits (24, >= last, V) of the tokens up to `length`
         targets = texts[:, length - last + 1:length + 1]
@@ -324,7 +315,7 @@ def bench_context(argv):
         rows.append([f"rope_scaling={kind}"])
         for length in lengths:
             scale = dict(rope_scaling=kind, rope_factor=length / n) if kind != "none" and length > n else {}
-            model = GPT(replace(plain.config, block_size=length, **scale)).eval().to(texts.device)
+            model = GPT(replace(plain.config, block_size=length, **scale)).requires_grad_(False).eval().to(texts.device)
             model.load_state_dict(plain.state_dict())
             rows[-1].append(perplexity(model(texts[:, :length])[0], length))
     for sinks in (0, 4):
@@ -387,10 +378,11 @@ def bench_size(argv):
     table(["parameters", "count", "share"], [[part, v, f"{v / n:.1%}"] for part, v in [*count.items(), ("all", n)]])
     print()
     table(["memory a device", "MiB"], [[part, v / 2 ** 20] for part, v in [*memory.items(), ("all", sum(memory.values()))]])
-    print(f"\n{flops / 1e6:,.1f} MFLOP a token; {run:,} tokens in {cfg.max_iters:,} steps: {flops * run:.3g} FLOP, {run / n:.1f} tokens a"
-          f" parameter\nChinchilla's 20 tokens a parameter (arXiv:2203.15556) would be {best:,} tokens, {flops * best:.3g} FLOP\n")
+    print(f"\n{flops / 1e6:,.1f} MFLOP a token; this run: {run:,} tokens, {run / n:.1f} a parameter, {flops * run:.3g} FLOP\n"
+          f"Chinchilla's 20 a parameter (arXiv:2203.15556): {best:,} tokens, {flops * best:.3g} FLOP\n")
+    hours = {name: flops / (0.4 * peak) / 3600 for name, peak in trainer.PEAK_FLOPS.items()}
     table(["one GPU at 40% of its dense bf16 peak", "this run, hours", "20 tokens a parameter, hours"],
-          [[name, *(flops * tokens / (0.4 * peak) / 3600 for tokens in (run, best))] for name, peak in trainer.PEAK_FLOPS.items()])
+          [[name, run * each, best * each] for name, each in hours.items()])
 
 def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
@@ -404,8 +396,8 @@ def bench_plot(argv):
 
 def fit_law(compute, loss):
     """
-    (E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): for every E on a grid below the
-    lowest loss a straight line in logarithms; the E with the least squared error in the loss wins.
+    (E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): for every E on a grid
+    below the lowest loss a straight line in logarithms; the E with the least squared error in the loss wins.
     """
     best = None
     for E in np.linspace(0, min(loss) * 0.999, 2000):
@@ -423,7 +415,7 @@ def bench_scaling(argv):
         shape = config.GPTConfig(**{field.name: saved[field.name] for field in fields(config.GPTConfig)})
         with torch.device("meta"): model = GPT(shape)
         points.append((model.estimate_flops() * log[-1]["tokens"], log[-1]["val_bpb"], model.num_params(), folder))
-    if len({p[0] for p in points}) < 3: raise ValueError("a law of three unknowns needs at least three runs that differ in compute")
+    if len({p[0] for p in points}) < 3: raise ValueError("three unknowns need at least three runs that differ in compute")
     compute, loss, *_ = zip(*sorted(points))
     E, A, a = fit_law(compute, loss)
     law = lambda compute: f"{E + A * compute ** -a:.4f}"
@@ -435,28 +427,31 @@ def bench_scaling(argv):
 # ---------------------------------------------------------------------------- evaluation
 
 ARC = "https://s3-us-west-2.amazonaws.com/ai2-website/data/ARC-V1-Feb2018.zip"
-TASKS = {"hellaswag": ("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl", ""),
-         "arc_easy": (ARC, "/ARC-Easy-Test.jsonl$"), "arc_challenge": (ARC, "/ARC-Challenge-Test.jsonl$"),
-         "mmlu": ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", r"/test/\w+_test\.csv$")}     # url, what to take out of it
+TASKS = {                               # url, what to take out of it
+    "hellaswag": ("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl", ""),
+    "arc_easy": (ARC, "/ARC-Easy-Test.jsonl$"), "arc_challenge": (ARC, "/ARC-Challenge-Test.jsonl$"),
+    "mmlu": ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", r"/test/\w+_test\.csv$")}
 
 def task_file(task):
     """The JSONL file of a task: a path, or one of TASKS, downloaded and unpacked into data/eval."""
     if task not in TASKS and os.path.isfile(task): return task
     if task not in TASKS: raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a file")
-    (url, wanted), path, mmlu = TASKS[task], f"data/eval/{task}.jsonl", task == "mmlu"
+    (url, wanted), path, lines = TASKS[task], f"data/eval/{task}.jsonl", []
     archive = f"data/eval/{os.path.basename(url)}" if wanted else path
     if not os.path.exists(path): prepare.fetch(url, archive)
     if os.path.exists(path): return path
     try:
-        with tarfile.open(archive) if mmlu else zipfile.ZipFile(archive) as a:
-            names, read = (a.getnames(), a.extractfile) if mmlu else (a.namelist(), a.open)
+        with zipfile.ZipFile(archive) if url == ARC else tarfile.open(archive) as a:
+            names, read = (a.namelist(), a.open) if url == ARC else (a.getnames(), a.extractfile)
             files = {name: read(name).read().decode() for name in sorted(names) if re.search(wanted, name)}
     except (tarfile.TarError, zipfile.BadZipFile, ValueError) as e:
         raise ValueError(f"{archive} is damaged ({e}): delete it to fetch it again") from None
-    lines = [] if mmlu else files.values()
-    for name, text in files.items() if mmlu else ():
-        for question, *choices, answer in csv.reader(io.StringIO(text, newline="")):
-            lines.append(json.dumps(dict(subject=os.path.basename(name)[:-9], question=question, choices=choices, answer=answer)))
+    for name, text in files.items():
+        if url == ARC: lines.append(text)
+        else:
+            for question, *choices, answer in csv.reader(io.StringIO(text, newline="")):
+                item = dict(subject=os.path.basename(name)[:-9], question=question, choices=choices, answer=answer)
+                lines.append(json.dumps(item))
     prepare.write(path, lambda f: f.write("\n".join(lines).encode()))
     return path
 
@@ -467,10 +462,10 @@ def read_question(item):
     -> ("1+1?\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1)
     """
     if "endings" in item:
-        clean = lambda text: re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-        context = item["ctx"]
-        if "activity_label" in item: context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
-        return clean(context), [clean(e) for e in item["endings"]], int(item["label"])
+        if "activity_label" not in item: return item["ctx"], item["endings"], int(item["label"])     # of one's own, in this form
+        texts = [f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}", *item["endings"]]
+        texts = [re.sub(r"\[.*?\]", "", t.strip().replace(" [title]", ". ")).replace("  ", " ") for t in texts]
+        return texts[0], texts[1:], int(item["label"])
     question, choices, answer = item["question"], item.get("choices"), item.get("answer")
     if "answerKey" in item:
         if isinstance(question, dict):          # AI2's own form
@@ -482,7 +477,7 @@ def read_question(item):
     return asked, list(letters), letters.index(answer) if isinstance(answer, str) else int(answer)
 
 def read_task(path, tok, size):
-    """[(ids of the context, ids of each ending, bytes of each ending, index of the right one)]; long contexts lose their beginning."""
+    """[(ids of the context, ids of each ending, bytes of each, index of the right one)]; a long context loses its beginning."""
     questions = []
     for n, line in enumerate(sampler.read_file(path).split("\n"), 1):
         if not line.strip(): continue
@@ -491,7 +486,7 @@ def read_task(path, tok, size):
             if not all(map(str.strip, [context, *endings])): raise ValueError("empty text")
             if not 0 <= label < len(endings): raise ValueError("no such answer")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}, line {n}: no question of HellaSwag's, ARC's or MMLU's form ({e!r}): {line[:60]!r}") from None
+            raise ValueError(f"{path}, line {n}: not HellaSwag's, ARC's or MMLU's form ({e!r}): {line[:50]!r}") from None
         ids = [tok.encode(" " + e.strip()) for e in endings]
         room = size + 1 - max(map(len, ids))
         if room < 1: raise ValueError(f"{path}, line {n}: an ending of {size + 1 - room} tokens does not fit block_size={size}")
@@ -499,11 +494,12 @@ def read_task(path, tok, size):
     if not questions: raise ValueError(f"{path} has no questions")
     return questions
 
-@torch.inference_mode()
 def score(model, questions):
     """Per question the log-probability of each ending, in nats: a context is read once, its endings go on from its cache."""
     contexts, counts, device = [q[0] for q in questions], [len(q[1]) for q in questions], model.transformer.wte.weight.device
-    def pad(rows): return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-1).to(device)
+    def pad(rows):
+        rows = [torch.tensor(row, device=device) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     tokens = pad([context[-1:] + ending for context, endings, *_ in questions for ending in endings])
     longest, half = max(map(len, contexts)) + tokens.shape[1] - 2, len(questions) // 2
     if longest > model.config.block_size and half:      # the longest of both do not fit together; those of one question do
@@ -515,35 +511,36 @@ def score(model, questions):
     found = model.log_probs(model.hidden(tokens[:, :-1].clamp(min=0), cache), tokens[:, 1:])
     return [part.tolist() for part in found.split(counts)]
 
-def evaluate_task(model, tok, task, batch_size, folder):
-    """A row of the table. Scores are kept, a question a line, in a file named after the task, the weights and the questions."""
+def evaluate_task(model, tok, task, batch_size):
+    """A row of the table. Scores are kept, a line a question, in a file named after the task, the weights and the questions."""
     path = task_file(task)
-    questions, size, name = read_task(path, tok, model.config.block_size), os.path.getsize(path), os.path.basename(path)[:-6]
+    size, name = os.path.getsize(path), os.path.basename(path).removesuffix(".jsonl")
+    questions = sorted(read_task(path, tok, model.config.block_size), key=lambda q: -len(q[0]))     # equal lengths together
     weights = [p.double().sum().item() for p in model.state_dict().values()]
     digest = hashlib.sha256(repr((model.config, tok.hash, weights, prepare.sha256(path))).encode()).hexdigest()
-    with open(f"{folder}/eval_{name}_{digest[:12]}.jsonl", "a+", encoding="utf-8") as f:
+    os.makedirs("out/bench", exist_ok=True)
+    with open(f"out/bench/eval_{name}_{digest[:12]}.jsonl", "a+", encoding="utf-8") as f:
         f.seek(0)
         text = f.read()
         f.truncate(text.rfind("\n") + 1)        # a line that a kill cut short
-        done = {r["question"]: r["scores"] for r in map(json.loads, text.split("\n")[:-1])}
+        done = [json.loads(line) for line in text.split("\n")[:-1]]
         if done: print(f"{name}: going on, {len(done):,} of {len(questions):,} questions are answered in {f.name}")
-        todo = sorted(set(range(len(questions))) - done.keys(), key=lambda i: -len(questions[i][0]))    # equal lengths together
         add = prepare.progress(name, size)
-        for batch in (todo[i:i + batch_size] for i in range(0, len(todo), batch_size)):
-            done |= (found := dict(zip(batch, score(model, [questions[i] for i in batch]))))
-            f.writelines(json.dumps(dict(question=i, scores=scores)) + "\n" for i, scores in found.items())
+        while len(done) < len(questions):
+            found = score(model, questions[len(done):len(done) + batch_size])
+            f.writelines(json.dumps(scores) + "\n" for scores in found)
             f.flush()
-            add(size * len(batch) // len(todo))
-    right = np.array([(np.argmax(done[i]) == label, np.argmax(np.divide(done[i], sizes)) == label)
-                      for i, (_, _, sizes, label) in enumerate(questions)])
+            add(size * len(found) // len(questions))
+            done += found
+    right = np.array([(np.argmax(scores) == label, np.argmax(np.divide(scores, sizes)) == label)
+                      for scores, (_, _, sizes, label) in zip(done, questions)])
     n, chance = len(questions), statistics.mean(1 / len(endings) for _, endings, *_ in questions)
     return [name, n, *(f"{p:.2%} +- {math.sqrt(p * (1 - p) / max(n - 1, 1)):.2%}" for p in right.mean(0)), f"{chance:.2%}"]
 
-@torch.inference_mode()
 def text_loss(model, tok, text, stride):
     """
-    (nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the one before
-    has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored.
+    (nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the
+    one before has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored.
     """
     begin, ids, size, nats, last = sampler.first_token(tok), tok.encode(text), len(text.encode()), 0.0, 0
     given, add = 0 if begin else len(tok.decode_bytes(ids[:1])), prepare.progress("text", size)
@@ -561,16 +558,17 @@ def text_loss(model, tok, text, stride):
 def bench_eval(argv):
     """A checkpoint (--out_dir), or others' weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
     cfg, rows = config.load(argv), []
-    if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=FILE for text, --task=hellaswag or a .jsonl file")
-    model, tok, about, folder = load_model(cfg)
-    stride = cfg.stride or max(model.config.block_size // 2, 1)
-    if stride > model.config.block_size: raise ValueError(f"stride={stride} is longer than block_size={model.config.block_size}")
+    if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=TEXT, --task=hellaswag or FILE.jsonl")
+    model, tok, about = sampler.load(replace(cfg, compile=True))        # compile: no packing, which only sampling understands
+    context = model.config.block_size
+    stride = cfg.stride or max(context // 2, 1)
+    if stride > context: raise ValueError(f"stride={stride} is longer than block_size={context}: tokens would be left out")
     print(f"{about} | {model.set_backend(training=False)}")
     for path in filter(None, cfg.input.split(",")):
         nats, tokens, size = text_loss(model, tok, sampler.read_file(path), stride)
         rows.append([path, size, tokens, f"{nats / tokens:.4f}", math.exp(nats / tokens), f"{nats / math.log(2) / size:.4f}"])
     if rows: table(["text", "bytes", "tokens", "nats per token", "perplexity", "bits per byte"], rows)
-    rows = [evaluate_task(model, tok, task, cfg.batch_size, folder) for task in filter(None, cfg.task.split(","))]
+    rows = [evaluate_task(model, tok, task, cfg.batch_size) for task in filter(None, cfg.task.split(","))]
     if rows: table(["task", "questions", "acc", "acc_norm", "chance"], rows)
 
 # ---------------------------------------------------------------------------- the command line

@@ -41,15 +41,15 @@ def table(header, rows):
     widths = [max(map(len, column)) for column in zip(*text)]
     for row in text: print("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))), flush=True)
 
-def draw(path, panels, **labels):
-    """A picture of {title: {line: [(x, y), ..]}}, up to four panels in a row."""
+def draw(path, panels, styles={}, **labels):
+    """A picture of {title: {line: [(x, y), ..]}}, up to four panels in a row, above a legend of the lines without a leading _."""
     from matplotlib.figure import Figure
     down, across = math.ceil(len(panels) / 4), min(len(panels), 4)
     figure = Figure(figsize=(5 * across, 4.5 * down))
     for axis, (title, lines) in zip(figure.subplots(down, across, squeeze=False).flat, panels.items()):
-        for name, points in lines.items(): axis.plot(*zip(*points), ".-", label=name)
+        for name, points in lines.items(): axis.plot(*zip(*points), label=name, **styles.get(name, dict(marker=".")))
         axis.set(title=title, **labels)
-        axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.03))
     figure.savefig(path, dpi=120, bbox_inches="tight")
     print(f"wrote {path}")
 
@@ -218,7 +218,7 @@ def contend(job, name, *words):
     return result | {"MB": max(peak, result["MB"])}
 
 def bench_tokenizer(argv):
-    """Each run a process of its own, slow ones once. --vocab_size; --tokenizer=FILE, one of bpe.py's: only encode, with that."""
+    """Each run a process of its own, slow ones once. --vocab_size; --tokenizer=gpt2 or FILE of bpe.py: only encode."""
     if argv[:1] == ["contender"]: return tokenizer_contender(*argv[1:])
     cfg = config.load(["--vocab_size=32000", *(word for word in argv if word.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
@@ -226,13 +226,14 @@ def bench_tokenizer(argv):
         if not path:
             path, sources = f"{folder}/stdlib.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
             Path(path).write_text("".join(source.read_text("utf-8", "replace") for source in sources), "utf-8")
-        size, own = os.path.getsize(path), cfg.tokenizer == "bpe"
+        size, own, vocab = os.path.getsize(path), cfg.tokenizer == "bpe", f"{folder}/tok.json"
+        if not own: (bpe.Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else bpe.Tokenizer.load(cfg.tokenizer)).save(vocab)
         print(f"{path}: {size / 1e6:.1f} MB, median of 3, {os.cpu_count()} cores (encoding: one)")
         for job, names in (("train", ("rustbpe", "tokenizers")), ("encode", ("tiktoken", "tokenizers")))[not own:]:
             runs, rows = {name: [] for name in ("bpe", *filter(peer, names))}, []
             for name, done in 3 * list(runs.items()):
                 if done and done[0]["seconds"] > 30: continue
-                done.append(contend(job, name, path, str(cfg.vocab_size), f"{folder}/tok.json" if own else cfg.tokenizer))
+                done.append(contend(job, name, path, str(cfg.vocab_size), vocab))
             for name, done in runs.items():
                 spent, tokens, digest = statistics.median(r["seconds"] for r in done), done[0]["tokens"], done[0]["digest"]
                 same = "not compared" if not digest else "same" if digest == runs["bpe"][0]["digest"] else "DIFFERENT"
@@ -386,13 +387,16 @@ def bench_size(argv):
 
 def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
-    logs, panels = {folder: read_run(folder)[1] for folder in argv}, {}
-    for axis, (folder, log), name in itertools.product(("step", "tokens", "seconds"), logs.items(), ("loss", "val_loss")):
-        points = [(r[axis], r[name]) for r in log if name in r]
-        label = f"{folder}, validation: best {min(r[1] for r in points):.4f}" if name == "val_loss" and points else folder
-        if points: panels.setdefault(f"nats per token, {axis}", {})[label] = points
+    panels, styles = {"steps": {}, "million tokens": {}, "seconds": {}}, {}
+    for n, folder in enumerate(argv):
+        log = read_run(folder)[1]
+        best = min((r["val_loss"] for r in log if "val_loss" in r), default=math.nan)
+        for key, label in (("loss", f"_{folder}"), ("val_loss", f"{folder}, best {best:.4f}")):
+            styles[label] = dict(color=f"C{n}", **(dict(alpha=0.4) if key == "loss" else dict(marker="o")))
+            for lines, (axis, unit) in zip(panels.values(), (("step", 1), ("tokens", 1e6), ("seconds", 1))):
+                lines[label] = [(r[axis] / unit, r[key]) for r in log if key in r] or [(math.nan, math.nan)]
     if not peer("matplotlib"): sys.exit(1)
-    draw(f"{argv[0]}/loss.png", panels)
+    draw(f"{argv[0]}/loss.png", panels, styles, ylabel="nats per token: pale = training, dots = validation")
 
 def fit_law(compute, loss):
     """

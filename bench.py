@@ -541,23 +541,24 @@ def evaluate_task(model, tok, task, batch_size):
     n, chance = len(questions), statistics.mean(1 / len(endings) for _, endings, *_ in questions)
     return [name, n, *(f"{p:.2%} +- {math.sqrt(p * (1 - p) / max(n - 1, 1)):.2%}" for p in right.mean(0)), f"{chance:.2%}"]
 
-def text_loss(model, tok, text, stride):
+def text_loss(model, tok, text, batch_size, stride):
     """
     (nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the
     one before has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored.
     """
-    begin, ids, size, nats, last = sampler.first_token(tok), tok.encode(text), len(text.encode()), 0.0, 0
-    given, add = 0 if begin else len(tok.decode_bytes(ids[:1])), prepare.progress("text", size)
-    ids = torch.tensor([begin + ids], device=model.transformer.wte.weight.device)
-    n = ids.shape[1] - 1
+    begin, ids, nats, device = sampler.first_token(tok), tok.encode(text), 0.0, model.transformer.wte.weight.device
+    size = len(text.encode()) - (0 if begin else len(tok.decode_bytes(ids[:1])))
+    ids, add = torch.tensor(begin + ids, device=device), prepare.progress("text", size)
+    n = len(ids) - 1
     if n < 1: raise ValueError("nothing to score: give a longer text")
     T = min(model.config.block_size, n)
-    for end in (*range(T, n, stride), n):       # this window scores ids[last + 1] .. ids[end]
-        x = model.hidden(ids[:, end - T:end])
-        nats -= model.log_probs(x[:, last - end:], ids[:, last + 1:end + 1]).item()
-        add(size * (end - last) // n)
-        last = end
-    return nats, n, size - given
+    ends = torch.tensor([0, *range(T, n, stride), n], device=device)        # of the windows
+    for last, end in zip(ends[:-1].split(batch_size), ends[1:].split(batch_size)):
+        at = end[:, None] - T + torch.arange(T + 1, device=device)      # (B, T + 1)
+        x, y = model.hidden(ids[at[:, :-1]]), ids[at[:, 1:]].masked_fill(at[:, 1:] <= last[:, None], -1)
+        nats -= sum(model.log_probs(*row).item() for row in zip(x.split(1), y.split(1)))    # one by one: logits are large
+        add(size * len(end) // (len(ends) - 1))
+    return nats, n, size
 
 def bench_eval(argv):
     """A checkpoint (--out_dir), or others' weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
@@ -569,7 +570,7 @@ def bench_eval(argv):
     if stride > context: raise ValueError(f"stride={stride} is longer than block_size={context}: tokens would be left out")
     print(f"{about} | {model.set_backend(training=False)}")
     for path in filter(None, cfg.input.split(",")):
-        nats, tokens, size = text_loss(model, tok, sampler.read_file(path), stride)
+        nats, tokens, size = text_loss(model, tok, sampler.read_file(path), cfg.batch_size, stride)
         rows.append([path, size, tokens, f"{nats / tokens:.4f}", math.exp(nats / tokens), f"{nats / math.log(2) / size:.4f}"])
     if rows: table(["text", "bytes", "tokens", "nats per token", "perplexity", "bits per byte"], rows)
     rows = [evaluate_task(model, tok, task, cfg.batch_size) for task in filter(None, cfg.task.split(","))]

@@ -3363,11 +3363,11 @@ def test_bench_eval_text_scores_every_token_once_with_enough_context(stride, n):
         start = max(0, end - 64) if len(ids) - 1 >= 64 else 0
         assert i <= 64 or i - start > 64 - stride
         want -= model(torch.tensor([ids[start:i]]))[0][0, -1].double().log_softmax(-1)[ids[i]].item()
-    nats, tokens, size = bench.text_loss(model, sample_TOK, text, stride)
+    nats, tokens, size = bench.text_loss(model, sample_TOK, text, 3, stride)
     assert nats == pytest.approx(want, rel=1e-5) and tokens == len(ids) - 1 and size == len(text.encode())
     plain = bpe.Tokenizer(sample_TOK.merges)                # no end-of-text to begin with: the first token is given
     plain.special_tokens = {}
-    nats, tokens, size = bench.text_loss(model, plain, "abcabc", stride)
+    nats, tokens, size = bench.text_loss(model, plain, "abcabc", 2, stride)
     assert tokens == len(plain.encode("abcabc")) - 1 and size == 6 - len(plain.decode_bytes(plain.encode("abcabc")[:1]))
 
 

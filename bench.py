@@ -13,7 +13,7 @@ Every figure of the README, measured against the peer on the same machine in the
 
 Speed is a ratio: contestants take turns within one run and the median counts, so a machine that slows down slows all of them.
 """
-import csv, hashlib, importlib, io, itertools, json, math, os, re, resource, statistics, subprocess, sys, sysconfig, tarfile
+import csv, hashlib, importlib, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig, tarfile
 import tempfile, time, warnings, zipfile
 from collections import Counter
 from dataclasses import fields, replace
@@ -177,7 +177,7 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
             with tempfile.NamedTemporaryFile() as saved:        # {}: theirs would find special tokens in the text
                 bpe.Tokenizer(ours.merges, ours.pattern, {}, ours.ids).to_hf(saved.name)
                 theirs = module.Tokenizer.from_file(saved.name)
-            encode = lambda: np.concatenate([theirs.encode(piece).ids for piece in pieces])
+            encode = lambda: np.concatenate([theirs.encode_batch_fast([piece])[0].ids for piece in pieces])
         started = time.time()
         ids = encode()
     elif name == "bpe":
@@ -195,15 +195,18 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
     if job == "encode": result = [np.asarray(ids, np.uint32).tobytes()]
     elif name == "bpe": tok.save(vocab)
     print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=result and hashlib.sha256(b"\0".join(result)).hexdigest(),
-                          MB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
+                          MB=megabytes("/proc/self/status", "VmHWM"))))
+
+def megabytes(path, key):
+    """What a file of Linux's /proc says; elsewhere, or of an ended process, 0. (ru_maxrss would begin at the parent's.)"""
+    try: return int(re.search(rf"^{key}:\s*(\d+)", Path(path).read_text(), re.M)[1]) / 1024
+    except (OSError, TypeError): return 0
 
 def tree_megabytes(pid):
-    """Memory of a process and its workers now, shared pages counted once (Linux; elsewhere 0)."""
-    try:
-        kids = [kid for path in Path(f"/proc/{pid}/task").glob("*/children") for kid in path.read_text().split()]
-        own = re.search(r"Pss: *(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())
-        return int(own[1]) / 1024 + sum(map(tree_megabytes, kids))
-    except OSError: return 0        # it has just ended
+    """Memory of a process and its workers now, shared pages counted once."""
+    try: kids = [kid for path in Path(f"/proc/{pid}/task").glob("*/children") for kid in path.read_text().split()]
+    except OSError: kids = []
+    return megabytes(f"/proc/{pid}/smaps_rollup", "Pss") + sum(map(tree_megabytes, kids))
 
 def contend(job, name, *words):
     """What the contender printed, its peak memory raised to that of its whole tree of processes, seen every tenth of a second."""

@@ -3239,7 +3239,8 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     assert all(float(x) < 1e-5 for x in re.findall(r"\d\.\de-\d\d", out))
 
 
-@pytest.mark.parametrize("B, H, K, T, S, mask", [(1, 2, 1, 33, 33, "causal"), (2, 1, 1, 20, 20, "full"), (1, 2, 2, 24, 24, "window"), (2, 4, 2, 1, 40, "full")])
+@pytest.mark.parametrize("B, H, K, T, S, mask", [(1, 2, 1, 33, 33, "causal"), (2, 1, 1, 20, 20, "full"), (1, 2, 2, 24, 24, "window"),
+                                                 (2, 4, 2, 1, 40, "full")])
 def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T, S, mask):
     if torch.cuda.is_available(): pytest.skip("there is a GPU here, and this is the CPU's rehearsal")
     monkeypatch.setattr(bench, "WINDOW", 7)
@@ -3266,8 +3267,9 @@ def test_bench_attention_writes_its_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch, "randn", lambda *shape, **kw: torch.zeros(2, 1, 1))
     monkeypatch.setattr(bench, "take_turns", lambda works, rounds, measure: {name: 2.0 for name in works})
-    times = {(which, name): (ms * (1 + (which == "backward")), 1.5) for which in ("forward", "backward") for name, ms in (("ours", 1.0), ("MATH", 4.0))}
-    monkeypatch.setattr(bench, "attention_case", lambda B, H, K, T, S, D, *rest: {k: v for k, v in times.items() if T > 1 or k[0] == "forward"})
+    times = {("forward", "ours"): (1.0, 1.5), ("forward", "MATH"): (4.0, 1.5), ("backward", "ours"): (2.0, 1.5), ("backward", "MATH"): (8.0, 1.5)}
+    monkeypatch.setattr(bench, "attention_case",
+                        lambda B, H, K, T, S, D, *rest: {key: v for key, v in times.items() if T > 1 or key[0] == "forward"})
     pytest.importorskip("triton", reason="do_bench is Triton's: pip install triton (Linux only)")
     with warnings.catch_warnings(): bench.main(["attention"])
     out = capsys.readouterr().out
@@ -3296,7 +3298,8 @@ def test_bench_sample_has_a_row_for_each_way(capsys):
     rows = re.findall(r"^(.+?)  +(\d+) +(\d+) +(\d+) +[\d,.]+ .* ([\d.]+) x$", capsys.readouterr().out, re.M)
     assert rows[0] == ("every token anew, as nanoGPT, float32", "1", "1", "12", "1.0")
     for kind in ("float32", "bfloat16", "bfloat16, int8 weights"):
-        assert [tuple(map(int, row[1:4])) for row in rows if row[0] == f"sample.py, {kind}"] == [(1, 1, 12), (4, 16, 32), (16, 16, 32), (64, 16, 16)]
+        shapes = [tuple(map(int, row[1:4])) for row in rows if row[0] == f"sample.py, {kind}"]
+        assert shapes == [(1, 1, 12), (4, 16, 32), (16, 16, 32), (64, 16, 16)]
 
 
 def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ What every stage promises, each against an independent twin: naive code, float64
     python -m pytest test_all.py -k "model or train"
     python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
 """
-import base64, copy, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
+import base64, copy, csv, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
     shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, zipfile
 from collections import Counter
 from pathlib import Path
@@ -3366,7 +3366,7 @@ def test_bench_train_reports_both_recipes(capsys, monkeypatch):
     monkeypatch.setattr(bench.torch, "compile", lambda model: model)        # what is tested here is the table, not the compiler
     bench.main(["train", *(f"--{k}={v}" for k, v in dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16, batch_size=2, device="cpu").items())])
     rows = re.findall(r"^(modern|classic).*?([\d.]+) x", capsys.readouterr().out, re.M)
-    assert [r[0] for r in rows] == ["modern", "modern", "classic", "classic"] and rows[2][1] == "1.00"
+    assert [r[0] for r in rows] == ["classic", "classic", "modern", "modern"] and rows[0][1] == "1.00"
 
 
 def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
@@ -3377,7 +3377,7 @@ def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
         (tmp_path / str(i) / "log.jsonl").write_text(json.dumps(dict(step=9, tokens=1000 * 4 ** i, seconds=1.0, val_loss=3 - i / 2, val_bpb=3 - i / 2)) + "\n")
     bench.main(["scaling", *(str(tmp_path / str(i)) for i in range(3))])
     assert "bits per byte = " in capsys.readouterr().out
-    for argv, message in ((["scaling", "a"], "at least three runs"), (["plot", str(tmp_path)], "log.jsonl"), (["plot"], "name the runs"), (["x"], "unknown benchmark 'x'")):
+    for argv, message in ((["scaling", *2 * [str(tmp_path / "0")], str(tmp_path / "1")], "at least three runs"), (["plot", str(tmp_path)], "give the out_dir of a run"), (["plot"], "name the runs"), (["x"], "unknown benchmark 'x'")):
         with pytest.raises(ValueError, match=message): bench.main(argv)
 
 
@@ -3387,6 +3387,7 @@ def test_bench_plot_peer_matplotlib(tmp_path, capsys):
         os.makedirs(tmp_path / name)
         lines = [dict(step=i, tokens=10 * i, seconds=i / 2, loss=5 / i) for i in range(1, 9)] + [dict(step=8, tokens=80, seconds=4.0, val_loss=1.0, val_bpb=1.4)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+        (tmp_path / name / "config.json").write_text("{}")
     bench.main(["plot", str(tmp_path / "a"), str(tmp_path / "b")])
     assert (tmp_path / "a" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -3397,6 +3398,88 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     out = capsys.readouterr().out
     assert "no CUDA GPU: speed not measured" in out
     assert all(float(x) < 1e-5 for x in re.findall(r"\d\.\de-\d\d", out))
+
+
+@pytest.mark.parametrize("B, H, K, T, S, mask", [(1, 2, 1, 33, 33, "causal"), (2, 1, 1, 20, 20, "full"), (1, 2, 2, 24, 24, "window"),
+                                                 (2, 4, 2, 1, 40, "full")])
+def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T, S, mask):
+    if torch.cuda.is_available(): pytest.skip("there is a GPU here, and this is the CPU's rehearsal")
+    monkeypatch.setattr(bench, "WINDOW", 7)
+    done = []
+    def measure(work):
+        y = work()
+        done.append(torch.cat([t.float().flatten() for t in (y if isinstance(y, tuple) else (y,))]))
+        return float(len(done))
+    found = bench.attention_case(B, H, K, T, S, 16, mask, torch.device("cpu"), measure)
+    first = done[:len(found)]                                       # in turns: the first round has each once
+    assert len(done) == 5 * len(found) and found["forward", "ours"][1] == "-"
+    names = [name for name in ("ours", *bench.BACKENDS) if ("forward", name) in found]
+    assert names[0] == "ours" and names[-1] == "MATH" and "CUDNN_ATTENTION" not in names      # which refuses a CPU
+    passes = ["forward", "backward"] if T > 1 else ["forward"]
+    assert list(found) == [(which, name) for name in names for which in passes]
+    for key, value in zip(found, first):
+        assert torch.allclose(value, first[list(found).index((key[0], "MATH"))], atol=0.03, rtol=0.03) and value.abs().max() > 0.1
+
+
+def test_bench_attention_writes_its_tables(tmp_path, monkeypatch, capsys):
+    """The GPU's part with a pretended GPU: everything but the measuring."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kw: torch.zeros(2, 1, 1))
+    monkeypatch.setattr(bench, "take_turns", lambda works, rounds, measure: {name: 2.0 for name in works})
+    times = {("forward", "ours"): (1.0, 1.5), ("forward", "MATH"): (4.0, 1.5), ("backward", "ours"): (2.0, 1.5), ("backward", "MATH"): (8.0, 1.5)}
+    monkeypatch.setattr(bench, "attention_case",
+                        lambda B, H, K, T, S, D, *rest: {key: v for key, v in times.items() if T > 1 or key[0] == "forward"})
+    pytest.importorskip("triton", reason="do_bench is Triton's: pip install triton (Linux only)")
+    with warnings.catch_warnings(): bench.main(["attention"])
+    out = capsys.readouterr().out
+    assert "matrix product 8192^3: 550 TFLOP/s" in out
+    rows = list(csv.DictReader(open("out/bench/attention.csv")))
+    assert len(rows) == 26 * 4 + 2 * 2 and all(r["time / ours"] == ("1.0" if r["peer"] == "ours" else "4.0") for r in rows)
+    wanted = 4 * 4 * 16 * 4096 * 2048 * 128 * 2.5 / 2e-3 / 1e12    # GQA: B 4, H 16, causal, backward
+    row, = [r for r in rows if r["K"] == "4" and r["T"] == "4096" and r["pass"] == "backward" and r["peer"] == "ours"]
+    assert float(row["TFLOP/s"]) == pytest.approx(wanted) and float(row["% of peak"]) == pytest.approx(wanted / 5.497558, rel=1e-3)
+    if importlib.util.find_spec("matplotlib"): assert Path("out/bench/attention.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_tokenizer_compares_what_is_installed(tmp_path):
+    (tmp_path / "text").write_text("the cat sat on the mat, the dog did not: \u00fc\n" * 99 + "<|endoftext|>")
+    run = subprocess.run([sys.executable, os.path.join(HERE, "bench.py"), "tokenizer", str(tmp_path / "text"), "--vocab_size=290"],
+                         capture_output=True, text=True, check=True)
+    assert re.search(r"^bpe .* same$", run.stdout, re.M) and re.search(r"^tiktoken .* same$", run.stdout, re.M)
+    assert "DIFFERENT" not in run.stdout
+    run = subprocess.run([sys.executable, os.path.join(HERE, "bench.py"), "tokenizer", "nothing"], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and "nothing" in run.stderr
+
+
+def test_bench_sample_has_a_row_for_each_way(capsys):
+    shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=64, max_new_tokens=12, top_k=20, device="cpu")
+    bench.main(["sample", *(f"--{k}={v}" for k, v in shape.items())])
+    rows = re.findall(r"^(.+?)  +(\d+) +(\d+) +(\d+) +[\d,.]+ .* ([\d.]+) x$", capsys.readouterr().out, re.M)
+    assert rows[0] == ("every token anew, as nanoGPT, float32", "1", "1", "12", "1.0")
+    for kind in ("float32", "bfloat16", "bfloat16, int8 weights"):
+        shapes = [tuple(map(int, row[1:4])) for row in rows if row[0] == f"sample.py, {kind}"]
+        assert shapes == [(1, 1, 12), (4, 16, 32), (16, 16, 32), (64, 16, 16)]
+
+
+def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, n = sample_gpt(block_size=16), 16
+    sample_checkpoint("out/x", model)
+    Path("out/x/config.json").write_text('{"dataset": "d"}')
+    Path("out/x/log.jsonl").write_text("")
+    os.makedirs("data/d")
+    data = np.random.default_rng(0).integers(280, size=8 * n + 30).astype("<u2")
+    data.tofile("data/d/val.bin")
+    bench.main(["context", "--out_dir=out/x", "--device=cpu"])
+    rows = dict(re.findall(r"^(rope_scaling=\w+|window, sinks=\d) +([\d,.]+) ", capsys.readouterr().out, re.M))
+    texts = torch.tensor(np.stack([data[i:i + n + 1] for i in np.linspace(0, 29, 24).astype(int)]).astype(np.int64))
+    logp = model(texts[:, :-1])[0].log_softmax(-1).gather(2, texts[:, 1:, None])[:, n // 2:]
+    assert len(rows) == 7 and all(float(x.replace(",", "")) == pytest.approx(math.exp(-logp.mean()), rel=1e-3) for x in rows.values())
+    data[:8 * n].tofile("data/d/val.bin")
+    with pytest.raises(ValueError, match="val.bin has 128 tokens"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
+    with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])
 
 
 EVAL_LINES = [
@@ -3453,34 +3536,35 @@ def test_bench_eval_text_scores_every_token_once_with_enough_context(stride, n):
 
 
 def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path, out = tmp_path / "q.jsonl", str(tmp_path / "run")
     path.write_text("\n".join(json.dumps(EVAL_LINES[i % 7]) for i in range(23)))
     (tmp_path / "t.txt").write_text("abc abc abc")
     sample_checkpoint(out, block_size=128)
-    argv, kept, score, scored = ["eval", f"--out_dir={out}", f"--task={path}", "--batch_size=4", "--device=cpu"], tmp_path / "run" / "eval_q.jsonl", bench.score, []
+    argv, score, scored = ["eval", f"--out_dir={out}", f"--task={path}", "--batch_size=4", "--device=cpu"], bench.score, []
     def counting(model, questions):
         if len(scored) == 3: raise KeyboardInterrupt
         scored.append(len(questions))
         return score(model, questions)
     monkeypatch.setattr(bench, "score", counting)
     with pytest.raises(KeyboardInterrupt): bench.main(argv)
-    with open(kept, "a") as f: f.write('{"question": 1, "sco')                  # the line that a crash cut short
+    kept, = glob.glob("out/bench/eval_q_*.jsonl")
+    with open(kept, "a") as f: f.write("[-1.25, -3")                            # the line that a crash cut short
     scored.clear()
     scored += [0] * 4
     bench.main(argv + [f"--input={tmp_path / 't.txt'}"])
     out_text = capsys.readouterr().out
     assert scored[4:] == [4, 4, 3] and "going on, 12 of 23" in out_text and re.search(r"t.txt +11 +\d+ +\d+\.\d{4} .* \d+\.\d{4}$", out_text, re.M)
-    records = [json.loads(line) for line in open(kept)][1:]
-    assert sorted(r["question"] for r in records) == list(range(23))
-    acc = [sum(r[k] for r in records) / 23 for k in ("acc", "acc_norm")]
-    model = model_py.GPT.load(os.path.join(out, "ckpt.pt"))
-    want = [[0, 0] for _ in range(23)]
-    for r in records:
-        context, endings, label = EVAL_READ[r["question"] % 7]
-        values = [v / len(e.encode()) for v, e in zip(r["scores"], endings)]
-        assert (r["acc"], r["acc_norm"]) == (r["scores"].index(max(r["scores"])) == label, values.index(max(values)) == label)
-    error = [math.sqrt(p * (1 - p) / 22) for p in acc]
-    assert f"{acc[0]:.2%} +- {error[0]:.2%}" in out_text and f"{acc[1]:.2%} +- {error[1]:.2%}" in out_text
+    model, right = model_py.GPT.load(os.path.join(out, "ckpt.pt")), [0, 0]
+    assert len(open(kept).readlines()) == 23
+    for (ids, *_), i in zip(bench.read_task(str(path), sample_TOK, 128), range(23)):
+        _, endings, label = EVAL_READ[i % 7]
+        scores = [eval_plain(model, sample_TOK, sample_TOK.decode(ids), ending) for ending in endings]
+        values = [v / len(e.encode()) for v, e in zip(scores, endings)]
+        right = [n + (v.index(max(v)) == label) for n, v in zip(right, (scores, values))]
+    acc, norm = (f"{p:.2%} +- {math.sqrt(p * (1 - p) / 22):.2%}" for p in (right[0] / 23, right[1] / 23))
+    chance = sum(1 / len(EVAL_READ[i % 7][1]) for i in range(23)) / 23
+    assert re.search(rf"^q +23 +{re.escape(acc)} +{re.escape(norm)} +{chance:.2%}$", out_text, re.M)
     for change in (lambda: None, lambda: sample_checkpoint(out, block_size=128, seed=1), lambda: path.write_text(path.read_text() + "\n" + json.dumps(EVAL_LINES[0]))):
         change()
         scored[:] = [0] * 4
@@ -3489,7 +3573,7 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
         assert (len(scored) == 4) == ("going on, 23 of 23" in capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("line, message", [("{", "line 2: not a question"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not a question"), ("[]", "line 2"),
+@pytest.mark.parametrize("line, message", [("{", "line 2: not HellaSwag's"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not HellaSwag's"), ("[]", "line 2"),
                                            ('{"ctx": "a", "endings": ["b", " "], "label": 0}', "line 2"), ('{"question": "a", "choices": ["b"], "answer": "C"}', "line 2"),
                                            ('{"question": {"stem": 1}, "answerKey": "A", "choices": {}}', "line 2"),
                                            ('{"ctx": "a", "endings": ["%s"], "label": 0}' % ("x y " * 90), "line 2: an ending of")])

@@ -1347,6 +1347,24 @@ def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
                 assert flat == np.fromfile(f"data/{meta['dataset']}/{split}.bin", np.uint16).tolist()
 
 
+def test_prepare_cuts_text_only_between_words():
+    """At every place where prepare.py may cut: the two sides give the ids of the whole, whatever the split pattern."""
+    r, places = random.Random(0), 0
+    parts = ["a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000", "\u2028", "\u00e9", "e\u0301",
+             "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c", "\U0001f600", "\ufeff"] + 4 * [" ", "\n"]
+    text = "".join(r.choice(parts) for _ in range(6000)).encode()
+    text = b"".join(text[i:i + 50] + r.choice([b"", b"\xff", b"\xc3", b"\xe4\xb8", b"\xe3\x80"]) for i in range(0, len(text), 50))
+    for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, bpe.QWEN_SPLIT):
+        tok = Tokenizer(Tokenizer.train([text], 700).merges, pattern)
+        for i in range(0, len(text), 200):
+            piece = text[i:i + 200]
+            ids = tok.encode(piece)
+            for place in {m.end() for at in range(0, 200, 7) for m in prepare.TEXT.finditer(piece, at)}:
+                assert tok.encode(piece[:place]) + tok.encode(piece[place:]) == ids, (pattern, piece[:place], piece[place:])
+                places += 1
+    assert places > 1000
+
+
 def test_prepare_output_does_not_depend_on_workers_or_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 2000)
@@ -1373,7 +1391,7 @@ def test_prepare_split_stays_when_data_is_added(tmp_path, monkeypatch, capsys):
     assert set(new) < set(more) and 70 < len(more) < 130
 
 
-def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch, capsys):
+def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 300)       # some of them long, some short
     monkeypatch.setattr(bpe, "CHUNK", 100)
@@ -1381,12 +1399,11 @@ def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch, capsys):
         prepare_files(f"in{seed}", {f"{i}.txt": prepare_text(10 * seed + i, 20 + 200 * i) for i in range(2)})
         meta = prepare_run(input=f"in{seed}", dataset=f"d{seed}")
         assert meta["documents"] == {"train": 1, "val": 1}
-    assert "one was moved there" in capsys.readouterr().out
 
 
 PREPARE_KILLED = """
 import sys, config, prepare
-prepare.UNIT = 3000
+prepare.UNIT, prepare.SAVE = 3000, 0
 encode = prepare.encode_unit
 def slow(job):
     import time; time.sleep(0.004)
@@ -1432,6 +1449,7 @@ def test_prepare_killed_at_any_moment_restarts_to_the_same_bytes(tmp_path, monke
 def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 2000)
+    monkeypatch.setattr(prepare, "SAVE", 0)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(50)})
     encode, seen = prepare.encode_unit, []
 
@@ -1449,7 +1467,7 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     prepare_run()
     out = capsys.readouterr().out
     units = int(re.search(r"going on: 5 of (\d+) units", out)[1])
-    assert seen.count("again") == 2 * (units - 5)
+    assert seen.count("again") == units - 5
 
 
 @pytest.mark.parametrize("kw, files, message", [
@@ -1709,7 +1727,7 @@ def test_prepare_shakespeare(tmp_path, monkeypatch):
         meta = prepare_run(**cfg)
     assert sum(meta["bytes"].values()) == len(text) and open("data/shakespeare/input.txt", "rb").read() == text
     with open("data/shakespeare/input.txt", "ab") as f: f.write(b"!")
-    with pytest.raises(ValueError, match="input.txt is not tiny Shakespeare.*delete it to download it again"): prepare.main(prepare_cfg(**cfg))
+    with pytest.raises(ValueError, match="input.txt is not http.*delete it to download it again"): prepare.main(prepare_cfg(**cfg))
     os.remove("data/shakespeare/input.txt")
     with PrepareServer(b"a proxy's login page", ["norange"]) as server:
         monkeypatch.setattr(prepare, "SHAKESPEARE", server.url)

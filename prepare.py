@@ -26,7 +26,7 @@ FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"  
 HUB = "https://huggingface.co/openai-community/"
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = ("stdlib", "shakespeare", "tinystories", "fineweb")
-NOT_SOURCE = ("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages")   # folders of the standard library left out
+STDLIB_SKIP = ("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages")
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 UNIT = 2 << 20              # bytes of text per unit of work: enough for a vectorised encoder, not too much to share out evenly
 SAVE = 1.0                  # seconds between two notes of how far the bins are
@@ -42,15 +42,12 @@ def size_of(path):
 def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def sync(f):
-    f.flush()
-    os.fsync(f.fileno())
-
 def write(path, save):
     """Whole or not at all: save(file) fills a temporary file, which becomes `path` once it is safely on the disk."""
     with open(f"{path}.{os.getpid()}", "wb") as f:
         save(f)
-        sync(f)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(f.name, path)
 
 def need_space(folder, size):
@@ -86,11 +83,10 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
                 if at > have: fail("the server sent another range than it was asked for")
                 need_space(os.path.dirname(path), total - at)
                 add = progress(f"download {basename(path)}", total - at)
-                with open(part, "r+b" if have else "wb") as f:
-                    f.seek(at)
-                    f.truncate()
+                with open(part, "r+b" if have else "wb", buffering=0) as f:
+                    f.truncate(f.seek(at))
                     for block in r.iter_content(1 << 13): add(f.write(block))
-                    sync(f)
+                    os.fsync(f.fileno())
             if total and size_of(part) != total: raise OSError(f"{size_of(part):,} of {total:,} bytes came")
             if not sha or (found := sha256(part)) == sha: return os.replace(part, path)
             os.remove(part)
@@ -101,7 +97,7 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
             print(f"download of {basename(path)} broke off ({str(e)[:100]}), trying again", file=sys.stderr)
             time.sleep(min(wait * 2 ** (failures - 1), 60))
 
-# ---- models and tokenizers of others -------------------------------------------------------------------------------------
+# ---- models and tokenizers -----------------------------------------------------------------------------------------------
 
 def pretrained(init_from):
     """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is GPT-2's; "" for scratch and resume."""
@@ -123,14 +119,16 @@ def read_tokenizer(path):
     """A tokenizer.json: one that bpe.py saved, or a Hugging Face folder's."""
     return (bpe.Tokenizer.from_hf if "model" in bpe.read(path, json.loads) else bpe.Tokenizer.load)(path)
 
-# once per worker: these files are in a .partial folder, whose name has the hash of the knobs, and never hold two tokenizers
-load_tokenizer = functools.lru_cache(1)(bpe.Tokenizer.load)
+@functools.lru_cache(1)         # once per worker
+def load_tokenizer(path):
+    """From a .partial folder: its name has the hash of the knobs, so it never holds two tokenizers."""
+    return bpe.Tokenizer.load(path)
 
 def check_vocab(cfg, size):
     limit = min(cfg.vocab_size, 65536)                      # what uint16 holds
     if size > limit: raise ValueError(f"the tokenizer has {size} tokens, more than {limit}: set vocab_size to that, at most 65536")
 
-# ---- files -> spans ------------------------------------------------------------------------------------------------------
+# ---- files -> spans -> documents -----------------------------------------------------------------------------------------
 
 # Bytes start to stop of a file. kind: text (all or a part of one document; last: its end), single (the same, of the only text there
 # is), jsonl, stories (many documents), tokens (of FineWeb). fate: TRAIN, VAL or FREE.
@@ -152,31 +150,26 @@ def walk(root, endings=ENDINGS, skip=()):
         found += [join(folder, n) for n in names if n.endswith(endings) and not n.startswith(".")]
     return sorted(found)
 
-def check_shard(path):
-    """FineWeb: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 tokens of GPT-2, which has 50257."""
-    head = np.fromfile(path, "<i4", 256).tolist()
-    whole = head[:2] == [20240520, 1] and size_of(path) == 1024 + 2 * head[2]
-    if not whole or np.memmap(path, "<u2", "r", 1024).max() > 50256:
-        raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
-
 def sources(cfg, folder):
     """Spans that cover the files to read, in order; what is missing is downloaded."""
-    def span(path, kind, fate=FREE, start=0, stop=None):
-        return Span(path, start, size_of(path) if stop is None else stop, kind, fate, True)
-    paths = []
-    if cfg.dataset == "fineweb":
+    def span(path, kind, fate=FREE, start=0):
+        return Span(path, start, size_of(path), kind, fate, True)
+    if cfg.dataset == "fineweb":                            # 256 int32 (20240520, version 1, number of tokens, zeros), then uint16
         paths = [join(folder, f"fineweb_{'train' if n else 'val'}_{n:06d}.bin") for n in range(cfg.num_shards + 1)]
         os.makedirs(folder, exist_ok=True)
         need_space(folder, 4e8 * sum(not exists(path) for path in paths))       # the shards, and the bins
         for path in paths:
             fetch(FINEWEB + basename(path), path)
-            check_shard(path)
+            head = np.fromfile(path, "<i4", 256).tolist()
+            if head[:2] != [20240520, 1] or size_of(path) != 1024 + 2 * head[2] or np.memmap(path, "<u2", "r", 1024).max() > 50256:
+                raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
         return [span(path, "tokens", TRAIN if n else VAL, 1024) for n, path in enumerate(paths)]
     if cfg.dataset == "tinystories":                        # validation first: a story that is in both stays there
         paths = [join(folder, f"TinyStoriesV2-GPT4-{name}.txt") for name in ("valid", "train")]
         for path in paths: fetch(TINYSTORIES + basename(path), path)
         return [span(paths[0], "stories", VAL), span(paths[1], "stories", TRAIN)]
-    if cfg.dataset == "stdlib": paths = walk(sysconfig.get_path("stdlib"), ".py", NOT_SOURCE)
+    paths = []
+    if cfg.dataset == "stdlib": paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP)
     elif cfg.dataset == "shakespeare":
         paths = [join(folder, "input.txt")]
         fetch(SHAKESPEARE, paths[0], SHAKESPEARE_SHA)
@@ -193,7 +186,7 @@ def sources(cfg, folder):
         middle = f.seek(int(size_of(paths[0]) * (1 - cfg.val_fraction)))
         ahead = f.read(3)
     middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))      # on to a whole character
-    return [span(paths[0], "single", TRAIN, 0, middle), span(paths[0], "single", VAL, middle)]
+    return [Span(paths[0], 0, middle, "single", TRAIN, True), span(paths[0], "single", VAL, middle)]
 
 def cut(span):
     """Yield the span in parts of about UNIT bytes; longer where there is no place to cut."""
@@ -211,29 +204,25 @@ def make_units(spans):
     unit = np.cumsum([span.stop - span.start for span in spans]) // UNIT
     return [[span for span, _ in group] for _, group in itertools.groupby(zip(spans, unit), lambda pair: pair[1])]
 
-# ---- spans -> documents --------------------------------------------------------------------------------------------------
-
 def parse(item):
     """
     The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an end-of-text,
     the rest is only read. This is the one place that knows the template, which is plain text, so any tokenizer does:
     {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])
     """
-    def turn(role, text):
-        return role.capitalize() + ": " + text + "\n\n"
     if "text" in item: return "text", [(item["text"], True)]
     if "chosen" in item:
-        ask = turn("user", item["prompt"]) + "Assistant:", False
-        return "pairs", [ask, (" " + item["chosen"], True), ask, (" " + item["rejected"], True)]
-    if "messages" in item: messages = [(m["role"], m["content"]) for m in item["messages"]]
-    elif "instruction" in item:
+        pair = [{"prompt": item["prompt"], "response": item[key]} for key in ("chosen", "rejected")]
+        return "pairs", parse(pair[0])[1] + parse(pair[1])[1]
+    if "instruction" in item:
         ask = item["instruction"] + ("\n\n" + item["input"] if item.get("input") else "")
-        messages = [("user", ask), ("assistant", item["output"])]
+        return parse({"prompt": ask, "response": item["output"]})
+    if "messages" in item: messages = [(m["role"], m["content"]) for m in item["messages"]]
     else: messages = [("user", item["prompt"]), ("assistant", item["response"])]
     parts, ask = [], ""
     for role, text in messages:
         if role == "assistant": parts, ask = parts + [(ask + "Assistant:", False), (" " + text, True)], ""
-        else: ask += turn(role, text)
+        else: ask += role.capitalize() + ": " + text + "\n\n"
     if not parts: raise ValueError("nobody answers")
     return "answers", parts
 
@@ -266,7 +255,7 @@ def documents(unit):
                                      f"{line[:60]!r}") from None
                 yield span, form, parts
 
-# ---- first pass: what becomes of each document ---------------------------------------------------------------------------
+# ---- documents -> splits -> token ids ------------------------------------------------------------------------------------
 
 def read_unit(unit):
     """
@@ -301,8 +290,6 @@ def choose(rows, val_fraction):
         raise ValueError("one document does not make two splits: give more, or a single .txt file")
     return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
 
-# ---- second pass: documents -> token ids ---------------------------------------------------------------------------------
-
 def encode_unit(job):
     """(unit, fates of its documents, path of the tokenizer) -> what it adds to FILES: ids of both splits, and which of them count."""
     unit, fates, path = job
@@ -333,7 +320,9 @@ def write_bins(work, encode, jobs, names):
     for done, arrays in enumerate(encode(jobs[done:]), done + 1):
         for f, array in zip(files, arrays): f.write(array)
         if done == len(jobs) or time.time() - saved > SAVE:
-            for f in files: sync(f)
+            for f in files:
+                f.flush()
+                os.fsync(f.fileno())
             sizes, saved = [f.tell() for f in files], time.time()
             write(state, lambda f: f.write(json.dumps([done, sizes]).encode()))
     for f in files:
@@ -351,17 +340,15 @@ def count_tokens(path, tok):
 
 def knobs(cfg):
     """The knobs that decide what is in data/<dataset>; a tokenizer file stands as its hash. ValueError for what cannot be right."""
-    if not re.fullmatch(r"\w[\w.-]*", cfg.dataset):
-        raise ValueError(f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -")
-    if cfg.input and cfg.dataset in BUILT_IN:
-        raise ValueError(f"--input={cfg.input} needs a name of its own, --dataset=NAME: {cfg.dataset!r} is taken")
-    if cfg.dataset == "fineweb" and cfg.tokenizer != "gpt2":
-        raise ValueError("fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2")
-    if cfg.tokenizer == "bpe" and not 256 <= cfg.vocab_size <= 65536:
-        raise ValueError(f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds")
     named = cfg.tokenizer in ("bpe", "gpt2")
-    if not named and not os.path.isfile(cfg.tokenizer):
-        raise ValueError(f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")
+    for wrong, message in (
+        (not re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -"),
+        (cfg.input and cfg.dataset in BUILT_IN, f"--input={cfg.input} needs a name of its own, by --dataset=NAME: {cfg.dataset!r} is taken"),
+        (cfg.dataset == "fineweb" and cfg.tokenizer != "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2"),
+        (cfg.tokenizer == "bpe" and not 256 <= cfg.vocab_size <= 65536,
+         f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds"),
+        (not named and not os.path.isfile(cfg.tokenizer), f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")):
+        if wrong: raise ValueError(message)
     names = ["input"] * bool(cfg.input) + ["vocab_size", "split_pattern"] * (cfg.tokenizer == "bpe")
     names += {"fineweb": ["num_shards"], "tinystories": []}.get(cfg.dataset, ["val_fraction"])      # they have a validation split
     return {"tokenizer": cfg.tokenizer if named else read_tokenizer(cfg.tokenizer).hash} | {n: getattr(cfg, n) for n in names}
@@ -391,16 +378,13 @@ def verify(cfg, deep=False):
     return meta
 
 def make_tokenizer(cfg, jobs):
-    """The tokenizer that cfg asks for, trained or read."""
-    def texts():
-        for unit, fates, _ in jobs:
-            yield from (b"".join(text for text, _ in doc[2]) for doc, fate in zip(documents(unit), fates) if fate == TRAIN)
-    if cfg.tokenizer == "gpt2":
-        try: return bpe.Tokenizer.gpt2()
-        except ValueError as e: raise ValueError(f"{e}; config/stdlib.py needs no download") from None
+    """The tokenizer that cfg asks for, read, or trained on the training split."""
+    if cfg.tokenizer == "gpt2": return bpe.Tokenizer.gpt2()
     if cfg.tokenizer != "bpe": return read_tokenizer(cfg.tokenizer)
+    docs = (doc for unit, fates, _ in jobs for doc, fate in zip(documents(unit), fates) if fate == TRAIN)
+    texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern, special = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT, (bpe.ENDOFTEXT,) * (cfg.vocab_size > 256)
-    return bpe.Tokenizer.train(texts(), cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
+    return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
 
 def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
@@ -416,15 +400,13 @@ def main(cfg):
     rows, forms = np.concatenate(found), set().union(*forms)
     if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts, too")
     fates, meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
-    def count(key): return {name: int(rows[key][fates == split].sum()) for split, name in enumerate(SPLITS)}
-    meta |= {"documents": count("last"), "bytes": count("size"), "text_hash": hashlib.sha256(rows).hexdigest()}
     if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
+    meta["text_hash"] = hashlib.sha256(rows).hexdigest()
     print(f"{meta['source']}: {size:,} bytes in {len({span.path for unit in units for span in unit}):,} files, dropped "
           f"{meta['duplicates']:,} duplicate and {meta['empty']:,} empty documents", flush=True)
     if prepared(cfg):
         try:
-            old = verify(cfg)
-            if all(old.get(key) == meta[key] for key in meta): return print(f"{folder} is prepared already, nothing to do")
+            if verify(cfg).get("text_hash") == meta["text_hash"]: return print(f"{folder} is prepared already, nothing to do")
             print(f"preparing again: the text has changed since {folder} was prepared")
         except ValueError as e: print(f"{e}: doing that")
 
@@ -440,13 +422,14 @@ def main(cfg):
     if eot is None and units[0][0].kind != "single":
         raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
     write_bins(work, functools.partial(every, "encode", encode_unit), jobs, names)
-    meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "vocab_size": tok.vocab_size,
-             "dtype": "uint16", "eot": eot, "tokenizer": "gpt2" if cfg.tokenizer == "gpt2" else "tokenizer.json",
-             "tokenizer_hash": tok.hash, "sha256": {name: sha256(join(work, name)) for name in names}}
+    def count(key): return {name: int(rows[key][fates == split].sum()) for split, name in enumerate(SPLITS)}
+    meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),
+             "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer_hash": tok.hash,
+             "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {name: sha256(join(work, name)) for name in names}}
     if masked: meta["answers"] = {"bytes": count("counts"), "tokens": {
         split: int(np.memmap(join(work, split + ".mask"), np.uint8).sum()) for split in SPLITS}}
-    if cfg.dataset == "fineweb":
-        for split in SPLITS: meta["documents"][split], meta["bytes"][split] = count_tokens(join(work, split + ".bin"), tok)
+    for split in SPLITS if cfg.dataset == "fineweb" else ():
+        meta["documents"][split], meta["bytes"][split] = count_tokens(join(work, split + ".bin"), tok)
     write(join(work, "meta.json"), lambda f: f.write(json.dumps(meta, indent=1).encode()))
 
     for name in ("meta.json", "tokenizer.json", *FILES[2:]):    # without meta.json there is no dataset: nobody sees half of one

@@ -8,10 +8,10 @@ Text to token ids: data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json
     python prepare.py --dataset=tinystories --vocab_size=8192       # 2.2 GB of stories (Eldan and Li 2023, arXiv:2305.07759)
     python prepare.py config/gpt2_124m.py --num_shards=10           # FineWeb as GPT-2 tokens, 100M of them per shard
 
-Files are cut into spans, spans grouped into units of about 2 MB, which all cores share. A first pass hashes every document, which
-finds duplicates and chooses the validation split; the tokenizer learns from the training split; a second pass encodes unit after
-unit onto the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json says how far they are: a killed run goes on
-from there. The output depends on text and knobs, on nothing else.
+Files are cut into spans, spans grouped into units of about 2 MB, which all cores share. A first pass hashes every document: this
+finds duplicates and chooses the validation split. The tokenizer learns from the training split. A second pass encodes unit after
+unit onto the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json says how far they are: a killed run goes
+on from there. The output depends on text and knobs, on nothing else.
 """
 import collections, dataclasses, functools, glob, hashlib, itertools, json, mmap, os, re, shutil, sys, sysconfig, time
 from os.path import basename, exists, join
@@ -35,9 +35,7 @@ FILES = ("train.bin", "val.bin", "train.mask", "val.mask")
 TRAIN, VAL, DROP, FREE = range(4)   # what becomes of a document; FREE: its hash decides
 
 # ---- files and downloads -------------------------------------------------------------------------------------------------
-
-def size_of(path):
-    return os.path.getsize(path) if exists(path) else 0
+def size_of(path): return os.path.getsize(path) if exists(path) else 0
 
 def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -55,11 +53,9 @@ def need_space(folder, size):
     if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB of disk space, {free / 1e6:,.0f} MB are free")
 
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
-    """
-    Download url to path, unless it is there: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds, given up after
-    `tries` attempts in a row that brought nothing; `stall` seconds of silence end an attempt. Length and sha256 (given, or the
-    hub's own, in its header X-Linked-Etag) are verified before the file gets its name; a given one even if the file is there.
-    """
+    """Download url to path, unless it is there: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds, given up
+    after `tries` attempts in a row that brought nothing; `stall` seconds of silence end one. Length and sha256 (given, or the
+    hub's own, its header X-Linked-Etag) are verified before the file gets its name, a given one even if it is there already."""
     def fail(why):
         raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand; config/stdlib.py needs no download")
     if exists(path):
@@ -70,7 +66,7 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     while True:
         have = size_of(part)
-        ask = {"Accept-Encoding": "identity", "Range": f"bytes={max(have - 1, 0)}-"}    # a byte again: there is always an answer
+        ask = {"Accept-Encoding": "identity", "Range": f"bytes={max(have - 1, 0)}-"}    # a byte again: always an answer
         try:
             with requests.get(url, headers=ask, stream=True, timeout=(10, stall)) as r:
                 if r.status_code in (401, 403, 404, 410): fail(f"the server says {r.status_code} {r.reason}")
@@ -98,7 +94,6 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
             time.sleep(min(wait * 2 ** (failures - 1), 60))
 
 # ---- models and tokenizers -----------------------------------------------------------------------------------------------
-
 def pretrained(init_from):
     """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is GPT-2's; "" for scratch and resume."""
     if init_from in ("scratch", "resume"): return ""
@@ -119,24 +114,21 @@ def read_tokenizer(path):
     """A tokenizer.json: one that bpe.py saved, or a Hugging Face folder's."""
     return (bpe.Tokenizer.from_hf if "model" in bpe.read(path, json.loads) else bpe.Tokenizer.load)(path)
 
-@functools.lru_cache(1)         # once per worker
-def load_tokenizer(path):
-    """From a .partial folder: its name has the hash of the knobs, so it never holds two tokenizers."""
-    return bpe.Tokenizer.load(path)
+# once per worker; only from .partial folders, whose names have the hash of the knobs, so that none ever holds two tokenizers
+load_tokenizer = functools.lru_cache(1)(bpe.Tokenizer.load)
 
 def check_vocab(cfg, size):
     limit = min(cfg.vocab_size, 65536)                      # what uint16 holds
-    if size > limit: raise ValueError(f"the tokenizer has {size} tokens, more than {limit}: set vocab_size to that, at most 65536")
+    if size > limit: raise ValueError(f"the tokenizer has {size} tokens, more than {limit}: set vocab_size, at most to 65536")
 
 # ---- files -> spans -> documents -----------------------------------------------------------------------------------------
-
-# Bytes start to stop of a file. kind: text (all or a part of one document; last: its end), single (the same, of the only text there
-# is), jsonl, stories (many documents), tokens (of FineWeb). fate: TRAIN, VAL or FREE.
+# Bytes start to stop of a file. kind: text (all or a part of one document; last: its end), single (the same, of the only text),
+# jsonl, stories (many documents), tokens (of FineWeb). fate: TRAIN, VAL or FREE.
 Span = collections.namedtuple("Span", "path start stop kind fate last")
 MANY = ("jsonl", "stories")
 
-# Where a text may be cut, so that every split pattern gives the same words as uncut: between two visible characters (in UTF-8), after
-# a line end or before a space; and, since Chinese has no spaces, between an ideograph and a full stop.
+# Where a text may be cut, so that every split pattern gives the same words as uncut: between two visible characters (in UTF-8),
+# after a line end or before a space; and, since Chinese has no spaces, between an ideograph and a full stop.
 VISIBLE = rb"(?: [!-~] | [\xc3-\xdf][\x80-\xbf] | (?!\xe3\x80\x80)[\xe3-\xef][\x80-\xbf]{2} )"
 TEXT = re.compile(b"(?x)" + VISIBLE + rb"(?: \n (?=" + VISIBLE + rb") | (?=\x20" + VISIBLE + rb") )"
                   rb"| [\xe5-\xe8][\x80-\xbf]{2} (?=\xe3\x80\x82)")
@@ -154,14 +146,14 @@ def sources(cfg, folder):
     """Spans that cover the files to read, in order; what is missing is downloaded."""
     def span(path, kind, fate=FREE, start=0):
         return Span(path, start, size_of(path), kind, fate, True)
-    if cfg.dataset == "fineweb":                            # 256 int32 (20240520, version 1, number of tokens, zeros), then uint16
+    if cfg.dataset == "fineweb":                            # 256 int32 (20240520, version 1, tokens, zeros), then uint16 tokens
         paths = [join(folder, f"fineweb_{'train' if n else 'val'}_{n:06d}.bin") for n in range(cfg.num_shards + 1)]
         os.makedirs(folder, exist_ok=True)
         need_space(folder, 4e8 * sum(not exists(path) for path in paths))       # the shards, and the bins
         for path in paths:
             fetch(FINEWEB + basename(path), path)
-            head = np.fromfile(path, "<i4", 256).tolist()
-            if head[:2] != [20240520, 1] or size_of(path) != 1024 + 2 * head[2] or np.memmap(path, "<u2", "r", 1024).max() > 50256:
+            head, size = np.fromfile(path, "<i4", 256).tolist(), size_of(path)
+            if head[:2] != [20240520, 1] or size != 1024 + 2 * head[2] or np.memmap(path, "<u2", "r", 1024).max() > 50256:
                 raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
         return [span(path, "tokens", TRAIN if n else VAL, 1024) for n, path in enumerate(paths)]
     if cfg.dataset == "tinystories":                        # validation first: a story that is in both stays there
@@ -205,11 +197,9 @@ def make_units(spans):
     return [[span for span, _ in group] for _, group in itertools.groupby(zip(spans, unit), lambda pair: pair[1])]
 
 def parse(item):
-    """
-    The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an end-of-text,
-    the rest is only read. This is the one place that knows the template, which is plain text, so any tokenizer does:
-    {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])
-    """
+    """The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an
+    end-of-text, the rest is only read. This is the one place that knows the template, which is plain text, for any tokenizer:
+    {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
     if "text" in item: return "text", [(item["text"], True)]
     if "chosen" in item:
         pair = [{"prompt": item["prompt"], "response": item[key]} for key in ("chosen", "rejected")]
@@ -250,18 +240,14 @@ def documents(unit):
                 except (ValueError, LookupError, TypeError, AttributeError):
                     with open(span.path, "rb") as f:
                         n += sum(f.read(min(UNIT, span.start - i)).count(b"\n") for i in range(0, span.start, UNIT))
-                    raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", "prompt" and '
-                                     f'"response", "instruction" and "output", or "prompt", "chosen" and "rejected": '
-                                     f"{line[:60]!r}") from None
+                    raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", prompt and '
+                                     f"response, instruction and output, or prompt, chosen and rejected: {line[:60]!r}") from None
                 yield span, form, parts
 
 # ---- documents -> splits -> token ids ------------------------------------------------------------------------------------
-
 def read_unit(unit):
-    """
-    -> a row for each document, or part of one, and the set of their forms. key: 64 bits of the sha256 of the text and of where it
-    stands in a long one; size: bytes; counts: bytes to learn.
-    """
+    """-> a row for each document, or part of one, and the set of their forms. key: 64 bits of the sha256 of the text and of where
+    it stands in a long one; size: bytes; counts: bytes to learn."""
     rows, forms = [], set()
     for span, form, parts in documents(unit):
         text, at = b"".join(text for text, _ in parts), 0 if span.kind in MANY else span.start
@@ -271,12 +257,9 @@ def read_unit(unit):
     return np.array(rows, [("key", "<u8"), ("size", "<u8"), ("counts", "<u8"), ("fate", "u1"), ("last", "?")]), forms
 
 def choose(rows, val_fraction):
-    """
-    TRAIN, VAL or DROP for each row, from the keys: a document's split hangs on its own content, so it stays where it is when others
-    are added (but of a few documents the one with the smallest key is always in VAL, the one with the largest in TRAIN). Also the
-    numbers of duplicate and of empty documents dropped. The key of a long text is the sum of its parts'. Of n documents, two
-    different ones pass for duplicates with probability n^2 / 2^65.
-    """
+    """TRAIN, VAL or DROP for each row; the numbers of duplicate and of empty documents. A document's split hangs on its own key,
+    so it stays when others are added; but the smallest key is always in VAL, the largest in TRAIN. The key of a long text is the
+    sum of its parts'. Of n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
     ends = np.flatnonzero(rows["last"])
     starts, fate = np.append(0, ends[:-1] + 1), rows["fate"][ends]
     keys, empty = np.add.reduceat(rows["key"], starts), np.add.reduceat(rows["size"], starts) == 0
@@ -291,7 +274,7 @@ def choose(rows, val_fraction):
     return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
 
 def encode_unit(job):
-    """(unit, fates of its documents, path of the tokenizer) -> what it adds to FILES: ids of both splits, and which of them count."""
+    """(unit, fates of its documents, tokenizer's path) -> what it adds to FILES: ids of both splits, and which of them count."""
     unit, fates, path = job
     tok, docs = load_tokenizer(path), list(documents(unit))
     if len(docs) != len(fates): raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
@@ -306,14 +289,11 @@ def encode_unit(job):
     return [array[split == s] for array in (ids.astype("<u2", copy=False), mask) for s in (TRAIN, VAL)]
 
 def write_bins(work, encode, jobs, names):
-    """
-    Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. Every byte has its place, so a second run
-    at the same time does no harm. state.json says how far they are, and never more than is safely on the disk.
-    """
+    """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. Every byte has its place: another run
+    at the same time does no harm. state.json says how far they are, and never more than is safely on the disk."""
     paths, state = [join(work, name) for name in names], join(work, "state.json")
     done, sizes = bpe.read(state, json.loads) if exists(state) else (0, [0] * len(names))
-    if any(size_of(path) < size for path, size in zip(paths, sizes)):       # killed while they were renamed: begin again
-        done, sizes = 0, [0] * len(names)
+    if any(map(int.__lt__, map(size_of, paths), sizes)): done, sizes = 0, [0] * len(names)  # killed while they got their names
     if done: print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
     files, saved = [open(path, "r+b" if exists(path) else "w+b") for path in paths], time.time()
     for f, size in zip(files, sizes): f.seek(size)
@@ -337,30 +317,26 @@ def count_tokens(path, tok):
     return int(counts[eot]), int(sum(counts[i] * len(tok.decode_bytes([i])) for i in range(tok.vocab_size) if i != eot))
 
 # ---- the dataset's folder ------------------------------------------------------------------------------------------------
-
 def knobs(cfg):
-    """The knobs that decide what is in data/<dataset>; a tokenizer file stands as its hash. ValueError for what cannot be right."""
+    """The knobs that decide what is in data/<dataset>, a tokenizer file as its hash. ValueError for what cannot be right."""
     named = cfg.tokenizer in ("bpe", "gpt2")
     for wrong, message in (
         (not re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -"),
-        (cfg.input and cfg.dataset in BUILT_IN, f"--input={cfg.input} needs a name of its own, by --dataset=NAME: {cfg.dataset!r} is taken"),
+        (cfg.input and cfg.dataset in BUILT_IN, f"--input needs a name of its own by --dataset=NAME: {cfg.dataset!r} is taken"),
         (cfg.dataset == "fineweb" and cfg.tokenizer != "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2"),
         (cfg.tokenizer == "bpe" and not 256 <= cfg.vocab_size <= 65536,
          f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds"),
         (not named and not os.path.isfile(cfg.tokenizer), f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")):
         if wrong: raise ValueError(message)
     names = ["input"] * bool(cfg.input) + ["vocab_size", "split_pattern"] * (cfg.tokenizer == "bpe")
-    names += {"fineweb": ["num_shards"], "tinystories": []}.get(cfg.dataset, ["val_fraction"])      # they have a validation split
+    names += {"fineweb": ["num_shards"], "tinystories": []}.get(cfg.dataset, ["val_fraction"])
     return {"tokenizer": cfg.tokenizer if named else read_tokenizer(cfg.tokenizer).hash} | {n: getattr(cfg, n) for n in names}
 
-def prepared(cfg):
-    return exists(join("data", cfg.dataset, "meta.json"))
+def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 
 def verify(cfg, deep=False):
-    """
-    The contents of meta.json. FileNotFoundError if the dataset is not prepared; ValueError, with the remedy, if it was prepared with
-    other knobs than cfg's or its bins are not whole. deep: compares their sha256, too.
-    """
+    """The contents of meta.json. FileNotFoundError if the dataset is not prepared; ValueError with the remedy if it was prepared
+    with other knobs than cfg's, or its bins are not whole. deep: compares their sha256, too."""
     folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
     if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
     try:
@@ -383,7 +359,8 @@ def make_tokenizer(cfg, jobs):
     if cfg.tokenizer != "bpe": return read_tokenizer(cfg.tokenizer)
     docs = (doc for unit, fates, _ in jobs for doc, fate in zip(documents(unit), fates) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
-    pattern, special = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT, (bpe.ENDOFTEXT,) * (cfg.vocab_size > 256)
+    pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
+    special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
     return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
 
 def main(cfg):
@@ -398,7 +375,7 @@ def main(cfg):
             yield result
     found, forms = zip(*every("read", read_unit, units))
     rows, forms = np.concatenate(found), set().union(*forms)
-    if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts, too")
+    if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts")
     fates, meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
     if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
@@ -412,7 +389,7 @@ def main(cfg):
 
     work = join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
     path, names = join(work, "gpt2.json" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
-    jobs = [(unit, *rest) for unit, *rest in zip(units, np.split(fates, np.cumsum(list(map(len, found)))), itertools.repeat(path))]
+    jobs = list(zip(units, np.split(fates, np.cumsum(list(map(len, found)))), itertools.repeat(path)))
     os.makedirs(work, exist_ok=True)
     need_space(work, size * (2 if cfg.vocab_size < 1024 else 1))            # an id is two bytes; a token, two of text or more
     if not exists(path): make_tokenizer(cfg, jobs).save(path)
@@ -425,7 +402,7 @@ def main(cfg):
     def count(key): return {name: int(rows[key][fates == split].sum()) for split, name in enumerate(SPLITS)}
     meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),
              "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer_hash": tok.hash,
-             "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {name: sha256(join(work, name)) for name in names}}
+             "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {n: sha256(join(work, n)) for n in names}}
     if masked: meta["answers"] = {"bytes": count("counts"), "tokens": {
         split: int(np.memmap(join(work, split + ".mask"), np.uint8).sum()) for split in SPLITS}}
     for split in SPLITS if cfg.dataset == "fineweb" else ():

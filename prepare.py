@@ -289,8 +289,8 @@ def encode_unit(job):
     return [array[split == s] for array in (ids.astype("<u2", copy=False), mask) for s in (TRAIN, VAL)]
 
 def write_bins(work, encode, jobs, names):
-    """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. Every byte has its place: another run
-    at the same time does no harm. state.json says how far they are, and never more than is safely on the disk."""
+    """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. Every byte has its place: another
+    run at the same time does no harm. state.json says how far they are, and never more than is safely on the disk."""
     paths, state = [join(work, name) for name in names], join(work, "state.json")
     done, sizes = bpe.read(state, json.loads) if exists(state) else (0, [0] * len(names))
     if any(map(int.__lt__, map(size_of, paths), sizes)): done, sizes = 0, [0] * len(names)  # killed while they got their names

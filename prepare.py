@@ -318,7 +318,7 @@ def count_tokens(path, tok):
 
 # ---- the dataset's folder ------------------------------------------------------------------------------------------------
 def knobs(cfg):
-    """The knobs that decide what is in data/<dataset>, a tokenizer file as its hash. ValueError for what cannot be right."""
+    """The knobs that decide what is in data/<dataset>, a tokenizer's file as its sha256. ValueError for what cannot be right."""
     named = cfg.tokenizer in ("bpe", "gpt2")
     for wrong, message in (
         (not re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -"),
@@ -330,7 +330,7 @@ def knobs(cfg):
         if wrong: raise ValueError(message)
     names = ["input"] * bool(cfg.input) + ["vocab_size", "split_pattern"] * (cfg.tokenizer == "bpe")
     names += {"fineweb": ["num_shards"], "tinystories": []}.get(cfg.dataset, ["val_fraction"])
-    return {"tokenizer": cfg.tokenizer if named else read_tokenizer(cfg.tokenizer).hash} | {n: getattr(cfg, n) for n in names}
+    return {"tokenizer": cfg.tokenizer if named else sha256(cfg.tokenizer)} | {name: getattr(cfg, name) for name in names}
 
 def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 
@@ -343,8 +343,8 @@ def verify(cfg, deep=False):
         with open(join(folder, "meta.json"), encoding="utf-8") as f: meta = json.load(f)
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
-        found = meta["knobs"].get(key)
-        if value != found and not (key == "tokenizer" and value == meta["tokenizer_hash"]):
+        found, file = meta["knobs"].get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
+        if found != value and not (file and read_tokenizer(cfg.tokenizer).hash == meta["tokenizer_hash"]):
             raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
     for name, digest in meta["sha256"].items():
@@ -354,9 +354,8 @@ def verify(cfg, deep=False):
     return meta
 
 def make_tokenizer(cfg, jobs):
-    """The tokenizer that cfg asks for, read, or trained on the training split."""
+    """GPT-2's tokenizer, or one trained on the training split."""
     if cfg.tokenizer == "gpt2": return bpe.Tokenizer.gpt2()
-    if cfg.tokenizer != "bpe": return read_tokenizer(cfg.tokenizer)
     docs = (doc for unit, fates, _ in jobs for doc, fate in zip(documents(unit), fates) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
@@ -366,6 +365,7 @@ def make_tokenizer(cfg, jobs):
 def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
     folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
+    given = None if cfg.tokenizer in ("bpe", "gpt2") else read_tokenizer(cfg.tokenizer)
     units = make_units(sources(cfg, folder))
     size = sum(span.stop - span.start for unit in units for span in unit)
     def every(label, function, jobs):                       # function(job) for each job, in order, from all cores
@@ -392,7 +392,7 @@ def main(cfg):
     jobs = list(zip(units, np.split(fates, np.cumsum(list(map(len, found)))), itertools.repeat(path)))
     os.makedirs(work, exist_ok=True)
     need_space(work, size * (2 if cfg.vocab_size < 1024 else 1))            # an id is two bytes; a token, two of text or more
-    if not exists(path): make_tokenizer(cfg, jobs).save(path)
+    if not exists(path): (given or make_tokenizer(cfg, jobs)).save(path)
     tok = load_tokenizer(path)
     check_vocab(cfg, tok.vocab_size)
     eot = tok.special_tokens.get(bpe.ENDOFTEXT)

@@ -4,21 +4,20 @@ Text to token ids: data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json
     python prepare.py config/stdlib.py                              # the source of this Python's standard library: no download
     python prepare.py config/shakespeare.py                         # one text of 1 MB; its last tenth is the validation split
     python prepare.py --dataset=notes --input=notes/,diary.jsonl    # your own .txt .md .py .jsonl files and folders
-    python prepare.py --dataset=chat --input=chat.jsonl             # conversations, instructions, preference pairs: see parse below
+    python prepare.py --dataset=chat --input=chat.jsonl             # conversations, instructions, preference pairs: see parse
     python prepare.py --dataset=tinystories --vocab_size=8192       # 2.2 GB of stories (Eldan and Li 2023, arXiv:2305.07759)
     python prepare.py config/gpt2_124m.py --num_shards=10           # FineWeb as GPT-2 tokens, 100M of them per shard
 
-Files are cut into spans, spans grouped into units of about 2 MB. A first pass hashes every document, which finds duplicates and
-chooses the validation split; the tokenizer learns from the training split; a second pass encodes the units, on all cores, each into a
-file of its own in data/<dataset>/.partial-<hash of text and knobs>; then they are joined. A killed run finds what it had finished and
-goes on from there. The output depends on text and knobs, on nothing else.
+Files are cut into spans, spans grouped into units of about 2 MB, which all cores share. A first pass hashes every document: this
+finds duplicates and chooses the validation split. The tokenizer learns from the training split. A second pass encodes unit after
+unit onto the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json says how far they are: a killed run goes
+on from there. The output depends on text and knobs, on nothing else.
 """
-import collections, dataclasses, functools, glob, hashlib, itertools, json, multiprocessing, os, re, shutil, signal, sys, sysconfig
-import threading, time
-from concurrent.futures import ProcessPoolExecutor, process
+import collections, dataclasses, functools, glob, hashlib, itertools, json, mmap, os, re, shutil, sys, sysconfig, time
 from os.path import basename, exists, join
 import numpy as np
 import bpe, config
+from bpe import progress
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -27,18 +26,15 @@ FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"  
 HUB = "https://huggingface.co/openai-community/"
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = ("stdlib", "shakespeare", "tinystories", "fineweb")
+STDLIB_SKIP = ("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages")
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 UNIT = 2 << 20              # bytes of text per unit of work: enough for a vectorised encoder, not too much to share out evenly
+SAVE = 1.0                  # seconds between two notes of how far the bins are
 SPLITS = ("train", "val")
-FORMS = ("text", "answers", "pairs")
+FILES = ("train.bin", "val.bin", "train.mask", "val.mask")
 TRAIN, VAL, DROP, FREE = range(4)   # what becomes of a document; FREE: its hash decides
 
-# Bytes start to stop of a file. kind: text (one document), jsonl, stories (many); fate: TRAIN, VAL or FREE. A long text, or a single
-# one, makes several spans: their key is its hash, one is its first, one its last.
-Span = collections.namedtuple("Span", "path start stop kind fate key first last")
-
-# ---- files, processes, downloads -------------------------------------------------------------------------------------
-
+# ---- files and downloads -------------------------------------------------------------------------------------------------
 def size_of(path): return os.path.getsize(path) if exists(path) else 0
 
 def sha256(path):
@@ -48,59 +44,33 @@ def write(path, save):
     """Whole or not at all: save(file) fills a temporary file, which becomes `path` once it is safely on the disk."""
     with open(f"{path}.{os.getpid()}", "wb") as f:
         save(f)
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(f.name, path)
 
 def need_space(folder, size):
     free = shutil.disk_usage(folder).free
-    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB of disk space, and {free / 1e6:,.0f} MB are free")
-
-def progress(label, total):
-    """add(n bytes), which keeps a line on stderr: how far, how fast, how long still (in a log file: a line every 10 seconds)."""
-    done, start, shown, tty = 0, time.time(), time.time(), sys.stderr.isatty()
-    def add(n):
-        nonlocal done, shown
-        done, now = done + n, time.time()
-        if tty and done >= total: print(end="\x1b[K", file=sys.stderr, flush=True)
-        elif now - shown >= (0.2 if tty else 10):
-            rate, shown = max(done, 1) / (now - start), now
-            print(f"{label}: {done / max(total, 1):.0%} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, "
-                  f"{max(total - done, 0) / rate:,.0f} s left", end="\x1b[K\r" if tty else "\n", file=sys.stderr, flush=True)
-    return add
-
-def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's to handle; a killed parent cannot say goodbye:
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-def in_order(function, jobs, workers):
-    """Yield function(job) for each job, in order, computed by `workers` processes."""
-    if workers == 1: return (yield from map(function, jobs))
-    # fork where it is safe: a spawned worker imports the caller's script again, and with train.py that is all of torch
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker)
-    try: yield from pool.map(function, jobs)
-    except process.BrokenProcessPool: raise OSError("a worker died, for want of memory? Run again with --workers=1") from None
-    finally: pool.shutdown(cancel_futures=True)
+    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB of disk space, {free / 1e6:,.0f} MB are free")
 
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
-    """
-    Download url to path, unless it is there: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds, given up after
-    `tries` attempts in a row that brought nothing; `stall` seconds of silence end an attempt. Length and sha256 (given, or the hub's
-    own, in its header X-Linked-Etag) are verified before the file gets its name. ValueError says where to put the file by hand.
-    """
-    if exists(path): return
-    import requests
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part, failures = path + ".part", 0
+    """Download url to path, unless it is there: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds, given up
+    after `tries` attempts in a row that brought nothing; `stall` seconds of silence end one. Length and sha256 (given, or the
+    hub's own, its header X-Linked-Etag) are verified before the file gets its name, a given one even if it is there already."""
     def fail(why):
         raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand; config/stdlib.py needs no download")
+    if exists(path):
+        if not sha or sha256(path) == sha: return
+        raise ValueError(f"{path} is not {url}, whose sha256 is {sha}: delete it to download it again")
+    import requests
+    part, failures = path + ".part", 0
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     while True:
         have = size_of(part)
-        ask = {"Accept-Encoding": "identity", "Range": f"bytes={max(have - 1, 0)}-"}    # one byte again: there is always an answer
+        ask = {"Accept-Encoding": "identity", "Range": f"bytes={max(have - 1, 0)}-"}    # a byte again: always an answer
         try:
             with requests.get(url, headers=ask, stream=True, timeout=(10, stall)) as r:
+                if r.status_code in (401, 403, 404, 410): fail(f"the server says {r.status_code} {r.reason}")
                 if r.status_code == 416 and have: os.remove(part)                       # longer than the file: start over
-                elif r.status_code in (401, 403, 404, 410): fail(f"the server says {r.status_code} {r.reason}")
                 r.raise_for_status()
                 tags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in (*r.history, r)]
                 sha = sha or next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), "")
@@ -109,10 +79,10 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
                 if at > have: fail("the server sent another range than it was asked for")
                 need_space(os.path.dirname(path), total - at)
                 add = progress(f"download {basename(path)}", total - at)
-                with open(part, "r+b" if have else "wb") as f:
-                    f.seek(at); f.truncate()
-                    for block in r.iter_content(1 << 13): f.write(block); add(len(block))
-                    f.flush(); os.fsync(f.fileno())
+                with open(part, "r+b" if have else "wb", buffering=0) as f:
+                    f.truncate(f.seek(at))
+                    for block in r.iter_content(1 << 13): add(f.write(block))
+                    os.fsync(f.fileno())
             if total and size_of(part) != total: raise OSError(f"{size_of(part):,} of {total:,} bytes came")
             if not sha or (found := sha256(part)) == sha: return os.replace(part, path)
             os.remove(part)
@@ -123,29 +93,47 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
             print(f"download of {basename(path)} broke off ({str(e)[:100]}), trying again", file=sys.stderr)
             time.sleep(min(wait * 2 ** (failures - 1), 60))
 
-# ---- models of others ------------------------------------------------------------------------------------------------
-
+# ---- models and tokenizers -----------------------------------------------------------------------------------------------
 def pretrained(init_from):
-    """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is one of GPT-2's; "" for scratch and resume."""
+    """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is GPT-2's; "" for scratch and resume."""
     if init_from in ("scratch", "resume"): return ""
-    if init_from in GPT2:
-        folder = join("data", "hf", init_from)
-        for name in ("config.json", "tokenizer.json", "model.safetensors"): fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
-        return folder
-    if not os.path.isdir(init_from): raise ValueError(f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, nor a folder")
-    return init_from
-
-def read_tokenizer(path):
-    """A tokenizer.json: one that bpe.py saved, or a Hugging Face folder's."""
-    return (bpe.Tokenizer.from_hf if "model" in bpe.read(path, json.loads) else bpe.Tokenizer.load)(path)
+    folder = join("data", "hf", init_from) if init_from in GPT2 else init_from
+    for name in ("config.json", "tokenizer.json", "model.safetensors") if init_from in GPT2 else ():
+        fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
+    if os.path.isdir(folder): return folder
+    raise ValueError(f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, nor a folder")
 
 def own_tokenizer(cfg):
     """cfg with the tokenizer of the model that init_from names: other ids would mean nothing to it."""
     folder = pretrained(cfg.init_from)
     if not folder or cfg.init_from in GPT2 and cfg.tokenizer == "gpt2": return cfg
-    return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"), vocab_size=65536)     # what uint16 holds; the model's is train.py's to check
+    # vocab_size: what uint16 holds; whether the model has as many is for train.py to check
+    return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"), vocab_size=65536)
 
-# ---- files -> spans -> documents -------------------------------------------------------------------------------------
+def read_tokenizer(path):
+    """A tokenizer.json: one that bpe.py saved, or a Hugging Face folder's."""
+    return (bpe.Tokenizer.from_hf if "model" in bpe.read(path, json.loads) else bpe.Tokenizer.load)(path)
+
+# once per worker; only from .partial folders, whose names have the hash of the knobs, so that none ever holds two tokenizers
+load_tokenizer = functools.lru_cache(1)(bpe.Tokenizer.load)
+
+def check_vocab(cfg, size):
+    limit = min(cfg.vocab_size, 65536)                      # what uint16 holds
+    if size > limit: raise ValueError(f"the tokenizer has {size} tokens, more than {limit}: set vocab_size, at most to 65536")
+
+# ---- files -> spans -> documents -----------------------------------------------------------------------------------------
+# Bytes start to stop of a file. kind: text (all or a part of one document; last: its end), single (the same, of the only text),
+# jsonl, stories (many documents), tokens (of FineWeb). fate: TRAIN, VAL or FREE.
+Span = collections.namedtuple("Span", "path start stop kind fate last")
+MANY = ("jsonl", "stories")
+
+# Where a text may be cut, so that every split pattern gives the same words as uncut: between two visible characters (in UTF-8),
+# after a line end or before a space; and, since Chinese has no spaces, between an ideograph and a full stop.
+VISIBLE = rb"(?: [!-~] | [\xc3-\xdf][\x80-\xbf] | (?!\xe3\x80\x80)[\xe3-\xef][\x80-\xbf]{2} )"
+TEXT = re.compile(b"(?x)" + VISIBLE + rb"(?: \n (?=" + VISIBLE + rb") | (?=\x20" + VISIBLE + rb") )"
+                  rb"| [\xe5-\xe8][\x80-\xbf]{2} (?=\xe3\x80\x82)")
+CUT = {"text": TEXT, "single": TEXT, "jsonl": re.compile(rb"\n"), "stories": re.compile(rb"\n<\|endoftext\|>\r?\n"),
+       "tokens": re.compile(b"")}
 
 def walk(root, endings=ENDINGS, skip=()):
     found = []
@@ -155,318 +143,280 @@ def walk(root, endings=ENDINGS, skip=()):
     return sorted(found)
 
 def sources(cfg, folder):
-    """[(path, kind, fate)] of the files to read, in order, downloaded where missing. kind "single": the one text there is."""
+    """Spans that cover the files to read, in order; what is missing is downloaded."""
+    def span(path, kind, fate=FREE, start=0):
+        return Span(path, start, size_of(path), kind, fate, True)
+    if cfg.dataset == "fineweb":                            # 256 int32 (20240520, version 1, tokens, zeros), then uint16 tokens
+        paths = [join(folder, f"fineweb_{'train' if n else 'val'}_{n:06d}.bin") for n in range(cfg.num_shards + 1)]
+        os.makedirs(folder, exist_ok=True)
+        need_space(folder, 4e8 * sum(not exists(path) for path in paths))       # the shards, and the bins
+        for path in paths:
+            fetch(FINEWEB + basename(path), path)
+            head, size = np.fromfile(path, "<i4", 256).tolist(), size_of(path)
+            if head[:2] != [20240520, 1] or size != 1024 + 2 * head[2] or np.memmap(path, "<u2", "r", 1024).max() > 50256:
+                raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
+        return [span(path, "tokens", TRAIN if n else VAL, 1024) for n, path in enumerate(paths)]
     if cfg.dataset == "tinystories":                        # validation first: a story that is in both stays there
-        files = {"TinyStoriesV2-GPT4-valid.txt": VAL, "TinyStoriesV2-GPT4-train.txt": TRAIN}
-        for name in files: fetch(TINYSTORIES + name, join(folder, name))
-        return [(join(folder, name), "stories", fate) for name, fate in files.items()]
-    if cfg.dataset == "stdlib":
-        skip = ("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages")
-        paths = walk(sysconfig.get_path("stdlib"), ".py", skip)
+        paths = [join(folder, f"TinyStoriesV2-GPT4-{name}.txt") for name in ("valid", "train")]
+        for path in paths: fetch(TINYSTORIES + basename(path), path)
+        return [span(paths[0], "stories", VAL), span(paths[1], "stories", TRAIN)]
+    paths = []
+    if cfg.dataset == "stdlib": paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP)
     elif cfg.dataset == "shakespeare":
         paths = [join(folder, "input.txt")]
         fetch(SHAKESPEARE, paths[0], SHAKESPEARE_SHA)
-        if sha256(paths[0]) != SHAKESPEARE_SHA:
-            raise ValueError(f"{paths[0]} is not tiny Shakespeare, whose sha256 is {SHAKESPEARE_SHA}: delete it to download it "
-                             "again; a text of your own goes by --dataset=NAME --input=FILE")
-    else:
-        if not cfg.input: raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
-        paths = []
-        for item in [cfg.input] if exists(cfg.input) else map(str.strip, cfg.input.split(",")):
-            if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
-            found = walk(item) if os.path.isdir(item) else [item] * item.endswith(ENDINGS)
-            if not found: raise ValueError(f"--input: nothing to read in {item!r}, only {' '.join(ENDINGS)} files are read")
-            paths += found
-    if not any(map(size_of, paths)): raise ValueError(f"nothing to read: {', '.join(paths[:3]) or 'the standard library'} is empty")
-    return [(path, "jsonl" if path.endswith(".jsonl") else "text" if len(paths) > 1 else "single", FREE) for path in paths]
+    elif not cfg.input: raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
+    for item in map(str.strip, cfg.input.split(",") if cfg.input else ()):
+        if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
+        found = walk(item) if os.path.isdir(item) else [item] * item.endswith(ENDINGS)
+        if not found: raise ValueError(f"--input: nothing to read in {item!r}, only {' '.join(ENDINGS)} files are read")
+        paths += found
+    if not any(map(size_of, paths)): raise ValueError(f"nothing to read: {', '.join(paths[:3])} is empty")
+    if len(paths) > 1 or paths[0].endswith(".jsonl"):
+        return [span(path, "jsonl" if path.endswith(".jsonl") else "text") for path in paths]
+    with open(paths[0], "rb") as f:                         # a single text: its last part is for validation
+        middle = f.seek(int(size_of(paths[0]) * (1 - cfg.val_fraction)))
+        ahead = f.read(3)
+    middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))      # on to a whole character
+    return [Span(paths[0], 0, middle, "single", TRAIN, True), span(paths[0], "single", VAL, middle)]
 
-def cut(path, start, stop, kind, pattern):
-    """Yield (start, stop) of consecutive parts of about UNIT bytes: whole lines of jsonl, whole stories, whole words of a text."""
-    with open(path, "rb") as f:
-        f.seek(start)
-        if kind == "text":
-            end = start
-            for piece in bpe.cut((f.read(min(UNIT, stop - at)) for at in range(start, stop, UNIT)), pattern):
-                end += len(piece)
-                if end - start >= UNIT: yield start, (start := end)
-        while kind != "text" and stop - start > 2 * UNIT:
-            f.seek(start + UNIT)
-            f.readline()
-            while kind == "stories" and (line := f.readline()) and line.strip(b"\r\n") != bpe.ENDOFTEXT.encode(): pass
-            yield start, (start := f.tell())
-        if start < stop: yield start, stop
+def cut(span):
+    """Yield the span in parts of about UNIT bytes; longer where there is no place to cut."""
+    if places := range(span.start + UNIT, span.stop - UNIT, UNIT):
+        with open(span.path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            for place in places:
+                if found := CUT[span.kind].search(text, place, place + UNIT):
+                    yield span._replace(stop=found.end(), last=span.kind in MANY)
+                    span = span._replace(start=found.end())
+    yield span
 
-def make_units(files, val_fraction, pattern):
-    """Lists of spans, about UNIT bytes each, that cover the files in order. Of a single text the last part is for validation."""
-    units, held = [[]], 0
-    for path, kind, fate in files:
-        size, key = os.path.getsize(path), None
-        parts = [(0, size, fate)]
-        if kind == "single":
-            with open(path, "rb") as f:
-                middle = f.seek(int(size * (1 - val_fraction)))
-                while (byte := f.read(1)) and byte[0] & 0xC0 == 0x80: middle += 1       # on to a whole character
-            parts = [(0, middle, TRAIN), (middle, size, VAL)]
-        if kind == "single" or kind == "text" and size > 2 * UNIT: key, kind = int(sha256(path)[:16], 16), "text"
-        for start, stop, fate in parts:
-            for a, b in [(start, stop)] if stop - start <= 2 * UNIT else cut(path, start, stop, kind, pattern):
-                if held >= UNIT: held = units.append([]) or 0
-                first, last = key is None or a == start, key is None or b == stop
-                units[-1].append(Span(path, a, b, kind, fate, key and key ^ start, first, last))
-                held += b - a
-    return units
+def make_units(spans):
+    """Lists of spans, about UNIT bytes each."""
+    spans = [part for span in spans for part in cut(span)]
+    unit = np.cumsum([span.stop - span.start for span in spans]) // UNIT
+    return [[span for span, _ in group] for _, group in itertools.groupby(zip(spans, unit), lambda pair: pair[1])]
 
 def parse(item):
-    """
-    The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an end-of-text, the rest is
-    only read. This is the one place that knows the template, which is plain text, so any tokenizer does:
-    {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])
-    """
-    turn = lambda role, text: role.capitalize() + ": " + text + "\n\n"
+    """The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an
+    end-of-text, the rest is only read. This is the one place that knows the template, which is plain text, for any tokenizer:
+    {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
     if "text" in item: return "text", [(item["text"], True)]
     if "chosen" in item:
-        ask = turn("user", item["prompt"]) + "Assistant:", False
-        return "pairs", [ask, (" " + item["chosen"], True), ask, (" " + item["rejected"], True)]
+        pair = [{"prompt": item["prompt"], "response": item[key]} for key in ("chosen", "rejected")]
+        return "pairs", parse(pair[0])[1] + parse(pair[1])[1]
+    if "instruction" in item:
+        ask = item["instruction"] + ("\n\n" + item["input"] if item.get("input") else "")
+        return parse({"prompt": ask, "response": item["output"]})
     if "messages" in item: messages = [(m["role"], m["content"]) for m in item["messages"]]
-    elif "instruction" in item:
-        messages = [("user", item["instruction"] + ("\n\n" + item["input"] if item.get("input") else "")), ("assistant", item["output"])]
     else: messages = [("user", item["prompt"]), ("assistant", item["response"])]
     parts, ask = [], ""
     for role, text in messages:
         if role == "assistant": parts, ask = parts + [(ask + "Assistant:", False), (" " + text, True)], ""
-        else: ask += turn(role, text)
+        else: ask += role.capitalize() + ": " + text + "\n\n"
     if not parts: raise ValueError("nobody answers")
     return "answers", parts
-
-def documents(span):
-    """The documents of a span, empty ones included, as (form, [(bytes, counts)]): see parse; most have one part, and it counts."""
-    with open(span.path, "rb") as f:
-        f.seek(span.start)
-        data = f.read(span.stop - span.start)
-    if len(data) < span.stop - span.start: raise ValueError(f"{span.path} changed while it was being read: run again")
-    if span.kind == "text": yield "text", [(data, True)]
-    elif span.kind == "stories":
-        stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
-        yield from (("text", [(story, True)]) for story in stories[:-1] + stories[-1:] * bool(stories[-1]))
-    else:
-        for n, line in enumerate(data.split(b"\n")):
-            if not line.strip(): continue
-            try:
-                form, parts = parse(json.loads(line.decode("utf-8", "surrogateescape")))
-                yield form, [(to_bytes(text), counts) for text, counts in parts]
-            except (ValueError, LookupError, TypeError, AttributeError):
-                with open(span.path, "rb") as f: n += sum(f.read(min(UNIT, span.start - i)).count(b"\n") for i in range(0, span.start, UNIT))
-                raise ValueError(f'{span.path}, line {n + 1}: not a JSON object with a "text", nor "messages", "prompt" and "response", '
-                                 f'"instruction" and "output", or "prompt", "chosen" and "rejected": {line[:60]!r}') from None
 
 def to_bytes(text):
     try: return text.encode("utf-8", "surrogateescape")                         # invalid UTF-8 comes out as it went in
     except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # half a pair, written as \ud83d
 
-def joined(doc): return b"".join(text for text, _ in doc[1])
-
-def hash_of(doc): return int.from_bytes(hashlib.blake2b(doc, digest_size=8).digest(), "little")
-
-def hashes(unit):
-    """A row for each document. Of n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
-    rows = []
+def documents(unit):
+    """The documents of spans, empty ones too: (span, form, [(bytes, counts)]), see parse. Most have one part, and it counts."""
     for span in unit:
-        keys = [(hash_of(joined(doc)), FORMS.index(doc[0])) for doc in documents(span)] if span.key is None else [(span.key, 0)]
-        rows += [(key, span.first, span.fate, form) for key, form in keys]
-    return np.array(rows, [("key", "<u8"), ("first", "?"), ("fate", "u1"), ("form", "u1")])
+        with open(span.path, "rb") as f:
+            f.seek(span.start)
+            data = f.read(span.stop - span.start)
+        if len(data) < span.stop - span.start: raise ValueError(f"{span.path} changed while it was being read: run again")
+        if span.kind not in MANY: yield span, "text", [(data, True)]
+        elif span.kind == "stories":
+            stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
+            for story in stories[:-1] + stories[-1:] * bool(stories[-1]): yield span, "text", [(story, True)]
+        else:
+            for n, line in enumerate(data.split(b"\n"), 1):
+                if not line.strip(): continue
+                try:
+                    form, parts = parse(json.loads(line.decode("utf-8", "surrogateescape")))
+                    parts = [(to_bytes(text), counts) for text, counts in parts]
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    with open(span.path, "rb") as f:
+                        n += sum(f.read(min(UNIT, span.start - i)).count(b"\n") for i in range(0, span.start, UNIT))
+                    raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", prompt and '
+                                     f"response, instruction and output, or prompt, chosen and rejected: {line[:60]!r}") from None
+                yield span, form, parts
 
-def choose(found, val_fraction):
-    """
-    For each unit an array with TRAIN, VAL or DROP for each of its documents, from their hashes: a document's split hangs on its own
-    content, so it stays where it is when others are added. Also the numbers of duplicate and of empty documents dropped.
-    """
-    rows = np.concatenate(found)
-    keys, fate = rows["key"][rows["first"]], rows["fate"][rows["first"]]                # all spans of a long text share one fate
-    free, empty, again = fate == FREE, keys == np.uint64(hash_of(b"")), np.ones(len(keys), bool)
-    fate[free] = keys[free] < np.uint64(val_fraction * 2 ** 64)                         # VAL is 1
+# ---- documents -> splits -> token ids ------------------------------------------------------------------------------------
+def read_unit(unit):
+    """-> a row for each document, or part of one, and the set of their forms. key: 64 bits of the sha256 of the text and of where
+    it stands in a long one; size: bytes; counts: bytes to learn."""
+    rows, forms = [], set()
+    for span, form, parts in documents(unit):
+        text, at = b"".join(text for text, _ in parts), 0 if span.kind in MANY else span.start
+        key = int.from_bytes(hashlib.sha256(at.to_bytes(8, "little") + text).digest()[:8], "little")
+        rows.append((key, len(text), sum(len(text) for text, counts in parts if counts), span.fate, span.last))
+        forms.add(form)
+    return np.array(rows, [("key", "<u8"), ("size", "<u8"), ("counts", "<u8"), ("fate", "u1"), ("last", "?")]), forms
+
+def choose(rows, val_fraction):
+    """TRAIN, VAL or DROP for each row; the numbers of duplicate and of empty documents. A document's split hangs on its own key,
+    so it stays when others are added; but the smallest key is always in VAL, the largest in TRAIN. The key of a long text is the
+    sum of its parts'. Of n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
+    ends = np.flatnonzero(rows["last"])
+    starts, fate = np.append(0, ends[:-1] + 1), rows["fate"][ends]
+    keys, empty = np.add.reduceat(rows["key"], starts), np.add.reduceat(rows["size"], starts) == 0
+    again = ~empty
     again[np.unique(keys, return_index=True)[1]] = False
     fate[again | empty] = DROP
-    kept = np.flatnonzero(fate != DROP)
-    if len(kept) < 2: raise ValueError("one document does not make two splits: give more, or a single .txt file")
-    for split, pick in ((VAL, np.argmin), (TRAIN, np.argmax)):                          # a few documents may all fall on one side
-        if not (fate == split).any():
-            fate[kept[pick(keys[kept])]] = split
-            print(f"note: by their hashes no document falls into the {SPLITS[split]} split, so one was moved there")
-    fates = np.split(fate[np.cumsum(rows["first"]) - 1], np.cumsum([len(unit) for unit in found])[:-1])
-    return fates, int((again & ~empty).sum()), int(empty.sum())
-
-# ---- documents -> token ids ------------------------------------------------------------------------------------------
-
-@functools.lru_cache(1)
-def load_tokenizer(path):
-    """GPT-2's if path is "gpt2". Once per worker: a path never holds two tokenizers, for its folder's name has their hash."""
-    try: return bpe.Tokenizer.gpt2() if path == "gpt2" else bpe.Tokenizer.load(path)
-    except ValueError as e: raise ValueError(f"{e}; config/stdlib.py needs no download" if path == "gpt2" else e) from None
+    if (free := fate == FREE).any():
+        limit = np.clip(np.uint64(val_fraction * 2 ** 64), keys[free].min() + np.uint64(1), keys[free].max())
+        fate[free] = keys[free] < limit                     # VAL is 1
+    if not {TRAIN, VAL} <= set(fate.tolist()):
+        raise ValueError("one document does not make two splits: give more, or a single .txt file")
+    return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
 
 def encode_unit(job):
-    """Encode a unit into an npz file: ids and mask of the training split, of the validation split, and the sizes of both."""
-    part, unit, fates, eot, tokenizer, masked = job
-    if exists(part): return part                            # the work of a run that was killed
-    tok, arrays, sizes = load_tokenizer(tokenizer), [], []
-    docs = [(doc, span.last) for span in unit for doc in documents(span)]
+    """(unit, fates of its documents, tokenizer's path) -> what it adds to FILES: ids of both splits, and which of them count."""
+    unit, fates, path = job
+    tok, docs = load_tokenizer(path), list(documents(unit))
     if len(docs) != len(fates): raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
-    for split in (TRAIN, VAL):
-        chosen = [(doc, last) for (doc, last), fate in zip(docs, fates) if fate == split]
-        parts = [(text, counts, eot[:last and counts]) for (_, doc), last in chosen for text, counts in doc]
-        encoded = tok.encode_batch(text for text, _, _ in parts)
-        arrays.append(np.concatenate([eot[:0], *(a for one, (_, _, end) in zip(encoded, parts) for a in (one, end))]))
-        lengths = [len(one) + len(end) for one, (_, _, end) in zip(encoded, parts)]
-        arrays.append(np.repeat(np.array([counts for _, counts, _ in parts], np.uint8), lengths) if masked else np.empty(0, np.uint8))
-        sizes.append((sum(last for _, last in chosen), sum(len(text) for text, _, _ in parts), sum(len(text) for text, counts, _ in parts if counts)))
-    write(part, lambda f: np.savez(f, *arrays, sizes))
-    return part
+    kept = [(text, fate, counts, counts and span.last and span.kind in ("text", *MANY))     # a single text needs no end-of-text
+            for (span, _, parts), fate in zip(docs, fates) if fate != DROP for text, counts in parts]
+    texts, (fate, counts, ends) = [row[0] for row in kept], np.array([row[1:] for row in kept], np.uint8).reshape(-1, 3).T
+    encoded = [np.frombuffer(text, "<u2") for text in texts] if unit[0].kind == "tokens" else tok.encode_batch(texts)
+    end = np.array([tok.special_tokens.get(bpe.ENDOFTEXT, 0)], "<u2")
+    ids = np.concatenate([end[:0], *itertools.chain(*((ids, end[:n]) for ids, n in zip(encoded, ends)))])
+    n = np.array([len(ids) for ids in encoded], int) + ends
+    split, mask = np.repeat(fate, n), np.repeat(counts, n)
+    return [array[split == s] for array in (ids.astype("<u2", copy=False), mask) for s in (TRAIN, VAL)]
 
-def read_part(path):
-    """(split, ids, mask, documents, bytes, bytes that count) of both splits."""
-    with np.load(path) as part: return [(split, part[f"arr_{2 * i}"], part[f"arr_{2 * i + 1}"], *part["arr_4"][i]) for i, split in enumerate(SPLITS)]
+def write_bins(work, encode, jobs, names):
+    """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. Every byte has its place: another
+    run at the same time does no harm. state.json says how far they are, and never more than is safely on the disk."""
+    paths, state = [join(work, name) for name in names], join(work, "state.json")
+    done, sizes = bpe.read(state, json.loads) if exists(state) else (0, [0] * len(names))
+    if any(map(int.__lt__, map(size_of, paths), sizes)): done, sizes = 0, [0] * len(names)  # killed while they got their names
+    if done: print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
+    files, saved = [open(path, "r+b" if exists(path) else "w+b") for path in paths], time.time()
+    for f, size in zip(files, sizes): f.seek(size)
+    for done, arrays in enumerate(encode(jobs[done:]), done + 1):
+        for f, array in zip(files, arrays): f.write(array)
+        if done == len(jobs) or time.time() - saved > SAVE:
+            for f in files:
+                f.flush()
+                os.fsync(f.fileno())
+            sizes, saved = [f.tell() for f in files], time.time()
+            write(state, lambda f: f.write(json.dumps([done, sizes]).encode()))
+    for f in files:
+        f.truncate()
+        f.close()
 
-def read_shards(folder, num_shards, tok):
-    """Yield the same, without masks, of FineWeb's shards: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 tokens."""
-    lengths = np.array([len(tok.decode_bytes([i])) for i in range(tok.vocab_size - 1)] + [0])
-    for n in range(num_shards + 1):
-        split = "train" if n else "val"
-        path = join(folder, f"fineweb_{split}_{n:06d}.bin")
-        fetch(FINEWEB + basename(path), path)
-        head = np.fromfile(path, "<i4", 256)
-        whole = head[:2].tolist() == [20240520, 1] and size_of(path) == 1024 + 2 * head[2]
-        ids = np.fromfile(path, "<u2", offset=1024) if whole else None
-        if not whole or ids.max(initial=0) >= tok.vocab_size:
-            raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
-        counts = sum(np.bincount(part, minlength=tok.vocab_size) for part in np.array_split(ids, len(ids) // UNIT + 1))
-        yield split, ids, ids[:0], counts[-1], counts @ lengths, 0
+def count_tokens(path, tok):
+    """The numbers of documents and of bytes in a bin."""
+    counts, eot = np.zeros(tok.vocab_size, np.int64), tok.special_tokens[bpe.ENDOFTEXT]
+    for at in range(0, size_of(path), UNIT):
+        counts += np.bincount(np.fromfile(path, "<u2", UNIT // 2, offset=at), minlength=tok.vocab_size)
+    return int(counts[eot]), int(sum(counts[i] * len(tok.decode_bytes([i])) for i in range(tok.vocab_size) if i != eot))
 
-# ---- the dataset's folder --------------------------------------------------------------------------------------------
-
+# ---- the dataset's folder ------------------------------------------------------------------------------------------------
 def knobs(cfg):
-    """The knobs that decide what is in data/<dataset>. ValueError for what cannot be right."""
-    if not re.fullmatch(r"\w[\w.-]*", cfg.dataset):
-        raise ValueError(f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -")
-    if cfg.input and cfg.dataset in BUILT_IN:
-        raise ValueError(f"--input={cfg.input} needs a name of its own, --dataset=NAME: {cfg.dataset!r} is taken")
-    if cfg.dataset == "fineweb" and cfg.tokenizer != "gpt2":
-        raise ValueError("fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2")
-    result = {"tokenizer": cfg.tokenizer} | ({"input": cfg.input} if cfg.input else {})
-    if cfg.tokenizer == "bpe":
-        if not 256 <= cfg.vocab_size <= 65536:
-            raise ValueError(f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds")
-        result |= {"vocab_size": cfg.vocab_size, "split_pattern": cfg.split_pattern}
-    elif cfg.tokenizer != "gpt2":
-        if not os.path.isfile(cfg.tokenizer): raise ValueError(f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")
-        result["tokenizer"] = sha256(cfg.tokenizer)
-    if cfg.dataset == "fineweb": return result | {"num_shards": cfg.num_shards}
-    return result | ({} if cfg.dataset == "tinystories" else {"val_fraction": cfg.val_fraction})    # it has a validation split
-
-def check_vocab(cfg, size):
-    limit = min(cfg.vocab_size, 65536)                      # what uint16 holds
-    if size > limit: raise ValueError(f"the tokenizer has {size} tokens, more than {limit}: set vocab_size to at least that, at most 65536")
+    """The knobs that decide what is in data/<dataset>, a tokenizer's file as its sha256. ValueError for what cannot be right."""
+    named = cfg.tokenizer in ("bpe", "gpt2")
+    for wrong, message in (
+        (not re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -"),
+        (cfg.input and cfg.dataset in BUILT_IN, f"--input needs a name of its own by --dataset=NAME: {cfg.dataset!r} is taken"),
+        (cfg.dataset == "fineweb" and cfg.tokenizer != "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2"),
+        (cfg.tokenizer == "bpe" and not 256 <= cfg.vocab_size <= 65536,
+         f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds"),
+        (not named and not os.path.isfile(cfg.tokenizer), f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")):
+        if wrong: raise ValueError(message)
+    names = ["input"] * bool(cfg.input) + ["vocab_size", "split_pattern"] * (cfg.tokenizer == "bpe")
+    names += {"fineweb": ["num_shards"], "tinystories": []}.get(cfg.dataset, ["val_fraction"])
+    return {"tokenizer": cfg.tokenizer if named else sha256(cfg.tokenizer)} | {name: getattr(cfg, name) for name in names}
 
 def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 
 def verify(cfg, deep=False):
-    """
-    The contents of meta.json. FileNotFoundError if the dataset is not prepared; ValueError, with the remedy, if it was prepared with
-    other knobs than cfg's or its bins are not whole. deep: compares their sha256, too.
-    """
+    """The contents of meta.json. FileNotFoundError if the dataset is not prepared; ValueError with the remedy if it was prepared
+    with other knobs than cfg's, or its bins are not whole. deep: compares their sha256, too."""
     folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
     if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
     try:
         with open(join(folder, "meta.json"), encoding="utf-8") as f: meta = json.load(f)
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
-        found = meta["knobs"].get(key)
-        same = key == "tokenizer" and os.path.isfile(cfg.tokenizer) and read_tokenizer(cfg.tokenizer).hash == meta["tokenizer_hash"]
-        if found != value and not same: raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
+        found, file = meta["knobs"].get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
+        if found != value and not (file and read_tokenizer(cfg.tokenizer).hash == meta["tokenizer_hash"]):
+            raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
     for name, digest in meta["sha256"].items():
-        split, _, mask = name.partition(".")
-        path, size = join(folder, name if mask else name + ".bin"), meta["tokens"][split] * (1 if mask else 2)
+        path, size = join(folder, name), meta["tokens"][name.split(".")[0]] * (2 if name.endswith(".bin") else 1)
         if size_of(path) != size: raise ValueError(f"{path} has {size_of(path):,} bytes, not {size:,}: {again}")
         if deep and sha256(path) != digest: raise ValueError(f"{path} has not the sha256 of meta.json: {again}")
     return meta
 
-def write_bins(work, parts, masked):
-    """Join all that read_part yields to train.bin and val.bin, and their masks; returns what meta.json says about them."""
-    meta = {key: dict.fromkeys(SPLITS, 0) for key in ("tokens", "documents", "bytes")}
-    answers = {key: dict.fromkeys(SPLITS, 0) for key in ("tokens", "bytes")}
-    files = {name: open(join(work, name), "wb") for split in SPLITS for name in (f"{split}.bin", f"{split}.mask")[:1 + masked]}
-    for split, ids, mask, documents, size, counted in parts:
-        ids.astype("<u2", copy=False).tofile(files[f"{split}.bin"])
-        if masked: mask.tofile(files[f"{split}.mask"])
-        for key, n in (("tokens", len(ids)), ("documents", documents), ("bytes", size)): meta[key][split] += int(n)
-        for key, n in (("tokens", mask.sum()), ("bytes", counted)): answers[key][split] += int(n)
-    for f in files.values(): f.flush(); os.fsync(f.fileno()); f.close()
-    return meta | ({"answers": answers} if masked else {}) | {"sha256": {name.removesuffix(".bin"): sha256(f.name) for name, f in files.items()}}
+def make_tokenizer(cfg, jobs):
+    """GPT-2's tokenizer, or one trained on the training split."""
+    if cfg.tokenizer == "gpt2": return bpe.Tokenizer.gpt2()
+    docs = (doc for unit, fates, _ in jobs for doc, fate in zip(documents(unit), fates) if fate == TRAIN)
+    texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
+    pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
+    special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
+    return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
 
 def main(cfg):
-    cfg = own_tokenizer(cfg)
-    folder, fineweb, start = join("data", cfg.dataset), cfg.dataset == "fineweb", time.time()
-    meta = {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
-    tok = read_tokenizer(cfg.tokenizer) if cfg.tokenizer not in ("bpe", "gpt2") else None
-    if tok: check_vocab(cfg, tok.vocab_size)
-    def every(label, function, jobs):                       # the units' results, in order, from all cores
-        add = progress(label, sum(sizes))
-        for size, result in zip(sizes, in_order(function, jobs, min(cfg.workers or os.cpu_count(), len(units)))):
-            add(size)
+    start, cfg = time.time(), own_tokenizer(cfg)
+    folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
+    given = None if cfg.tokenizer in ("bpe", "gpt2") else read_tokenizer(cfg.tokenizer)
+    units = make_units(sources(cfg, folder))
+    size = sum(span.stop - span.start for unit in units for span in unit)
+    def every(label, function, jobs):                       # function(job) for each job, in order, from all cores
+        add = progress(label, size * len(jobs) / len(units))
+        for result in bpe.in_order(function, jobs, min(cfg.workers or os.cpu_count(), len(jobs))):
+            add(size / len(units))
             yield result
-    if not fineweb:
-        files = sources(cfg, folder)
-        single = files[0][1] == "single"
-        pattern = tok.pattern if tok else bpe.GPT4_SPLIT if cfg.tokenizer == "bpe" and cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
-        units = make_units(files, cfg.val_fraction, pattern)
-        sizes = [sum(span.stop - span.start for span in unit) for unit in units]
-        found = list(every("read", hashes, units))
-        fates, meta["duplicates"], meta["empty"] = choose(found, cfg.val_fraction)
-        forms = {FORMS[i] for rows in found for i in np.unique(rows["form"])}
-        if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: these files have other texts, too")
-        if forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
-        meta["text_hash"] = hashlib.sha256(b"".join(rows.tobytes() for rows in found)).hexdigest()
-        print(f"{meta['source']}: {sum(sizes):,} bytes in {len(files):,} files, dropped {meta['duplicates']:,} duplicate and "
-              f"{meta['empty']:,} empty documents", flush=True)
-        if not single and (bpe.ENDOFTEXT not in tok.special_tokens if tok else cfg.tokenizer == "bpe" and cfg.vocab_size == 256):
-            raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
+    found, forms = zip(*every("read", read_unit, units))
+    rows, forms = np.concatenate(found), set().union(*forms)
+    if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts")
+    fates, meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
+    if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
+    meta["text_hash"] = hashlib.sha256(rows).hexdigest()
+    print(f"{meta['source']}: {size:,} bytes in {len({span.path for unit in units for span in unit}):,} files, dropped "
+          f"{meta['duplicates']:,} duplicate and {meta['empty']:,} empty documents", flush=True)
     if prepared(cfg):
         try:
-            old = verify(cfg)
-            if all(old.get(key) == meta[key] for key in meta): return print(f"{folder} is prepared already, nothing to do")
+            if verify(cfg).get("text_hash") == meta["text_hash"]: return print(f"{folder} is prepared already, nothing to do")
             print(f"preparing again: the text has changed since {folder} was prepared")
         except ValueError as e: print(f"{e}: doing that")
-    path, work = "gpt2", join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
-    if cfg.tokenizer == "gpt2": tok = load_tokenizer("gpt2")
 
+    work = join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
+    path, names = join(work, "gpt2.json" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
+    jobs = list(zip(units, np.split(fates, np.cumsum(list(map(len, found)))), itertools.repeat(path)))
     os.makedirs(work, exist_ok=True)
-    need_space(work, 4e8 * (cfg.num_shards + 1) if fineweb else 2 * sum(sizes) * (2 if cfg.vocab_size < 1024 else 1))   # parts, bins
-    if cfg.tokenizer != "gpt2":
-        path = join(work, "tokenizer.json")
-        if not tok and not exists(path):
-            texts = (joined(doc) for unit, fate in zip(units, fates) for doc, f in zip(itertools.chain(*map(documents, unit)), fate) if f == TRAIN)
-            special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()                  # 256 are the bytes and nothing else
-            tok = bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, 1 if cfg.workers == 1 else None, sys.stderr.isatty())
-        if tok: tok.save(path)
-        tok = load_tokenizer(path)
+    need_space(work, size * (2 if cfg.vocab_size < 1024 else 1))            # an id is two bytes; a token, two of text or more
+    if not exists(path): (given or make_tokenizer(cfg, jobs)).save(path)
+    tok = load_tokenizer(path)
     check_vocab(cfg, tok.vocab_size)
     eot = tok.special_tokens.get(bpe.ENDOFTEXT)
-    if fineweb: parts = read_shards(folder, cfg.num_shards, tok)
-    else:
-        ends = np.array([] if single else [eot], "<u2")                                 # a single text has nothing to separate
-        jobs = [(join(work, f"{n:06d}.npz"), *job, ends, path, "form" in meta) for n, job in enumerate(zip(units, fates))]
-        if done := sum(exists(job[0]) for job in jobs): print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
-        parts = itertools.chain.from_iterable(map(read_part, list(every("encode", encode_unit, jobs))))
-    meta |= write_bins(work, parts, "form" in meta) | {"vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer": basename(path),
-                                       "tokenizer_hash": tok.hash}
+    if eot is None and units[0][0].kind != "single":
+        raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
+    write_bins(work, functools.partial(every, "encode", encode_unit), jobs, names)
+    def count(key): return {name: int(rows[key][fates == split].sum()) for split, name in enumerate(SPLITS)}
+    meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),
+             "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer_hash": tok.hash,
+             "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {n: sha256(join(work, n)) for n in names}}
+    if masked: meta["answers"] = {"bytes": count("counts"), "tokens": {
+        split: int(np.memmap(join(work, split + ".mask"), np.uint8).sum()) for split in SPLITS}}
+    for split in SPLITS if cfg.dataset == "fineweb" else ():
+        meta["documents"][split], meta["bytes"][split] = count_tokens(join(work, split + ".bin"), tok)
     write(join(work, "meta.json"), lambda f: f.write(json.dumps(meta, indent=1).encode()))
 
-    for name in ("meta.json", "tokenizer.json", "train.mask", "val.mask"):      # without meta.json there is no dataset: nobody sees half of one
+    for name in ("meta.json", "tokenizer.json", *FILES[2:]):    # without meta.json there is no dataset: nobody sees half of one
         if exists(join(folder, name)): os.remove(join(folder, name))
-    for name in ("train.bin", "val.bin", "train.mask", "val.mask", "tokenizer.json", "meta.json"):
+    for name in (*FILES, "tokenizer.json", "meta.json"):
         if exists(join(work, name)): os.replace(join(work, name), join(folder, name))
     for old in glob.glob(join(folder, ".partial-*")): shutil.rmtree(old)
     counts = [f"{split} {meta['tokens'][split]:,} tokens of {meta['documents'][split]:,} documents" for split in SPLITS]
-    print(f"{folder}: {', '.join(counts)}, {meta['bytes']['train'] / meta['tokens']['train']:.2f} bytes per token, in {time.time() - start:.1f} s")
+    print(f"{folder}: {', '.join(counts)}, {meta['bytes']['train'] / meta['tokens']['train']:.2f} bytes per token, "
+          f"in {time.time() - start:.1f} s")
 
 
 if __name__ == "__main__":

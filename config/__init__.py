@@ -34,7 +34,7 @@ class GPTConfig:
     mlp: Literal["relu2", "swiglu", "gelu"] = "relu2"               # activation of the MLP
     bias: bool = False              # biases in linear layers and LayerNorm, as GPT-2
     qk_norm: bool = True            # normalise queries and keys per head before the dot product
-    window_pattern: str = ""        # "" = each layer sees all; "SSSL" repeats: S the last `window` tokens, L all, as does the last layer
+    window_pattern: str = ""        # "" = each layer sees all; "SSSL" repeats: S the last `window` tokens, L all; last: all
     window: int = 0                 # how many that is, a token itself included
     logit_softcap: float = 0.0      # squash logits into (-cap, cap) by cap*tanh(x/cap); 0 = off
     tie_weights: bool = False       # share the embedding with the output head
@@ -42,6 +42,7 @@ class GPTConfig:
     dropout: float = 0.0            # probability of zeroing in attention, MLP and embedding
 
     def __post_init__(self):
+        vars(self).update({name: coerce(name, value) for name, value in vars(self).items()})
         for name, value in vars(self).items():
             if type(value) not in (int, float): continue
             require(value >= 0, f"{name}={value} must not be negative")

@@ -150,10 +150,16 @@ def attention(q, k, v, backend="sdpa", cache=None, window=0, mask=None, dropout_
 
 # ---------------------------------------------------------------------------- the blocks
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with the gain in x's dtype: under autocast the two differ, and its fused kernel would step aside."""
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
+
+
 def norm(config, width, kind="rmsnorm"):
     """LayerNorm has a gain; RMSNorm one if norm_gain (if not, the next matrix absorbs it)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
-    return nn.RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
+    return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
 
 class LoRALinear(nn.Linear):
@@ -258,10 +264,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                     logits.div_(cap).tanh_()
                     slope = 1 - logits.square()                                 # tanh' = 1 - tanh^2
                     logits *= cap
-                logp = logits.log_softmax(-1)
-                loss -= (k * logp.gather(1, t)).sum()
+                logits = logits.log_softmax(-1)                                 # one name, so that one copy stays
+                loss -= (k * logits.gather(1, t)).sum()
                 if not train: continue
-                g = logp.exp_().mul_(k).scatter_add_(1, t, -k)
+                g = logits.exp_().mul_(k).scatter_add_(1, t, -k)
                 if cap: g *= slope
                 g = g.to(dtype)
                 dx[i:i + rows] = g @ w

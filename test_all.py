@@ -5,8 +5,8 @@ What every stage promises, each against an independent twin: naive code, float64
     python -m pytest test_all.py -k "model or train"
     python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
 """
-import base64, copy, csv, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
-    shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, zipfile
+import base64, copy, csv, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, \
+    random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_config_help_names_every_knob_and_comment():
 
 def test_config_every_knob_is_used():
     source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in SCRIPTS + ["model"])
-    source += open(os.path.join(HERE, "config", "__init__.py")).read().split("def head_dim")[1].split("@dataclass")[0]
+    source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"(cfg|config|self)\.{f.name}\b", source)]
 
 
@@ -571,9 +571,12 @@ HF_BAD = {      # what is done to config.json, or to the files; what the one lin
     "rope factors": (dict(rope_scaling=dict(LLAMA3, high_freq_factor=2.0)), "high_freq_factor=2.0"),
     "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"), "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
     "odd width": (dict(hidden_size="32"), "config.json: "), "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
-    "wrong shape": (dict(intermediate_size=48), "wrong shape of model.layers.0.mlp.down_proj.weight and 8 more tensors: [32, 56], not [32, 48]"),
-    "missing": (dict(num_hidden_layers=4), "lacks model.layers.3."), "extra": (dict(num_hidden_layers=2), "unasked for, model.layers.2."),
-    "tied": (dict(tie_word_embeddings=True), "lm_head.weight is not the embedding"), "gate": (dict(hidden_act="relu"), "gate_proj = up_proj"),
+    "wrong shape": (dict(intermediate_size=48), "does not fit its config.json: size mismatch for transformer.h.2.mlp.c_proj.weight: "
+                    "copying a param with shape torch.Size([32, 56]) from checkpoint, the shape in current model is torch.Size([32, 48])"),
+    "missing": (dict(num_hidden_layers=4), "lacks model.layers.3.input_layernorm.weight and 8 more tensors"),
+    "extra": (dict(num_hidden_layers=2), "has model.layers.2.input_layernorm.weight, for which config.json has no place"),
+    "tied": (dict(tie_word_embeddings=True), "model.embed_tokens.weight is unlike its twin: a tied head must be the embedding"),
+    "gate": (dict(hidden_act="relu"), "model.layers.0.mlp.up_proj.weight is unlike its twin"),
     "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"), "bad config": ("config.json", lambda p: p.write_text("{"), "config.json is damaged"),
     "no weights": ("model.safetensors", lambda p: p.unlink(), "model.safetensors is missing"),
     "header": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "model.safetensors is damaged"),
@@ -581,7 +584,7 @@ HF_BAD = {      # what is done to config.json, or to the files; what the one lin
     "cut": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9]), "model.safetensors is damaged"),
     "shard": ("model.safetensors", lambda p: (p.unlink(), (p.parent / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')),
               "1.safetensors is missing (1 of 1 safetensors files)"),
-    "int8": ("model.safetensors", lambda p: __import__("safetensors.torch").torch.save_file({"x": torch.ones(2, dtype=torch.int8)}, p), "x is I8, quantised")}
+    "int8": ("model.safetensors", lambda p: __import__("safetensors.torch").torch.save_file({"lm_head.weight": torch.ones(2, dtype=torch.int8)}, p), "lm_head.weight is torch.int8, quantised")}
 
 
 @pytest.fixture(scope="module")
@@ -598,6 +601,18 @@ def test_model_folder_errors_peer(name, hf_folder, tmp_path, monkeypatch):
     else: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | dict(rope_parameters=None) | bad[0]))
     with pytest.raises(ValueError) as e: model_py.GPT.load(str(folder))
     assert bad[-1] in str(e.value) and str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_model_folder_never_holds_its_weights_twice_peer(hf_folder, monkeypatch):
+    alive, real = [], model_py.hf_tensors
+    def watched(folder):
+        for path, key, t in real(folder):
+            alive.append(weakref.ref(t))
+            assert sum(ref() is not None for ref in alive) <= 2, key
+            yield path, key, t
+    monkeypatch.setattr(model_py, "hf_tensors", watched)
+    model = model_py.GPT.load(str(hf_folder))
+    assert len(alive) == len(model.state_dict()) and sum(ref() is not None for ref in alive) == 0
 
 
 def test_model_folder_needs_safetensors(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ Every knob of every stage, typed, with its default and what it does; and the loa
 A config file is plain Python assignments (see the files beside this one). Any script takes any config file.
 `python train.py --help` prints every knob below. Nothing outside this file knows a default.
 """
-import ast, contextlib, dataclasses, difflib, math, os, re, sys, types, typing
+import ast, contextlib, dataclasses, difflib, math, os, re, runpy, sys, textwrap, types, typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,7 @@ class GPTConfig:
     n_inner: int = 0                # hidden width of the MLP: 0 = 4*n_embd, or 8/3*n_embd for swiglu (same size)
     pos: Literal["rope", "learned", "sinusoidal"] = "rope"          # how a token knows its position
     rope_theta: float = 10000.0     # RoPE's base wavelength
-    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"   # stretch RoPE to a longer context, trained or when sampling
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"   # stretch RoPE, in training or when sampling
     rope_factor: float = 1.0        # by how much: block_size is rope_factor times the length the model was (first) trained at
     rope_trained: int = 0           # that length, in tokens, where it is another: 0 = block_size/rope_factor
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"               # RMSNorm has a learned gain only with norm_gain
@@ -34,7 +34,7 @@ class GPTConfig:
     mlp: Literal["relu2", "swiglu", "gelu"] = "relu2"               # activation of the MLP
     bias: bool = False              # biases in linear layers and LayerNorm, as GPT-2
     qk_norm: bool = True            # normalise queries and keys per head before the dot product
-    window_pattern: str = ""        # "" = every layer sees all; "SSSL", say, repeats over the layers: S sees the last `window` tokens, L all; the last layer is L
+    window_pattern: str = ""        # "" = each layer sees all; "SSSL" repeats: S the last `window` tokens, L all; last: all
     window: int = 0                 # how many that is, a token itself included
     logit_softcap: float = 0.0      # squash logits into (-cap, cap) by cap*tanh(x/cap); 0 = off
     tie_weights: bool = False       # share the embedding with the output head
@@ -42,44 +42,35 @@ class GPTConfig:
     dropout: float = 0.0            # probability of zeroing in attention, MLP and embedding
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(self.head_size or self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        require(self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or self.n_head) == 0,
-                f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}; 0 means n_kv_head = n_head")
-        require(self.pos != "rope" or self.head_dim % 2 == 0,
-                f"pos='rope' rotates pairs: head_size (n_embd/n_head) = {self.head_dim} must be even")
+        vars(self).update({name: coerce(name, value) for name, value in vars(self).items()})
+        for name, value in vars(self).items():
+            if type(value) not in (int, float): continue
+            require(value >= 0, f"{name}={value} must not be negative")
+            for what, (holds, knobs) in RANGES.items():
+                require(name not in knobs or holds(value), f"{name}={value} must be {what}")
+        require(self.head_size or self.n_embd % self.n_head == 0,
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one, or set head_size")
+        require(self.n_head % self.kv_heads == 0, f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        require(self.pos != "rope" or self.head_dim % 2 == 0, f"pos='rope': a head's width, here {self.head_dim}, must be even")
         require(self.pos != "sinusoidal" or self.n_embd % 2 == 0, f"pos='sinusoidal' needs an even n_embd, not {self.n_embd}")
-        require(not (self.tie_weights and self.zero_init),
-                "zero_init would zero the embedding that tie_weights shares: set one of them to False")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout} must be in [0, 1)")
-        require(self.rope_factor >= 1 and (self.rope_scaling == "none") == (self.rope_factor == 1) and (self.pos == "rope" or self.rope_factor == 1),
-                f"rope_scaling={self.rope_scaling!r} and rope_factor={self.rope_factor} belong together: set both, the factor above 1, with pos='rope'")
-        require(min(self.n_inner, self.head_size, self.rope_trained, self.logit_softcap) >= 0 and min(self.rope_theta, self.norm_eps) > 0,
-                "n_inner, head_size, rope_trained and logit_softcap must be at least 0 (0 = default, off), rope_theta and norm_eps above 0")
-        require(set(self.window_pattern) <= {"S", "L"} and self.window >= 0 and ("S" in self.window_pattern) == (self.window > 0),
-                f"window_pattern={self.window_pattern!r} and window={self.window} belong together: a pattern of S and L such as 'SSSL', and a window above 0")
+        require(not (self.tie_weights and self.zero_init), "zero_init would zero the embedding that tie_weights shares: drop it")
+        require((self.rope_scaling != "none") == (self.rope_factor > 1) and (self.pos == "rope" or self.rope_factor == 1),
+                f"rope_scaling={self.rope_scaling!r} and rope_factor={self.rope_factor} > 1 belong together, and with pos='rope'")
+        require(set(self.window_pattern) <= set("SL") and ("S" in self.window_pattern) == (self.window > 0),
+                f"window_pattern={self.window_pattern!r} and window={self.window} belong together, such as 'SSSL' and 128")
         require(not self.norm_gain or self.norm == "rmsnorm", "norm_gain is RMSNorm's: layernorm always has its own")
 
-    @property
-    def head_dim(self): return self.head_size or self.n_embd // self.n_head
-
-    @property
-    def kv_heads(self): return self.n_kv_head or self.n_head
-
-    @property
-    def trained_length(self): return self.rope_trained or self.block_size / self.rope_factor
+    head_dim = property(lambda self: self.head_size or self.n_embd // self.n_head)
+    kv_heads = property(lambda self: self.n_kv_head or self.n_head)
+    trained_length = property(lambda self: self.rope_trained or self.block_size / self.rope_factor)
+    swiglu_inner = property(lambda self: 64 * max(round(self.n_embd * 8 / 3 / 64), 1))
+    inner = property(lambda self: self.n_inner or (self.swiglu_inner if self.mlp == "swiglu" else 4 * self.n_embd))
 
     @property
     def windows(self):
         """How many tokens each layer sees, 0 = all: window_pattern="SL", window=64, n_layer=5 -> [64, 0, 64, 0, 0]"""
-        pattern = self.window_pattern or "L"
-        return [self.window if pattern[layer % len(pattern)] == "S" else 0 for layer in range(self.n_layer - 1)] + [0]
-
-    @property
-    def inner(self):
-        if self.n_inner: return self.n_inner
-        return 64 * round(self.n_embd * 8 / 3 / 64) or 64 if self.mlp == "swiglu" else 4 * self.n_embd
+        letters = (self.window_pattern or "L") * self.n_layer
+        return [self.window * (letter == "S") for letter in letters[:self.n_layer - 1]] + [0]
 
 
 @dataclass
@@ -87,7 +78,7 @@ class Config(GPTConfig):
     """GPTConfig plus the knobs of data, tokenizer, training and sampling. `cfg.model()` is the GPTConfig alone."""
     # data (prepare.py)
     dataset: str = "stdlib"         # stdlib, shakespeare, tinystories, fineweb, or any name of yours together with --input
-    input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated; for bench.py eval texts to measure
+    input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated; bench.py eval: to measure
     tokenizer: str = "bpe"          # bpe = train our own on the training split; gpt2; or the path of a tokenizer.json
     split_pattern: Literal["gpt2", "gpt4"] = "gpt2"                 # how bpe cuts text into words before merging
     val_fraction: float = 0.1       # share of the documents (of a single text: its last part) held out for validation
@@ -95,7 +86,7 @@ class Config(GPTConfig):
     workers: int = 0                # processes that encode; 0 = one per core
     # run (train.py)
     out_dir: str = ""               # checkpoints and log; "" = out/<dataset> to train, the newest run in out/ to sample
-    init_from: str = "scratch"      # scratch; resume = go on from out_dir/ckpt.pt; gpt2, gpt2-medium, -large, -xl or a Hugging Face folder
+    init_from: str = "scratch"      # scratch; resume = from out_dir/ckpt.pt; gpt2, -medium, -large, -xl; Hugging Face folder
     max_iters: int = 1000           # optimizer steps
     batch_size: int = 16            # sequences per forward pass on one device
     tokens_per_step: int = 0        # tokens per optimizer step over all devices; 0 = batch_size*block_size on one device
@@ -112,7 +103,7 @@ class Config(GPTConfig):
     # fine-tuning (train.py)
     objective: Literal["tokens", "dpo"] = "tokens"  # tokens: predict the next; dpo: prefer the chosen answers of prepared pairs
     dpo_beta: float = 0.1           # dpo: how much a step away from the starting model costs; smaller = free to go further
-    lora_rank: int = 0              # freeze the model and learn low-rank additions to its attention matrices; 0 = train every weight
+    lora_rank: int = 0              # freeze the model and learn low-rank additions to its attention; 0 = train every weight
     # optimizer (model.py, train.py)
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest
     learning_rate: float = 6e-4     # AdamW's, for every parameter that has no rate of its own below
@@ -131,11 +122,11 @@ class Config(GPTConfig):
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the forward pass; weights stay float32 in training
-    grad_checkpoint: bool = False   # keep only each block's input and compute its activations again in the backward pass: less memory
-    shard_optimizer: bool = False   # torchrun: each rank keeps a part of the optimizer state (ZeRO stage 1, arXiv:1910.02054)
+    grad_checkpoint: bool = False   # less memory: keep only each block's input and compute the rest again in the backward pass
+    shard_optimizer: bool = False   # torchrun: each rank keeps a part of the optimizer state (ZeRO 1, arXiv:1910.02054)
     compile: bool | None = None     # torch.compile; unset = in training on CUDA, where it pays within a minute
     # evaluation (bench.py eval)
-    task: str = ""                  # questions: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files of theirs, comma separated
+    task: str = ""                  # questions: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored in each window of a text; 0 = block_size/2: each sees half a context at least
     # sampling (sample.py)
     start: str = ""                 # the prompt, or FILE:path; "" = begin with the end-of-text token
@@ -163,89 +154,84 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_iters", "batch_size", "max_bad_steps", "eval_interval", "log_interval", "num_samples", "max_new_tokens", "num_shards",
-                     "num_beams", "best_of", "prefill_chunk"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("tokens_per_step", "eval_tokens", "workers", "warmup_iters", "temperature", "top_k", "weight_decay", "grad_clip",
-                     "length_penalty", "sinks", "speculate", "sample_interval", "keep_checkpoints", "profile", "lora_rank", "dpo_beta", "stride"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("min_lr_frac", "min_p", "decay_frac", "beta1", "beta2"):
-            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be between 0 and 1")
-        require(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must lie between 0 and 1")
-        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]; 1 keeps every token")
-        require(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty} must be above 0; 1 = off")
-        require(not self.lora_rank or self.init_from != "scratch", f"lora_rank={self.lora_rank} adapts a trained model: say which by --init_from=gpt2 or a folder")
-        require(self.objective != "dpo" or self.batch_size % 2 == 0, f"objective='dpo' trains on pairs: batch_size={self.batch_size} must be even")
-        require(self.num_beams == 1 or self.temperature == 0 and self.num_samples <= self.num_beams and self.best_of == 1 and not self.speculate,
-                f"num_beams={self.num_beams} is a search, not a draw: it needs --temperature=0, best_of=1, speculate=0 and num_samples <= num_beams")
+        require(not self.lora_rank or self.init_from != "scratch", "lora_rank adapts a trained model: say which by --init_from")
+        require(self.objective != "dpo" or self.batch_size % 2 == 0, f"dpo has pairs: batch_size={self.batch_size} must be even")
+        alone = self.temperature == 0 and self.num_samples <= self.num_beams and self.best_of == 1 and not self.speculate
+        require(self.num_beams == 1 or alone,
+                "num_beams is a search, not a draw: it needs temperature=0, best_of=1, speculate=0 and num_samples <= num_beams")
 
     def model(self):
         return GPTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig)})
+
+
+# what a number must be, besides not negative: (test, knobs)
+RANGES = {"at least 1": (lambda x: x >= 1, """block_size vocab_size n_layer n_head n_embd rope_factor max_iters batch_size
+              max_bad_steps eval_interval log_interval num_samples max_new_tokens num_beams best_of num_shards
+              prefill_chunk""".split()),
+          "above 0": (lambda x: x > 0, "rope_theta norm_eps repetition_penalty".split()),
+          "in [0, 1]": (lambda x: x <= 1, "min_lr_frac min_p decay_frac beta1 beta2".split()),
+          "in (0, 1]": (lambda x: 0 < x <= 1, ["top_p"]),
+          "below 1": (lambda x: x < 1, ["dropout"]),
+          "in (0, 1)": (lambda x: 0 < x < 1, ["val_fraction"])}
+KINDS = typing.get_type_hints(Config)
 
 
 def require(ok, message):
     if not ok: raise ValueError(message)
 
 
-KINDS = typing.get_type_hints(Config)
+def coerce(key, value, word=False):
+    """`value` for knob `key` as its type, read first if it is a word: coerce("max_iters", "1e3", word=True) -> 1000"""
+    kind = KINDS[key]
+    choices = {bool: (True, False), bool | None: (True, False, None)}.get(kind, typing.get_args(kind))
+    if word and choices: value = next((choice for choice in choices if str(choice).lower() == value.lower()), value)
+    elif word and kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError): value = ast.literal_eval(value)
+    if type(value) in (int, float) and kind in (int, float) and math.isfinite(value) and kind(value) == value: return kind(value)
+    if type(value) is kind is str or repr(value) in map(repr, choices): return value       # repr: 1 is not True here
+    raise ValueError(f"{key} wants {' or '.join(map(repr, choices)) or kind.__name__}, not {value!r}")
 
 
-def coerce(key, value, text):
-    """`value` for knob `key` as its type: coerce("max_iters", "1e3", text=True) -> 1000. `text`: it is a word of the command line."""
-    kind, choices = KINDS[key], typing.get_args(KINDS[key])
-    if text and kind is not str and value not in choices:
-        with contextlib.suppress(ValueError, SyntaxError): value = ast.literal_eval(value.title() if value.isalpha() else value)
-    if kind in (int, float):
-        if type(value) in (int, float) and math.isfinite(value) and kind(value) == value: return kind(value)
-    elif value in choices if typing.get_origin(kind) is Literal else isinstance(value, kind): return value
-    wanted = " or ".join(map(repr, choices)) if typing.get_origin(kind) is Literal else "True or False" if bool in (kind, *choices) else kind.__name__
-    raise ValueError(f"{key} wants {wanted}, not {value!r}")
+def read(path):
+    """{knob: value} of a config file."""
+    require(os.path.isfile(path), f"no config file {path!r} (knobs are written --key=value; config files end in .py)")
+    try: scope = runpy.run_path(path)
+    except Exception as e: raise ValueError(f"{path}: not a config file of plain assignments: {type(e).__name__}: {e}") from None
+    return {key: value for key, value in scope.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)}
 
 
 def load(argv):
     """Config from command-line words: files of assignments and --key=value, --key, --no_key. ValueError for what is wrong."""
-    values, files, flags = {}, [a for a in argv if not a.startswith("--")], [a[2:] for a in argv if a.startswith("--")]
-    if "help" in flags or "-h" in files:
-        print(usage()); raise SystemExit(0)
-    def put(key, value, where, text):
-        if key not in KINDS:
-            near = difflib.get_close_matches(key, KINDS, n=1)
-            raise ValueError(f"{where}: unknown knob {key!r}" + (f", did you mean {near[0]!r}?" if near else "") + " (--help lists all)")
-        try: values[key] = coerce(key, value, text)
-        except ValueError as e: raise ValueError(f"{where}: {e}") from None
-    for path in files:
-        if not os.path.isfile(path):
-            raise ValueError(f"no config file {path!r} (knobs are written --key=value; config files end in .py)")
-        scope = {}
-        try:
-            with open(path, encoding="utf-8") as f: exec(compile(f.read(), path, "exec"), scope)
-        except Exception as e:
-            raise ValueError(f"{path}: not a config file of plain assignments: {type(e).__name__}: {e}") from None
-        for key, value in scope.items():
-            if not key.startswith("_") and not isinstance(value, types.ModuleType): put(key, value, path, False)
-    for flag in flags:
-        key, equals, value = flag.partition("=")
-        if not equals: key, value = (key[3:], "False") if key.startswith("no_") and key[3:] in KINDS else (key, "True")
-        put(key, value, "--" + flag.partition("=")[0], True)
+    if {"--help", "-h"} & set(argv):
+        print(usage())
+        raise SystemExit(0)
+    values = {}
+    for word in sorted(argv, key=lambda word: word.startswith("--")):       # files first: a flag beats them wherever it stands
+        name, equals, text = word.partition("=")
+        if not word.startswith("--"): name, equals, given = word, "", read(word)
+        elif equals: given = {name[2:]: text}
+        else: given = {name[5:]: False} if name.startswith("--no_") and name[5:] in KINDS else {name[2:]: True}
+        for key, value in given.items():
+            hint = "".join(f", did you mean {near!r}?" for near in difflib.get_close_matches(key, KINDS, n=1))
+            require(key in KINDS, f"{name}: unknown knob {key!r}{hint} (--help lists all)")
+            try: values[key] = coerce(key, value, word=bool(equals))
+            except ValueError as e: raise ValueError(f"{name}: {e}") from None
     return Config(**values)
 
 
 def usage():
     """Every knob with its default and comment, read from the two classes above."""
     with open(__file__, encoding="utf-8") as f: source = f.read()
-    knobs = re.findall(r"^    (?:(# .*)|(\w+): (.+?) = (.+?) +# (.+))$", source.split("@dataclass\nclass GPTConfig")[1].split("def require")[0], re.M)
-    lines = [head or f"  --{key:<20}{kind.replace('Literal', ''):<12} {comment} (default {default})" for head, key, kind, default, comment in knobs]
-    return f"{(__doc__ or '').strip()}\n\n# model\n" + "\n".join(lines)
+    lines = [f"{__doc__.strip()}\n\n# model (model.py)"]
+    for heading, key, kind, default, comment in re.findall(r"^    (?:(# .*)|(\w+): (.+?) = (.+?) +# (.+))$", source, re.M):
+        lines.append(heading or f"  --{key:<20}{kind.removeprefix('Literal'):<12} {comment} (default {default})")
+    return "\n".join(lines)
 
 
 def show(cfg):
     """The resolved config on a few lines, for the start of a run."""
-    out, line = [], ""
-    for f in dataclasses.fields(cfg):
-        item = f"{f.name}={getattr(cfg, f.name)!r}"
-        if len(line) + len(item) > 118: out, line = out + [line], ""
-        line += "  " + item
-    return "\n".join(out + [line])
+    text = "  ".join(f"{key}={value!r}" for key, value in vars(cfg).items())
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def run(main, parse=load):

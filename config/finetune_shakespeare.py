@@ -1,4 +1,5 @@
-# GPT-2 taught to write like Shakespeare, nanoGPT's recipe: few steps, a small constant rate. With --lora_rank=8 --learning_rate=1e-3 on less memory.
+# GPT-2 taught to write like Shakespeare, nanoGPT's recipe: few steps, a small constant rate.
+# With --lora_rank=8 --learning_rate=1e-3 on less memory.
 init_from = "gpt2"
 dataset = "shakespeare"
 tokenizer = "gpt2"

@@ -1,4 +1,5 @@
-# nanoGPT's documented CPU run on tiny Shakespeare, as a baseline: GPT-2's parts, AdamW, one byte a token. The modern run is shakespeare.py.
+# nanoGPT's documented CPU run on tiny Shakespeare, as a baseline: GPT-2's parts, AdamW, one byte a token.
+# The modern run is shakespeare.py.
 dataset = "shakespeare"
 out_dir = "out/shakespeare_classic"
 vocab_size = 256                        # the bytes themselves: this text has 65 of them

@@ -5,7 +5,7 @@ What every stage promises, each against an independent twin: naive code, float64
     python -m pytest test_all.py -k "model or train"
     python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
 """
-import base64, copy, dataclasses, glob, hashlib, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
+import base64, copy, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math, os, random, re, \
     shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, zipfile
 from collections import Counter
 from pathlib import Path
@@ -2645,13 +2645,14 @@ def test_sample_ragged_batch_equals_each_row_recomputed(shape, chunk):
         assert row.tokens == sample_recomputed(model, row.prompt, row.seed, 20, top_p=0.95)
 
 
-def test_sample_prefill_logits_equal_uncached_at_the_last_token_of_every_row():
+def test_sample_prefill_then_a_step_gives_the_uncached_logits_of_every_row():
     model, prompts = sample_gpt(), SAMPLE_PROMPTS[:3]
     for chunk in (1, 2, 3, 7, 64):
         cache = model_py.KVCache(model.config, 3, 20, sample_CPU, torch.float32)
-        logits = sample.prefill(model, prompts, cache, chunk)
+        sample.prefill(model, [p[:-1] for p in prompts], cache, chunk)
+        assert cache.lengths.tolist() == [0, 8, 2]
+        logits = model(torch.tensor([p[-1:] for p in prompts]), cache=cache)[0][:, 0]
         for row, p in zip(logits, prompts): torch.testing.assert_close(row, model(torch.tensor([p]))[0][0, -1], atol=1e-4, rtol=1e-4)
-        assert cache.lengths.tolist() == [1, 9, 3]
 
 
 def test_sample_rows_that_end_leave_the_batch_and_disturb_nobody():
@@ -2697,8 +2698,8 @@ def test_sample_draw_edges_never_pick_what_is_filtered():
 
 
 def test_sample_repetition_penalty_against_plain_python_and_with_drafts():
-    logits, seen = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]])
-    assert sample.penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    logits = torch.tensor([[[2.0, -2.0, 1.0]], [[2.0, -2.0, 1.0]]])
+    assert sample.penalise(logits, [[1, 0, 1], [2]], 2.0).tolist() == [[[1.0, -4.0, 1.0]], [[2.0, -2.0, 0.5]]]
     model, prompt, ids = sample_gpt(), [5, 6, 5], [5, 6, 5]
     for _ in range(20):
         l = model(torch.tensor([ids]))[0][0, -1, :280]
@@ -2772,6 +2773,11 @@ def test_sample_reads_stops():
     with pytest.raises(ValueError, match=re.escape("<|nothing|>")): sample.read_stops(config.Config(stop="<|nothing|>"), sample_TOK)
 
 
+def sample_beams(model, prompt, cfg, V, ends=()):
+    for found in sample.decode(model, [sample.Row(prompt, 0, sample_TOK, cfg, ends)], cfg, V, Counter()): pass
+    return found
+
+
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0])
 def test_sample_beam_search_equals_exhaustive_search(penalty):
     V, L, end = 4, 4, 2
@@ -2785,11 +2791,11 @@ def test_sample_beam_search_equals_exhaustive_search(penalty):
                 every.append((sum(logp[1 + i, t].item() for i, t in enumerate(seq)) / n ** penalty, list(seq)))
         every.sort(reverse=True)
         cfg = config.Config(num_beams=V ** L, temperature=0, max_new_tokens=L, length_penalty=penalty)
-        found = sample.beam_search(model, sample.Row([1, 0], 0, sample_TOK, cfg, {end}), cfg, V)
+        found = sample_beams(model, [1, 0], cfg, V, {end})
         assert [r.tokens for r in found][:20] == [s for _, s in every][:20]
         assert found[0].score(penalty) == pytest.approx(every[0][0], abs=1e-4)
         narrow = dataclasses.replace(cfg, num_beams=1)
-        greedy = sample.beam_search(model, sample.Row([1, 0], 0, sample_TOK, narrow), narrow, V)[0].tokens
+        greedy = sample_beams(model, [1, 0], narrow, V)[0].tokens
         assert greedy == sample_recomputed(model, [1, 0], 0, L, temperature=0)
 
 
@@ -2813,7 +2819,7 @@ def test_sample_narrow_beams_equal_a_naive_search_that_never_stops_early():
     for seed, n, penalty in itertools.product(range(6), (2, 3), (0.0, 1.0, 2.0)):
         model, V, L = sample_gpt(seed=seed, vocab_size=6, noise=0.2), 6, 9
         cfg = config.Config(num_beams=n, temperature=0, max_new_tokens=L, length_penalty=penalty)
-        found = sample.beam_search(model, sample.Row([1, 0], 0, sample_TOK, cfg, {2}), cfg, V)
+        found = sample_beams(model, [1, 0], cfg, V, {2})
         want = sample_naive_beams(model, [1, 0], n, V, 2, L, penalty)
         assert found[0].tokens == want[0] and [r.tokens for r in found] == want
         lengths.add(len(want[0]))
@@ -2824,10 +2830,10 @@ def test_sample_beam_search_wider_is_no_worse_and_passes_the_context():
     model, best = sample_gpt(vocab_size=280), []
     for n in (1, 2, 8):
         cfg = config.Config(num_beams=n, temperature=0, max_new_tokens=12)
-        best.append(sample.beam_search(model, sample.Row([3, 4], 0, sample_TOK, cfg), cfg, 280)[0].score(1.0))
+        best.append(sample_beams(model, [3, 4], cfg, 280)[0].score(1.0))
     assert best[0] <= best[2] + 1e-6
     cfg = config.Config(num_beams=3, temperature=0, max_new_tokens=90)
-    assert [len(r.tokens) for r in sample.beam_search(model, sample.Row([3, 4], 0, sample_TOK, cfg), cfg, 280)] == [90] * 3
+    assert [len(r.tokens) for r in sample_beams(model, [3, 4], cfg, 280)] == [90] * 3
 
 
 def test_sample_window_equals_a_slow_twin():
@@ -3013,10 +3019,12 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
     fed, hidden = [], model_py.GPT.hidden
     monkeypatch.setattr(model_py.GPT, "hidden", lambda self, idx, cache=None: (fed.append(idx[0].tolist()), hidden(self, idx, cache))[1])
     sample_main(capsys, f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0")
-    eot, turns = sample_TOK.special_tokens["<|endoftext|>"], [i for i in fed if len(i) > 1]
-    assert turns[0] == [eot] + sample_TOK.encode("the cat\n") and turns[1][1:] == sample_TOK.encode("the mat\n") and len(turns) == 8
-    model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:fed.index(turns[1]) + 1], [])
-    after = fed[fed.index(turns[1]) + 1][0]         # the first token of the second answer: what the whole text so far calls for
+    eot, at = sample_TOK.special_tokens["<|endoftext|>"], [i for i, ids in enumerate(fed) if len(ids) > 1]
+    first, second = sample_TOK.encode("the cat\n"), sample_TOK.encode("the mat\n")    # the last id of each is fed by the first step
+    assert fed[at[0]] == [eot] + first[:-1] and fed[at[0] + 1] == first[-1:] and len(at) == 8
+    assert fed[at[1]][1:] == second[:-1] and fed[at[1] + 1] == second[-1:]              # after the last of the answer, nothing again
+    model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:at[1] + 2], [])
+    after = fed[at[1] + 2][0]                       # the first token of the second answer: what the whole text so far calls for
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
 
 
@@ -3024,16 +3032,17 @@ def test_sample_visualize_is_one_page_with_attention_that_sums_to_one(tmp_path, 
     sample_checkpoint(tmp_path, window_pattern="SL", window=3)
     sample_main(capsys, f"--out_dir={tmp_path}", "--start=</script> the cat", "--max_new_tokens=9", f"--visualize={tmp_path}/v.html")
     page = (tmp_path / "v.html").read_text()
-    data = json.loads(re.search(r"const d = (\{.*\}), T =", page).group(1))
-    maps = torch.frombuffer(bytearray(__import__("base64").b64decode(data["maps"])), dtype=torch.uint8)
-    T = len(data["tokens"])
-    maps = maps.view(data["L"], data["H"], T, T).float() / 255
-    assert (maps.sum(-1) - 1).abs().max() < 0.06 and (maps.triu(1) == 0).all() and (maps[0].tril(-3) == 0).all() and page.count("</script>") == 1 and "http" not in page
-    model = sample.load(config.Config(out_dir=str(tmp_path)))[0]
-    ids = sample_TOK.encode("</script> the cat")
+    spans = [(html.unescape(title or ""), html.unescape(text)) for title, text in re.findall(r'<span(?: title="(.*?)" style=".*?")?>(.*?)</span>', page, re.S)]
+    assert "".join(text for _, text in spans).startswith("</script> the cat") and page.count("</script>") == 1 and "http" not in page
+    maps = torch.tensor(list(base64.b64decode(re.search(r'atob\("(.*?)"\)', page)[1]))).view(2, 4, len(spans), len(spans)) / 255
+    assert (maps.sum(-1) - 1).abs().max() < 0.06 and (maps.triu(1) == 0).all() and (maps[0].tril(-3) == 0).all() and (maps[1].tril(-3) > 0).any()
+    model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sample_TOK.encode("</script> the cat")
     p = model(torch.tensor([ids]))[0][0, :, :sample_TOK.vocab_size].softmax(-1)
-    assert [k["p"] for k in data["tokens"][1:len(ids)]] == pytest.approx([p[i - 1, t].item() for i, t in enumerate(ids)][1:], abs=1e-4)
-    assert "".join(k["t"] for k in data["tokens"]).startswith("</script> the cat")
+    for i, (title, text) in enumerate(spans[1:len(ids)]):       # the token itself, then the likeliest, each with its probability
+        own, *likely = [(float(line.split("%")[0]), line.split("% ", 1)[1]) for line in title.split("\n")]
+        assert own == (pytest.approx(100 * p[i, ids[i + 1]].item(), abs=0.06), repr(text)) and len(likely) == 8
+        assert likely[0] == (pytest.approx(100 * p[i].max().item(), abs=0.06), repr(sample_TOK.decode([p[i].argmax().item()])))
+        assert likely == sorted(likely, key=lambda x: -x[0])
 
 
 def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path, capsys):

@@ -130,7 +130,7 @@ def export(cfg):
                          model_max_length=model.config.block_size, clean_up_tokenization_spaces=False)
         Path(whole, "tokenizer_config.json").write_text(json.dumps(about_tok, indent=1), encoding="utf-8")
         os.rename(whole, folder)
-    print(f"{about} -> {folder}: {family}, {tok.vocab_size:,} tokens")
+    print(f"{about} -> {folder}: {family}, {dtype}, {tok.vocab_size:,} tokens")
 
 # ---------------------------------------------------------------------------- a continuation and its next token
 
@@ -258,7 +258,7 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     The cache lacks each row's last id: a step feeds that, at first the prompt's last, with a draft of what may follow.
     cache: where the one row has its earlier text. static: compile, with shapes that stay (beams have none). stats: a Counter of
     tokens, seconds, steps and bytes read, those of the prompts apart."""
-    clock, device, beams = time.perf_counter(), model.transformer.wte.weight.device, cfg.num_beams > 1
+    device, beams, clock = model.transformer.wte.weight.device, cfg.num_beams > 1, time.perf_counter()
     texts = [tuple(row.ids[row.read:-1]) for row in rows]
     once = list(dict.fromkeys(texts))           # equal prompts are read once
     if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
@@ -266,7 +266,8 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     prefill(model, once, cache, cfg.prefill_chunk)
     for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
     if len(once) < len(rows): cache.reorder([once.index(text) for text in texts])
-    live, found, cache.static = rows, [] if beams else rows, (static := static and not beams)
+    static = cache.static = static and not beams
+    live, found = rows, [] if beams else rows
     step = lambda idx, cache: model.head(model.hidden(idx, cache))
     if static: step = torch.compile(step, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
@@ -383,7 +384,7 @@ const paint = color => spans.forEach((span, i) => span.style.background = color(
 const red = spans.map(span => span.style.background);
 spans.forEach((span, on) => {
   const look = i => maps[((+layer.value * heads + +head.value) * spans.length + on) * spans.length + i];
-  span.onmouseenter = () => paint(i => `rgba(30, 90, 230, ${look(i) / 255})`);
+  span.onmouseenter = () => paint(i => `rgba(30, 90, 230, ${Math.sqrt(look(i) / 255)})`);
   span.onmouseleave = () => paint(i => red[i]);
 });
 </script>"""

@@ -2994,6 +2994,11 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
     every = [json.loads(l) for l in sample_main(capsys, *args, "--start=the cat", "--num_samples=6", "--logprobs").splitlines()]
     mean = lambda l: -l["logprob"] / l["tokens"]
     assert [b["text"] for b in best] == [e["text"] for e in sorted(every, key=mean)[:2]]
+    kw = dict(num_beams=3, temperature=0, num_samples=2, max_new_tokens=12, repetition_penalty=1.2)
+    beams = [json.loads(l) for l in sample_main(capsys, out, f"--prompts={tmp_path}/p.txt", *(f"--{k}={v}" for k, v in kw.items())).splitlines()]
+    cfg, model, eot = config.Config(**kw), sample.load(config.Config(out_dir=str(tmp_path)))[0], sample_TOK.special_tokens["<|endoftext|>"]
+    found = [row for l in lines[::2] for row in sample_beams(model, sample_TOK.encode(l["prompt"]), cfg, sample_TOK.vocab_size, {eot})[:2]]
+    assert [(l["text"], l["sample"]) for l in beams] == [(row.text, i % 2) for i, row in enumerate(found)]
 
 
 def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsys):
@@ -3007,6 +3012,13 @@ def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsy
     (tmp_path / "x.txt").write_text("the cat")
     text = sample_main(capsys, "--start=FILE:x.txt", "--num_samples=3", "--max_new_tokens=8")
     assert text == sample_main(capsys, "--start=the cat", "--num_samples=3", "--max_new_tokens=8") and text.count("---------------") == 2
+    lines = sample_main(capsys, "--start=the cat", "--num_samples=3", "--max_new_tokens=8", "--logprobs").splitlines()
+    assert text == "\n---------------\n".join("the cat" + json.loads(line)["text"] for line in lines) + "\n"
+    shown = []                                      # as it is written, whatever the batches
+    with monkeypatch.context() as m:
+        m.setattr(sample, "print", lambda *words, end="\n", file=None, flush=False: file or shown.append("".join(words) + end), raising=False)
+        sample.main(config.load(["--start=the cat", "--num_samples=3", "--max_new_tokens=8", "--batch_size=1"]))
+    assert "".join(shown) == text and len(shown) > 20
     empty = sample_main(capsys, "--max_new_tokens=8", "--temperature=0")
     model = sample.load(config.Config())[0]
     eot = sample_TOK.special_tokens["<|endoftext|>"]

@@ -370,8 +370,7 @@ def visualize(model, row, path):
         style = f"background: rgba(230, 60, 30, {red:.2f})"
         spans.append(f'<span title="{html.escape(title)}" style="{style}">{html.escape(name(t))}</span>')
     maps = base64.b64encode(torch.cat(maps).numpy().tobytes()).decode()
-    page = PAGE % (c.n_layer - 1, c.n_head - 1, "".join(spans), maps, c.n_head)
-    with open(path, "w", encoding="utf-8") as f: f.write(page)
+    Path(path).write_text(PAGE % (c.n_layer - 1, c.n_head - 1, "".join(spans), maps, c.n_head), encoding="utf-8")
 
 PAGE = r"""<!doctype html><meta charset="utf-8"><title>sample.py --visualize</title>
 <style>body {font: 15px/1.7 monospace; margin: 2em} p {white-space: pre-wrap}</style>
@@ -395,6 +394,7 @@ def main(cfg):
     size, say = model.config.block_size, lambda line: print(line, file=sys.stderr, flush=True)
     (prompts, texts), (ends, stops) = read_prompts(cfg, tok, size), read_stops(cfg, tok)
     if 2 * cfg.sinks >= size: raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={size}")
+    if cfg.interactive and cfg.num_beams > 1: raise ValueError("beams have no text before the end: no num_beams with interactive")
     say(f"{about} | {model.set_backend(training=False)}\n")
     if cfg.interactive: return interact(model, tok, cfg, ends, stops, say)
     beams, as_json, stats, shown = cfg.num_beams > 1, bool(cfg.prompts) or cfg.logprobs, Counter(), 0

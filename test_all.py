@@ -3044,7 +3044,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"), (["--stop=a||b"], "empty part"),
     (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"), (["--num_beams=2"], "temperature=0"), (["--out_dir=nowhere"], "no checkpoint in nowhere"),
     (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"), (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"),
-    (["--sinks=40"], "sinks=40"), (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
+    (["--sinks=40"], "sinks=40"), (["--interactive", "--num_beams=2", "--temperature=0"], "no num_beams with interactive"), (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
 def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = sample_checkpoint("out/good")

@@ -2602,7 +2602,8 @@ sample_CPU = torch.device("cpu")
 def sample_gpt(seed=0, noise=0.3, **kw):
     """A small random model with sharp enough opinions that a wrong cache shows in its argmax."""
     torch.manual_seed(seed)
-    model = model_py.GPT(config.GPTConfig(**{**dict(block_size=64, vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, n_embd=32), **kw})).eval()
+    shape = dict(block_size=64, vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, n_embd=32) | kw
+    model = model_py.GPT(config.GPTConfig(**shape)).eval()
     with torch.no_grad():
         for p in model.parameters(): p.add_(torch.randn_like(p) * noise)
     return model.requires_grad_(False)
@@ -2625,8 +2626,8 @@ def sample_checkpoint(folder, model=None, tokenizer=None, **kw):
 
 
 SAMPLE_PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9], [44, 45, 46], [5]]
-SAMPLE_SHAPES = [dict(), dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, n_kv_head=4), dict(pos="sinusoidal", n_kv_head=1),
-                 dict(n_layer=3, window_pattern="SL", window=6)]
+SAMPLE_SHAPES = [dict(), dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, n_kv_head=4),
+                 dict(pos="sinusoidal", n_kv_head=1), dict(n_layer=3, window_pattern="SL", window=6)]
 
 
 def sample_recomputed(model, prompt, seed, n, **kw):
@@ -2652,7 +2653,8 @@ def test_sample_prefill_then_a_step_gives_the_uncached_logits_of_every_row():
         sample.prefill(model, [p[:-1] for p in prompts], cache, chunk)
         assert cache.lengths.tolist() == [0, 8, 2]
         logits = model(torch.tensor([p[-1:] for p in prompts]), cache=cache)[0][:, 0]
-        for row, p in zip(logits, prompts): torch.testing.assert_close(row, model(torch.tensor([p]))[0][0, -1], atol=1e-4, rtol=1e-4)
+        for row, p in zip(logits, prompts):
+            torch.testing.assert_close(row, model(torch.tensor([p]))[0][0, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_sample_rows_that_end_leave_the_batch_and_disturb_nobody():
@@ -2676,7 +2678,8 @@ def test_sample_logprobs_are_those_of_the_model_itself():
         assert row.logprobs == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("kw", [dict(top_k=0), dict(top_k=5), dict(top_p=0.8, top_k=9), dict(min_p=0.2, top_k=0), dict(temperature=2.0, top_k=0)])
+@pytest.mark.parametrize("kw", [dict(top_k=0), dict(top_k=5), dict(top_p=0.8, top_k=9), dict(min_p=0.2, top_k=0),
+                                dict(temperature=2.0, top_k=0)])
 def test_sample_draws_follow_the_filtered_softmax(kw):
     cfg, N, V = config.Config(**{**dict(temperature=0.9), **kw}), 40000, 12
     logits = torch.randn(V, generator=torch.Generator().manual_seed(1)) * 2
@@ -2696,7 +2699,9 @@ def test_sample_seeds_in_a_row_follow_the_filtered_softmax_of_the_model(speculat
     V, N, kw = 5, 3000, dict(temperature=1.3, top_k=4, top_p=0.93)
     model, prompt = sample_gpt(vocab_size=V, noise=0.1), [0, 1, 2, 0, 1]        # a draft of 2 and then 0 is at hand
     rows = sample_rows(model, [prompt] * N, limit=V, max_new_tokens=2, speculate=speculate, **kw)
-    def exact(*ids): return model_py.filter_logits(model(torch.tensor([[*prompt, *ids]]))[0][:, -1].double(), *kw.values()).softmax(-1)[0]
+    def exact(*ids):
+        logits = model(torch.tensor([[*prompt, *ids]]))[0][:, -1].double()
+        return model_py.filter_logits(logits, *kw.values()).softmax(-1)[0]
     expected = N * torch.stack([exact()[t] * exact(t) for t in range(V)])
     counts = torch.bincount(torch.tensor([r.tokens[0] * V + r.tokens[1] for r in rows]), minlength=V * V).view(V, V)
     chi2 = lambda e: ((counts - e).square() / e.clamp(min=1e-9))[e > 0].sum().item()
@@ -2732,7 +2737,8 @@ def test_sample_repetition_penalty_against_plain_python_and_with_drafts():
 @pytest.mark.parametrize("shape", SAMPLE_SHAPES[:2])
 def test_sample_speculation_changes_nothing_and_saves_passes(shape):
     model, prompts = sample_gpt(noise=0.15, **shape), [[7, 8, 9, 7, 8, 9, 7, 8], [3], [1, 2, 1, 2, 1, 2, 1]]
-    for kw in (dict(temperature=0), dict(temperature=0.7, top_p=0.9), dict(max_new_tokens=90, temperature=0.5)):      # 90 is past the context
+    past_the_context = dict(max_new_tokens=90, temperature=0.5)
+    for kw in (dict(temperature=0), dict(temperature=0.7, top_p=0.9), past_the_context):
         plain, fast = Counter(), Counter()
         a = sample_rows(model, prompts, stats=plain, **{**dict(max_new_tokens=50), **kw})
         b = sample_rows(model, prompts, stats=fast, speculate=5, **{**dict(max_new_tokens=50), **kw})
@@ -2785,7 +2791,7 @@ def test_sample_reads_stops():
         assert sample.read_stops(config.Config(stop=text), sample_TOK) == want
     for text in ("a||b", "|a", "a|"):
         with pytest.raises(ValueError, match="empty part"): sample.read_stops(config.Config(stop=text), sample_TOK)
-    with pytest.raises(ValueError, match=re.escape("<|nothing|>")): sample.read_stops(config.Config(stop="<|nothing|>"), sample_TOK)
+    with pytest.raises(ValueError, match=re.escape("<|no|>")): sample.read_stops(config.Config(stop="<|no|>"), sample_TOK)
 
 
 def sample_beams(model, prompt, cfg, V, ends=()):
@@ -2859,8 +2865,13 @@ def test_sample_window_equals_a_slow_twin():
                 assert model(torch.tensor([kept]))[0][0, -1, :280].argmax().item() == t
                 if len(kept) == 32: kept = kept[:2] + kept[2 + (32 - 2) // 8:]
                 kept.append(t)
-    for row in sample_rows(sample_gpt(pos="learned", block_size=32), [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2):
-        assert len(row.tokens) == 60
+    model = sample_gpt(pos="learned", block_size=32)        # the same, but its newer half is read again
+    for row in sample_rows(model, [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2):
+        kept = list(row.prompt)
+        for t in row.tokens:
+            assert model(torch.tensor([kept]))[0][0, -1, :280].argmax().item() == t
+            if len(kept) == 32: kept = kept[:2] + kept[2 + 32 // 2:]
+            kept.append(t)
 
 
 def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
@@ -2872,7 +2883,7 @@ def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
 
 
 def test_sample_static_shapes_give_the_same_text(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)                # the path that a compiler sees, without waiting for one
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)        # the path that a compiler sees, without waiting for one
     model = sample_gpt(window_pattern="SL", window=6)
     for speculate in (0, 3):
         a = sample_rows(model, SAMPLE_PROMPTS, max_new_tokens=80, speculate=speculate, ends={7, 8, 9})
@@ -2918,7 +2929,7 @@ def test_sample_int8_is_within_half_a_step_and_keeps_the_loss():
     for i in range(60):
         at = torch.randint(len(text) - 33, (8,))
         b = torch.stack([text[j:j + 33] for j in at])
-        b = torch.where(torch.rand(b.shape) < 0.2, torch.randint(280, b.shape), b)       # noise, so that the loss does not go to zero
+        b = torch.where(torch.rand(b.shape) < 0.2, torch.randint(280, b.shape), b)      # noise, so that the loss stays above zero
         model(b[:, :-1], b[:, 1:])[1].backward()
         opt.step()
         opt.zero_grad()
@@ -2956,7 +2967,7 @@ def test_sample_cache_memory_is_the_formula():
 
 
 def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):
-    """n_head/n_kv_head times less with grouped queries: prompts of 1 and 9 tokens, 20 new ones, equal prompts read once, block_size 64."""
+    """n_head/n_kv_head times less with grouped queries; at most 9 tokens of a prompt, and a context of 64."""
     caches, new_cache = [], sample.new_cache
     monkeypatch.setattr(sample, "new_cache", lambda *args: caches.append(new_cache(*args)) or caches[-1])
     for kv, new in ((4, 20), (1, 20), (1, 90)):
@@ -2968,7 +2979,7 @@ def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):
 def test_sample_only_ids_of_the_tokenizer_are_drawn():
     model = sample_gpt()
     with torch.no_grad(): model.lm_head.weight[250:] *= 0
-    model.lm_head.weight[280:] += 5 * model.lm_head.weight[:1]              # the padding of the vocabulary is what it would love to say
+    model.lm_head.weight[280:] += 5 * model.lm_head.weight[:1]            # what it would love to say is the vocabulary's padding
     assert all(t < 260 for r in sample_rows(model, SAMPLE_PROMPTS, limit=260, max_new_tokens=40) for t in r.tokens)
 
 
@@ -2977,28 +2988,37 @@ def sample_main(capsys, *argv):
     return capsys.readouterr().out
 
 
+def sample_json(capsys, *argv):
+    return [json.loads(line) for line in sample_main(capsys, *argv).splitlines()]
+
+
 def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, capsys):
-    out = f"--out_dir={tmp_path}"
+    out, texts = [f"--out_dir={tmp_path}", "--max_new_tokens=12"], ("the cat", "on the mat, the", "vu")
     sample_checkpoint(tmp_path)
-    (tmp_path / "p.txt").write_text("the cat\non the mat, the\nvu\n")
-    args = [out, "--max_new_tokens=12", "--seed=7"]
-    lines = [json.loads(l) for l in sample_main(capsys, *args, f"--prompts={tmp_path}/p.txt", "--num_samples=2", "--logprobs").splitlines()]
-    assert [(l["prompt"], l["sample"], l["seed"]) for l in lines] == [(p, j, 7 + 2 * i + j) for i, p in
-                                                                     enumerate(("the cat", "on the mat, the", "vu")) for j in range(2)]
+    (tmp_path / "p.txt").write_text("".join(text + "\n" for text in texts))
+    args = [*out, "--seed=7", f"--prompts={tmp_path}/p.txt", "--num_samples=2", "--logprobs"]
+    lines = sample_json(capsys, *args)
+    expected = [(text, j, 7 + 2 * i + j) for i, text in enumerate(texts) for j in range(2)]
+    assert [(l["prompt"], l["sample"], l["seed"]) for l in lines] == expected
     for l in lines:
         assert len(l["token_logprobs"]) == l["tokens"] and l["logprob"] == pytest.approx(sum(p for _, p in l["token_logprobs"]))
-        assert sample_main(capsys, out, "--max_new_tokens=12", f"--seed={l['seed']}", f"--start={l['prompt']}") == l["prompt"] + l["text"] + "\n"
-    small = sample_main(capsys, *args, f"--prompts={tmp_path}/p.txt", "--num_samples=2", "--batch_size=1", "--logprobs")
-    assert [json.loads(l)["text"] for l in small.splitlines()] == [l["text"] for l in lines]
-    best = [json.loads(l) for l in sample_main(capsys, *args, "--start=the cat", "--best_of=6", "--num_samples=2", "--logprobs").splitlines()]
-    every = [json.loads(l) for l in sample_main(capsys, *args, "--start=the cat", "--num_samples=6", "--logprobs").splitlines()]
-    mean = lambda l: -l["logprob"] / l["tokens"]
-    assert [b["text"] for b in best] == [e["text"] for e in sorted(every, key=mean)[:2]]
-    kw = dict(num_beams=3, temperature=0, num_samples=2, max_new_tokens=12, repetition_penalty=1.2)
-    beams = [json.loads(l) for l in sample_main(capsys, out, f"--prompts={tmp_path}/p.txt", *(f"--{k}={v}" for k, v in kw.items())).splitlines()]
-    cfg, model, eot = config.Config(**kw), sample.load(config.Config(out_dir=str(tmp_path)))[0], sample_TOK.special_tokens["<|endoftext|>"]
-    found = [row for l in lines[::2] for row in sample_beams(model, sample_TOK.encode(l["prompt"]), cfg, sample_TOK.vocab_size, {eot})[:2]]
-    assert [(l["text"], l["sample"]) for l in beams] == [(row.text, i % 2) for i, row in enumerate(found)]
+        alone = sample_main(capsys, *out, f"--seed={l['seed']}", f"--start={l['prompt']}")
+        assert alone == l["prompt"] + l["text"] + "\n"
+    assert [l["text"] for l in sample_json(capsys, *args, "--batch_size=1")] == [l["text"] for l in lines]
+
+
+def test_sample_best_of_and_beams_from_the_command_line(tmp_path, capsys):
+    out, texts = [f"--out_dir={tmp_path}", "--max_new_tokens=12"], ("the cat", "on the mat, the", "vu")
+    sample_checkpoint(tmp_path)
+    best = sample_json(capsys, *out, "--start=the cat", "--best_of=6", "--num_samples=2", "--logprobs")
+    every = sample_json(capsys, *out, "--start=the cat", "--num_samples=6", "--logprobs")
+    assert [b["text"] for b in best] == [e["text"] for e in sorted(every, key=lambda e: -e["logprob"] / e["tokens"])[:2]]
+    (tmp_path / "p.txt").write_text("".join(text + "\n" for text in texts))
+    kw = dict(num_beams=3, temperature=0, num_samples=2, repetition_penalty=1.2, max_new_tokens=12)
+    beams = sample_json(capsys, *out, f"--prompts={tmp_path}/p.txt", *(f"--{k}={v}" for k, v in kw.items()))
+    model, tok, _ = sample.load(config.Config(out_dir=str(tmp_path)))
+    found = [sample_beams(model, tok.encode(text), config.Config(**kw), tok.vocab_size, set(tok.first)) for text in texts]
+    assert [(l["prompt"], l["text"]) for l in beams] == [(text, row.text) for text, rows in zip(texts, found) for row in rows[:2]]
 
 
 def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsys):
@@ -3010,19 +3030,22 @@ def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsy
     os.utime(new, (0, 0))
     assert sample.find_checkpoint(config.Config()) == old
     (tmp_path / "x.txt").write_text("the cat")
-    text = sample_main(capsys, "--start=FILE:x.txt", "--num_samples=3", "--max_new_tokens=8")
-    assert text == sample_main(capsys, "--start=the cat", "--num_samples=3", "--max_new_tokens=8") and text.count("---------------") == 2
-    lines = sample_main(capsys, "--start=the cat", "--num_samples=3", "--max_new_tokens=8", "--logprobs").splitlines()
-    assert text == "\n---------------\n".join("the cat" + json.loads(line)["text"] for line in lines) + "\n"
+    args = ["--num_samples=3", "--max_new_tokens=8", "--start=the cat"]
+    text = sample_main(capsys, *args, "--start=FILE:x.txt")
+    assert text == sample_main(capsys, *args) and text.count("---------------") == 2
+    lines = sample_json(capsys, *args, "--logprobs")
+    assert text == "\n---------------\n".join("the cat" + line["text"] for line in lines) + "\n"
     shown = []                                      # as it is written, whatever the batches
     with monkeypatch.context() as m:
-        m.setattr(sample, "print", lambda *words, end="\n", file=None, flush=False: file or shown.append("".join(words) + end), raising=False)
-        sample.main(config.load(["--start=the cat", "--num_samples=3", "--max_new_tokens=8", "--batch_size=1"]))
+        write = lambda text, end="\n", file=None, flush=False: file or shown.append(text + end)
+        m.setattr(sample, "print", write, raising=False)
+        sample.main(config.load([*args, "--batch_size=1"]))
     assert "".join(shown) == text and len(shown) > 20
     empty = sample_main(capsys, "--max_new_tokens=8", "--temperature=0")
     model = sample.load(config.Config())[0]
     eot = sample_TOK.special_tokens["<|endoftext|>"]
-    assert empty == sample_rows(model, [[eot]], limit=sample_TOK.vocab_size, ends={eot}, temperature=0, max_new_tokens=8)[0].text + "\n"
+    row, = sample_rows(model, [[eot]], limit=sample_TOK.vocab_size, ends={eot}, temperature=0, max_new_tokens=8)
+    assert empty == row.text + "\n"
 
 
 def test_sample_begins_with_what_training_has_seen(tmp_path):
@@ -3039,45 +3062,52 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--start=FILE:missing.txt"], "missing.txt"), (["--start=FILE:empty.txt"], "is empty"), (["--prompts=empty.txt"], "is empty at line 1"),
-    (["--prompts=gap.txt"], "is empty at line 2"), (["--start=FILE:latin.txt"], "not UTF-8"), (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
-    (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"), (["--stop=a||b"], "empty part"),
-    (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"), (["--num_beams=2"], "temperature=0"), (["--out_dir=nowhere"], "no checkpoint in nowhere"),
-    (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"), (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"),
-    (["--sinks=40"], "sinks=40"), (["--interactive", "--num_beams=2", "--temperature=0"], "no num_beams with interactive"), (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
+    (["--start=FILE:missing.txt"], "missing.txt"), (["--start=FILE:empty.txt"], "is empty"),
+    (["--start=FILE:latin.txt"], "not UTF-8"), (["--prompts=empty.txt"], "is empty at line 1"), (["--prompts=gap.txt"], "is empty at line 2"),
+    (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
+    (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"),
+    (["--stop=a||b"], "empty part"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),
+    (["--num_beams=2"], "temperature=0"),
+    (["--num_beams=2", "--temperature=0", "--interactive"], "no num_beams with interactive"),
+    (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
+    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--sinks=40"], "sinks=40"),
+    (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
 def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = sample_checkpoint("out/good")
     sample_checkpoint("nameless", tokenizer="")
     os.mkdir("cut")
     (tmp_path / "cut" / "ckpt.pt").write_bytes((tmp_path / path).read_bytes()[:5000])
-    for name, data in (("empty.txt", b""), ("gap.txt", b"a\n\nb\n"), ("latin.txt", b"caf\xe9 ol\xe9")): (tmp_path / name).write_bytes(data)
+    for name, data in (("empty.txt", b""), ("gap.txt", b"a\n\nb\n"), ("latin.txt", b"caf\xe9 ol\xe9")):
+        (tmp_path / name).write_bytes(data)
     with pytest.raises((ValueError, OSError)) as e: sample.main(config.load(argv))
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
 def test_sample_command_line_exit_code(tmp_path):
     r = subprocess.run([sys.executable, os.path.join(sample_HERE, "sample.py")], cwd=tmp_path, capture_output=True, text=True)
-    assert r.returncode == 1 and r.stderr.startswith("error: no checkpoint in out/*: train one first") and r.stderr.count("\n") == 1
+    assert r.returncode == 1 and r.stderr.count("\n") == 1
+    assert r.stderr.startswith("error: no checkpoint in out/*: train one first")
 
 
 def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkeypatch, capsys):
     sample_checkpoint(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\n" + "on the rat sat\n" * 6))      # the last lines pass the context
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\n" + "on the rat sat\n" * 6))    # the last pass the context
     fed, hidden = [], model_py.GPT.hidden
-    monkeypatch.setattr(model_py.GPT, "hidden", lambda self, idx, cache=None: (fed.append(idx[0].tolist()), hidden(self, idx, cache))[1])
+    spy = lambda self, idx, cache=None: fed.append(idx[0].tolist()) or hidden(self, idx, cache)
+    monkeypatch.setattr(model_py.GPT, "hidden", spy)
     sample_main(capsys, f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0")
     eot, at = sample_TOK.special_tokens["<|endoftext|>"], [i for i, ids in enumerate(fed) if len(ids) > 1]
-    first, second = sample_TOK.encode("the cat\n"), sample_TOK.encode("the mat\n")    # the last id of each is fed by the first step
+    first, second = sample_TOK.encode("the cat\n"), sample_TOK.encode("the mat\n")    # the first step feeds the last id of each
     assert fed[at[0]] == [eot] + first[:-1] and fed[at[0] + 1] == first[-1:] and len(at) == 8
-    assert fed[at[1]][1:] == second[:-1] and fed[at[1] + 1] == second[-1:]              # after the last of the answer, nothing again
+    assert fed[at[1]][1:] == second[:-1] and fed[at[1] + 1] == second[-1:]          # and no id twice
     model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:at[1] + 2], [])
     after = fed[at[1] + 2][0]                       # the first token of the second answer: what the whole text so far calls for
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
 
 
 def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monkeypatch, capsys):
-    """Ctrl-C while a line is read, and in the middle of an answer: the next answer follows from all the text that stands there."""
+    """Ctrl-C while a line is read, and in the middle of an answer: the next answer follows from all of the text."""
     sample_checkpoint(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\non the rat\n"))
     rows, Row, hidden, calls = [], sample.Row, model_py.GPT.hidden, itertools.count(1)
@@ -3091,7 +3121,8 @@ def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monke
     monkeypatch.setattr(model_py.GPT, "hidden", hidden)
     model, (_, first, second, third) = sample.load(config.Config(out_dir=str(tmp_path)))[0], rows
     assert (len(first.tokens), len(second.tokens), third.finish) == (0, 2, "length")
-    assert third.prompt == second.ids + sample_TOK.encode("on the rat\n") and second.prompt == first.prompt + sample_TOK.encode("the mat\n")
+    assert second.prompt == first.prompt + sample_TOK.encode("the mat\n")
+    assert third.prompt == second.ids + sample_TOK.encode("on the rat\n")
     for row in (second, third):
         ids = torch.tensor([row.ids])
         assert model(ids)[0][0, len(row.prompt) - 1:-1, :sample_TOK.vocab_size].argmax(-1).tolist() == row.tokens
@@ -3099,12 +3130,16 @@ def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monke
 
 def test_sample_visualize_is_one_page_with_attention_that_sums_to_one(tmp_path, capsys):
     sample_checkpoint(tmp_path, window_pattern="SL", window=3)
-    sample_main(capsys, f"--out_dir={tmp_path}", "--start=</script> the cat", "--max_new_tokens=9", f"--visualize={tmp_path}/v.html")
-    page = (tmp_path / "v.html").read_text()
-    spans = [(html.unescape(title or ""), html.unescape(text)) for title, text in re.findall(r'<span(?: title="(.*?)" style=".*?")?>(.*?)</span>', page, re.S)]
-    assert "".join(text for _, text in spans).startswith("</script> the cat") and page.count("</script>") == 1 and "http" not in page
+    path = tmp_path / "v.html"
+    sample_main(capsys, f"--out_dir={tmp_path}", "--start=</script> the cat", "--max_new_tokens=9", f"--visualize={path}")
+    page = path.read_text()
+    spans = re.findall(r'<span(?: title="(.*?)" style=".*?")?>(.*?)</span>', page, re.S)
+    spans = [tuple(map(html.unescape, span)) for span in spans]
+    assert "".join(text for _, text in spans).startswith("</script> the cat")
+    assert page.count("</script>") == 1 and "http" not in page
     maps = torch.tensor(list(base64.b64decode(re.search(r'atob\("(.*?)"\)', page)[1]))).view(2, 4, len(spans), len(spans)) / 255
-    assert (maps.sum(-1) - 1).abs().max() < 0.06 and (maps.triu(1) == 0).all() and (maps[0].tril(-3) == 0).all() and (maps[1].tril(-3) > 0).any()
+    assert (maps.sum(-1) - 1).abs().max() < 0.06 and (maps.triu(1) == 0).all()
+    assert (maps[0].tril(-3) == 0).all() and (maps[1].tril(-3) > 0).any()           # the first layer has a window of 3
     model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sample_TOK.encode("</script> the cat")
     p = model(torch.tensor([ids]))[0][0, :, :sample_TOK.vocab_size].softmax(-1)
     for i, (title, text) in enumerate(spans[1:len(ids)]):       # the token itself, then the likeliest, each with its probability
@@ -3141,8 +3176,9 @@ def test_sample_from_a_folder_is_transformers_greedy_text_peer(name, tmp_path, c
     theirs.save_pretrained(tmp_path)
     sample_TOK.to_hf(str(tmp_path / "tokenizer.json"))
     (tmp_path / "p.txt").write_text("the cat\non the mat, the rat sat\n")
-    lines = sample_main(capsys, f"--init_from={tmp_path}", f"--prompts={tmp_path}/p.txt", "--temperature=0", "--max_new_tokens=50", "--past_context=error")
-    for line, prompt in zip(map(json.loads, lines.splitlines()), ("the cat", "on the mat, the rat sat"), strict=True):
+    argv = ["--temperature=0", "--max_new_tokens=50", "--past_context=error"]
+    lines = sample_json(capsys, f"--init_from={tmp_path}", f"--prompts={tmp_path}/p.txt", *argv)
+    for line, prompt in zip(lines, ("the cat", "on the mat, the rat sat"), strict=True):
         idx = torch.tensor([sample_TOK.encode(prompt)])
         expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=50, do_sample=False, pad_token_id=0,
                                    eos_token_id=sample_TOK.special_tokens["<|endoftext|>"])[0, idx.shape[1]:].tolist()
@@ -3150,7 +3186,8 @@ def test_sample_from_a_folder_is_transformers_greedy_text_peer(name, tmp_path, c
         assert line["tokens"] == len(expected) and line["text"] == sample_TOK.decode(expected[:-1] if ended else expected)
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(n_kv_head=4, pos="learned", norm="layernorm", mlp="gelu", qk_norm=False), dict(qk_norm=False, mlp="swiglu")])
+@pytest.mark.parametrize("kw", [dict(), dict(n_kv_head=4, pos="learned", norm="layernorm", mlp="gelu", qk_norm=False),
+                                dict(qk_norm=False, mlp="swiglu")])
 def test_sample_export_loads_in_transformers_peer(kw, tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     sample_checkpoint(tmp_path / "run", **kw)
@@ -3166,10 +3203,13 @@ def test_sample_export_loads_in_transformers_peer(kw, tmp_path, capsys):
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "float32")
     hf_tokens_equal(tok, auto)
     end = tok.special_tokens["<|endoftext|>"]
-    assert auto.eos_token_id == theirs.generation_config.eos_token_id == end and auto.encode("a<|endoftext|>b") == tok.encode("a<|endoftext|>b", "all")
-    with pytest.raises(ValueError, match="exists: delete it or choose another"): sample.main(config.load([f"--out_dir={tmp_path}/run", f"--export={folder}"]))
+    assert auto.eos_token_id == theirs.generation_config.eos_token_id == end
+    assert auto.encode("a<|endoftext|>b") == tok.encode("a<|endoftext|>b", "all")
+    with pytest.raises(ValueError, match="exists: delete it or choose another"):
+        sample.main(config.load([f"--out_dir={tmp_path}/run", f"--export={folder}"]))
     sample_checkpoint(tmp_path / "capped", **{**kw, "logit_softcap": 9.0})
-    with pytest.raises(ValueError, match="logit_softcap=9.0"): sample.main(config.load([f"--out_dir={tmp_path}/capped", f"--export={tmp_path}/no"]))
+    with pytest.raises(ValueError, match="logit_softcap=9.0"):
+        sample.main(config.load([f"--out_dir={tmp_path}/capped", f"--export={tmp_path}/no"]))
     assert sorted(os.listdir(tmp_path)) == ["bfloat16", "capped", "float32", "run"]
 
 

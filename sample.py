@@ -330,9 +330,10 @@ def report(stats, device, say):
     x = torch.ones(2 ** 26, device=device)
     peak = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1)) / 1e9
     used, rate = stats["bytes"] / stats["seconds"] / 1e9, stats["tokens"] / stats["seconds"]
-    say(f"\nprefill {stats['prompt_tokens']:,} tokens at {stats['prompt_tokens'] / stats['prompt_seconds']:,.0f} tok/s | decode "
-        f"{stats['tokens']:,} at {rate:,.1f} tok/s, {stats['tokens'] / stats['steps']:.2f} a pass | weights and cache read at "
-        f"{used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
+    n = stats["prompt_tokens"]          # none of a prompt of one token: the first step reads that
+    say((f"\nprefill {n:,} tokens at {n / stats['prompt_seconds']:,.0f} tok/s | " if n else "\n")
+        + f"decode {stats['tokens']:,} at {rate:,.1f} tok/s, {stats['tokens'] / stats['steps']:.2f} a pass | weights and cache "
+        f"read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
 def interact(model, tok, cfg, ends, stops, say):
     """A conversation: each line typed goes, with its line end, behind what the cache holds, and the model continues."""

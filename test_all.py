@@ -3063,7 +3063,8 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
 
 @pytest.mark.parametrize("argv, message", [
     (["--start=FILE:missing.txt"], "missing.txt"), (["--start=FILE:empty.txt"], "is empty"),
-    (["--start=FILE:latin.txt"], "not UTF-8"), (["--prompts=empty.txt"], "is empty at line 1"), (["--prompts=gap.txt"], "is empty at line 2"),
+    (["--start=FILE:latin.txt"], "not UTF-8"), (["--prompts=empty.txt"], "is empty at line 1"),
+    (["--prompts=gap.txt"], "is empty at line 2"),
     (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
     (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"),
     (["--stop=a||b"], "empty part"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),

@@ -171,8 +171,7 @@ def draw(logits, u, cfg):
     """One token a row, (N,), from logits (N, V): the filtered softmax's distribution function inverted at u (N,) in [0, 1), or
     argmax at temperature 0. One number a token, so a row's draws depend on its own seed and logits alone."""
     if cfg.temperature == 0: return logits.argmax(-1)
-    top = None
-    if 0 < cfg.top_k < logits.shape[-1]: logits, top = logits.topk(cfg.top_k)       # from here on k columns, not V
+    logits, top = logits.topk(cfg.top_k) if 0 < cfg.top_k < logits.shape[-1] else (logits, None)   # from here k columns, not V
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
     i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)   # right: never p = 0
     return (i if top is None else top.gather(1, i))[:, 0]

@@ -314,7 +314,7 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
             run = lambda: encoding.encode_ordinary(text)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                plain = bpe.Tokenizer(ours.merges, ours.pattern, {}, ours.ids)   # theirs would find special tokens in the text
+                plain = bpe.Tokenizer(ours.merges, ours.pattern, (), None if ours._own else ours._tokens)   # theirs would find special tokens in the text
                 plain.to_hf(os.path.join(folder, "tokenizer.json"))
                 theirs = importlib.import_module(name).Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
             parts = list(pieces([text]))

@@ -1,22 +1,25 @@
 """
 Byte-level byte pair encoding (BPE): train a tokenizer, encode, decode. One file, numpy whole-array operations.
 
-Split the text into words by a regular expression; a word starts as its UTF-8 bytes, ids 0..255. Training: again and again take the
-most frequent pair of neighbouring ids and give it the next id. Encoding: in each word merge the pair learned first, until none is left.
+Split the text into words by a regular expression; a word starts as its UTF-8 bytes, ids 0..255. Training: again and again take
+the most frequent pair of neighbouring ids and give it the next id. Encoding: in each word merge the pair learned first, until
+none is left.
 
     python bpe.py input.txt --vocab_size=4096 --out=tok.json        # then, in Python:
     tok = Tokenizer.load("tok.json"); ids = tok.encode("hello"); text = tok.decode(ids)
 
-Fast, because words are found and counted with array operations, each distinct word is merged once however often it occurs, and pairs
-are merged many at a time wherever this provably equals one at a time (`learn_merges`). Ids equal tiktoken's, merges rustbpe's: between
-equally frequent pairs the smallest (left id, right id) wins. A byte that is not valid UTF-8 is kept, as a character that is neither
-letter, number nor space: decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become U+FFFD, as in tiktoken.
+Fast, because words are found and counted with array operations, each distinct word is merged once however often it occurs, and
+pairs are merged many at a time wherever this provably equals one at a time (`learn_merges`). Ids equal tiktoken's, merges
+rustbpe's: between equally frequent pairs the smallest (left id, right id) wins. A byte that is not valid UTF-8 is kept, as a
+character that is neither letter, number nor space: decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become
+U+FFFD, as in tiktoken.
 
-References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019 (GPT-2: bytes, split pattern, merges file); tiktoken
-(GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
+References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019 (GPT-2: bytes, split pattern, merges file);
+tiktoken (GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
 """
 # Notation: a word is what the pattern cuts out of the text; starts and lens are the words' offsets and lengths in bytes.
-import base64, codecs, collections, functools, hashlib, heapq, itertools, json, operator, os, re, signal, sys, threading, time, unicodedata
+import base64, codecs, collections, functools, hashlib, heapq, itertools, json, operator, os, re, signal, sys, threading, time
+import unicodedata
 import numpy as np
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -38,10 +41,10 @@ LONG = 256                 # bytes; the keys of longer words, which are rare, ar
 # ---- Text to words ------------------------------------------------------------------------------------------------------------
 
 SPACE, WHITE, NEWLINE, LETTER, NUMBER, OTHER, EDGE, UNKNOWN = range(8)   # classes of characters; an EDGE parts two texts
-CLASS = np.full(0x110000, UNKNOWN, np.uint8)                             # of code points, beyond ASCII found when they first occur
+CLASS = np.full(0x110000, UNKNOWN, np.uint8)   # of code points, those beyond ASCII found when they first occur
 CLASS[:128] = [SPACE if c == " " else NEWLINE if c in "\r\n" else WHITE if c in "\t\v\f" else
                LETTER if c.isalpha() else NUMBER if c.isdigit() else OTHER for c in map(chr, range(128))]
-CLASS[0xD800:0xE000] = OTHER                                             # stand for bytes that are not UTF-8
+CLASS[0xD800:0xE000] = OTHER                   # stand for bytes that are not UTF-8
 VISIBLE_SPACE_VISIBLE = re.compile(rb".*[!-~]( )[!-~]", re.S)
 
 def classes(code):
@@ -49,19 +52,19 @@ def classes(code):
     found = CLASS.take(code)
     if (found == UNKNOWN).any():
         import tiktoken
-        new = np.add.outer(np.unique(code[found == UNKNOWN] >> 10) << 10, np.arange(1 << 10, dtype=np.uint32))   # with those around
+        new = np.add.outer(np.unique(code[found == UNKNOWN] >> 10) << 10, np.arange(1 << 10, dtype="<u4"))   # and those near
         new = new[CLASS[new] == UNKNOWN]
-        text, CLASS[new] = new.tobytes().decode("utf-32-le"), OTHER
+        text, CLASS[new], ranks = new.tobytes().decode("utf-32-le"), OTHER, {bytes([i]): i for i in range(256)}
         for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
-            plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+            plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
             matched = bytes(plain.encode_ordinary(text)).decode()    # the rest gives no tokens
             CLASS[np.frombuffer(matched.encode("utf-32-le"), "<u4")] = cls
         found = CLASS.take(code)
     return found
 
 def contractions(start, code, fold):
-    """Where 's 'd 'm 't 'll 've 're stand at the start of a word -> (positions of the apostrophe, positions after the last letter).
-    fold: ignore case, and then U+017F, the long s, is an s."""
+    """Where 's 'd 'm 't 'll 've 're stand at the start of a word -> (positions of the apostrophe, positions after the last
+    letter). fold: ignore case, and then U+017F, the long s, is an s."""
     at = np.flatnonzero((code == ord("'")) & start)
     a, b = (code[np.minimum(at + i, len(code) - 1)].astype(np.int64) for i in (1, 2))
     if fold:
@@ -72,7 +75,7 @@ def contractions(start, code, fold):
 def split_gpt2(c, code):
     """Classes and code points of a text's characters -> True where a word starts."""
     white, before, after, start = c <= NEWLINE, c[:-1], c[1:], np.ones(len(c), bool)
-    # a word is a run of one class with at most one space before it; a run of white space leaves its last character to what follows
+    # a word is a run of one class with at most one space before it; white space leaves its last character to what follows
     start[1:] = np.where(white[1:], ~white[:-1], (before != after) & (before != SPACE))
     start[:-1] |= white[:-1] & ~white[1:] & (after != EDGE)
     at, end = contractions(start, code, False)
@@ -80,7 +83,8 @@ def split_gpt2(c, code):
     return start
 
 def split_gpt4(c, code, trailing, digits):
-    """The same for GPT-4's patterns. trailing: white space at the end of a text is one word; a number has up to so many digits."""
+    """The same for GPT-4's patterns. trailing: white space at the end of a text is one word; a number has up to so many
+    digits."""
     before, after, start = c[:-1], c[1:], np.ones(len(c), bool)
     start[1:] = (before != after) & np.where(
         after == NEWLINE, (before > NEWLINE) & (before != OTHER),   # punctuation takes the newlines that follow it
@@ -95,7 +99,7 @@ def split_gpt4(c, code, trailing, digits):
     goes_on = (c0[end + 1] == NEWLINE) | (trailing & (c0[end + 1] == EDGE))
     start[first] = (c0[first] != NEWLINE) | ~goes_on | (c0[line] == OTHER)
     start[(end - 1)[(c0[end + 1] > NEWLINE) & (c0[end + 1] < EDGE)]] = True
-    start[1:] &= ~((before == OTHER) & (after == LETTER) & start[:-1])   # a single character joins letters, unless a space took it
+    start[1:] &= ~((before == OTHER) & (after == LETTER) & start[:-1])   # one character joins letters, unless a space took it
     start[contractions(start, code, True)[1]] = True
     digit = np.flatnonzero(c == NUMBER)
     i = np.arange(len(digit))
@@ -116,7 +120,10 @@ def split(texts, pattern):
         edge = np.searchsorted(offset, edges)
     c = classes(code)
     c[edge] = EDGE
-    start = split_gpt2(c, code) if pattern == GPT2_SPLIT else split_gpt4(c, code, pattern == CL100K_SPLIT, 1 if pattern == QWEN_SPLIT else 3)
+    if pattern == GPT2_SPLIT:
+        start = split_gpt2(c, code)
+    else:
+        start = split_gpt4(c, code, trailing=pattern == CL100K_SPLIT, digits=1 if pattern == QWEN_SPLIT else 3)
     start[edge] = start[edge[:-1] + 1] = True
     starts = offset[np.flatnonzero(start)]
     drop = np.searchsorted(starts, edges)
@@ -138,8 +145,9 @@ def normalized(blocks):
 def cut(blocks, pattern, normalizer=None):
     """The parts, str or bytes, of one text -> pieces of about CHUNK bytes whose words together are the words of the whole.
 
-    No pattern looks back, so any word start will do before which no white space stands (that looks ahead) and after which enough text
-    follows for it to be certain. A space between two visible ASCII characters is such a place; without one near the end, ask `split`.
+    No pattern looks back, so any word start will do before which no white space stands (that looks ahead) and after which enough
+    text follows for it to be certain. A space between two visible ASCII characters is such a place; without one near the end,
+    ask `split`.
     """
     held, want = bytearray(), CHUNK
     for block in normalized(blocks) if normalizer else map(as_bytes, blocks):
@@ -156,7 +164,7 @@ def cut(blocks, pattern, normalizer=None):
             if at:
                 yield bytes(held[:at])
                 del held[:at]
-            want = max(CHUNK, len(held) + 1) if at else 2 * len(held)   # no place yet: not looking too often keeps the time linear
+            want = max(CHUNK, len(held) + 1) if at else 2 * len(held)   # no place: not to look too often keeps the time linear
     yield bytes(held)
 
 def groups(pieces, size):
@@ -178,8 +186,9 @@ MIX = np.frombuffer(os.urandom(24), U) | U(1)
 KEEP = np.array([(1 << 8 * i) - 1 for i in range(9)], U)   # KEEP[i] keeps the first i bytes
 
 def word_keys(raw, starts, lens):
-    """A uint64 for every word. Up to 7 bytes it is the word itself, its length in the top byte; a longer word gets a 63-bit hash under
-    multipliers drawn at random by each process: among a million distinct words two collide with probability 1e-7, whatever the text."""
+    """A uint64 for every word. Up to 7 bytes it is the word itself, its length in the top byte; a longer word gets a 63-bit hash
+    under multipliers drawn at random by each process: among a million distinct words two collide with probability 1e-7, whatever
+    the text."""
     eight = np.ndarray(len(raw), "<u8", raw + bytes(7), strides=(1,))    # the 8 bytes from any offset
     keys = eight[starts] & KEEP[np.minimum(lens, 8)] | lens.astype(U) << U(56)
     go, i = np.flatnonzero(lens > 7), 0
@@ -194,8 +203,8 @@ def word_keys(raw, starts, lens):
     return keys
 
 class Words(dict):
-    """Distinct words, bytes -> number, in the order they come. Before the dict, which takes one Python object at a time, stands a table
-    for whole arrays: the slot that a word's key tells holds the key and number of the last word that wanted it."""
+    """Distinct words, bytes -> number, in the order they come. Before the dict, which takes one Python object at a time, stands
+    a table for whole arrays: the slot that a word's key tells holds the key and number of the last word that wanted it."""
 
     def __init__(self):
         self.keys_in, self.numbers_in = np.zeros(1 << SLOTS, U), np.zeros(1 << SLOTS, np.int64)
@@ -211,7 +220,8 @@ class Words(dict):
             same, todo = todo[there], todo[~there]
             self.numbers_in[slot[same]] = same       # of equal words one goes to the dict for all
             one = same[self.numbers_in[slot[same]] == same]
-            self.numbers_in[slot[one]] = [self.setdefault(raw[i:i + n], len(self)) for i, n in zip(starts[one].tolist(), lens[one].tolist())]
+            texts = [raw[i:i + n] for i, n in zip(starts[one].tolist(), lens[one].tolist())]
+            self.numbers_in[slot[one]] = [self.setdefault(text, len(self)) for text in texts]
             numbers[same] = self.numbers_in[slot[same]]
         return numbers
 
@@ -225,8 +235,8 @@ def start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 def in_order(function, jobs, workers):
-    """Yield function(job) for each job, in order, computed by `workers` processes. At most two jobs for each are under way: memory is
-    bounded. OSError if a process dies."""
+    """Yield function(job) for each job, in order, computed by `workers` processes. At most two jobs for each are under way:
+    memory is bounded. OSError if a process dies."""
     jobs, waiting = iter(jobs), collections.deque()
     head = list(itertools.islice(jobs, 2))
     jobs = itertools.chain(head, jobs)
@@ -267,16 +277,13 @@ def count_parallel(pieces, pattern, workers, add=lambda n: None):
 
 # ---- Merging ------------------------------------------------------------------------------------------------------------------
 
-def runs(keys):
-    """Where each run of equal keys starts. [3, 3, 5] -> [0, 2]"""
-    return np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[:len(keys)])
-
 class Pairs:
     """The neighbouring pairs of a list of words: key (left << 32 | right), count, and where they are.
 
-    The words stand in linked lists (sym, nxt, prv) with a separator -1 around each. pid[pos] is the pair that starts at pos, so a
-    position that has changed since it was stored shows in one comparison. The positions of pair p are pool[begin[p]:begin[p + 1]].
-    A merge takes one symbol away and enters at most two positions, so there is an end to them; what is not used takes no memory.
+    The words stand in linked lists (sym, nxt, prv) with a separator -1 around each. pid[pos] is the pair that starts at pos, so
+    a position that has changed since it was stored shows in one comparison. The positions of pair p are pool[begin[p]:begin[p +
+    1]]. A merge takes one symbol away and enters at most two positions, so there is an end to them; what is not used takes no
+    memory.
     """
 
     def __init__(self, words):
@@ -290,24 +297,27 @@ class Pairs:
         counts = np.fromiter(words.values(), np.int64, len(words))
         self.weight = np.append(0, np.repeat(counts, lens + 1))    # how often the word around a position occurs
         self.pid = np.full(n, -1, np.int32)
-        self.n, self.key, self.count, self.begin, self.pool = 0, *(np.zeros(3 * n, t) for t in (np.int64, np.int64, np.int64, np.int32))
+        self.n, self.pool = 0, np.zeros(3 * n, np.int32)
+        self.key, self.count, self.begin = np.zeros((3, 3 * n), np.int64)
         self.store(np.flatnonzero(self.sym >= 0).astype(np.int32))
 
     def store(self, at):
         """Enter the pairs that start at these positions, all new; -> their numbers."""
         right = self.sym[self.nxt[at]]
         at, right = at[right >= 0], right[right >= 0]
+        if not len(at):
+            return at
         key = self.sym[at].astype(np.int64) << 32 | right
-        order = np.argsort(key) if self.n else np.argsort((key >> 24 | key & 255).astype(np.uint16), kind="stable")   # bytes: radix sort
+        # of bytes there are few pairs: a radix sort
+        order = np.argsort(key) if self.n else np.argsort((key >> 24 | key & 255).astype(np.uint16), kind="stable")
         at, key = at[order], key[order]
-        first = runs(key)
-        new, used = np.arange(self.n, self.n + len(first)), int(self.begin[self.n])
-        if len(new):
-            self.key[new], self.count[new] = key[first], np.add.reduceat(self.weight[at], first)
-            self.begin[new + 1] = used + np.append(first[1:], len(at))
-            self.pool[used:used + len(at)] = at
-            self.pid[at] = np.repeat(new, np.diff(first, append=len(at)))
-        self.n += len(new)
+        first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
+        old, self.n, used = self.n, self.n + len(first), int(self.begin[self.n])
+        end = np.concatenate((first[1:], [len(at)]))
+        self.key[old:self.n], self.count[old:self.n] = key[first], np.add.reduceat(self.weight[at], first)
+        self.begin[old + 1:self.n + 1], self.pool[used:used + len(at)] = used + end, at
+        new = np.arange(old, self.n)
+        self.pid[at] = np.repeat(new, end - first)
         return new
 
     def merge(self, pairs, base):
@@ -316,15 +326,14 @@ class Pairs:
         pos, who = np.concatenate(parts), np.repeat(np.arange(len(pairs)), list(map(len, parts)))
         live = np.flatnonzero(self.pid[pos] == pairs[who])
         pos, who = pos[live], who[live]
-        if len(pairs) == 1:    # it may be (a, a): in a run of a's each overlaps the next, so keep the first, third, ... of each run
+        if len(pairs) == 1:    # it may be (a, a), of which each overlaps the next: keep the first, third, ... of each run
             pos = np.sort(pos)
             i, alone = np.arange(len(pos)), self.prv[pos] != np.append(-1, pos[:-1])
             pos = pos[(i - np.maximum.accumulate(np.where(alone, i, 0))) % 2 == 0]
             who = who[:len(pos)]
         right, w = self.nxt[pos], self.weight[pos]
-        for beside in right, self.prv[pos]:    # the pairs around lose their occurrences
-            p = self.pid[beside]
-            np.subtract.at(self.count, p[p >= 0], w[p >= 0])
+        for beside in right, self.prv[pos]:    # the pairs around lose their occurrences; where there is none: -1, the unused last
+            np.subtract.at(self.count, self.pid[beside], w)
             self.pid[beside] = -1
         self.count[pairs], self.pid[pos] = 0, -1
         after = self.nxt[right]
@@ -335,14 +344,15 @@ class Pairs:
 def learn_merges(words, n_merges, add=lambda n: None):
     """dict of words with their counts -> up to n_merges pairs (left id, right id), most frequent first.
 
-    Many merges at a time. Let p1, p2, ... be the pairs in order (count falling, then key rising). Merging p1 = (a, b) takes away pairs
-    (x, a) and (b, y) only, and no old count ever rises, so p2 = (l, r) keeps its count and place if l != b and r != a. A new
-    pair (x, ab) or (ab, y) is at most as frequent as the old (x, a) or (b, y) and has a larger key; so if it came before p2, the old
-    one would too, and the old one touches p1. Hence: walk down the order, stop at the first pair that touches an earlier one, l == b or
-    r == a, or that is (a, a), which overlaps itself and goes alone; what is passed is exactly what one merge at a time would take.
+    Many merges at a time. Let p1, p2, ... be the pairs in order (count falling, then key rising). Merging p1 = (a, b) takes away
+    pairs (x, a) and (b, y) only, and no old count ever rises, so p2 = (l, r) keeps its count and place if l != b and r != a. A
+    new pair (x, ab) or (ab, y) is at most as frequent as the old (x, a) or (b, y) and has a larger key; so if it came before p2,
+    the old one would too, and the old one touches p1. Hence: walk down the order, stop at the first pair that touches an earlier
+    one, l == b or r == a, or that is (a, a), which overlaps itself and goes alone; what is passed is exactly what one merge at a
+    time would take.
 
-    The order is a heap's, of the pairs that occur at least `least` times. A count in it may be out of date, but only too high: a pair
-    that comes out with an old count goes back with the new one.
+    The order is a heap's, of the pairs that occur at least `least` times. A count in it may be out of date, but only too high: a
+    pair that comes out with an old count goes back with the new one.
     """
     pairs, merges, heap, least = Pairs(words), [], [], 1
     while len(merges) < n_merges:
@@ -385,17 +395,17 @@ def learn_merges(words, n_merges, add=lambda n: None):
 class Tokenizer:
     """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache); pickles.
 
-    merges: list of (left id, right id); merge i makes the token 256 + i. Instead, tokens: dict bytes -> id, a vocabulary made elsewhere;
-    then any two neighbours that are a token together may merge, lowest id first, and a word that is a token is that token, as in tiktoken.
-    special_tokens: dict text -> id, or texts, which come last. vocab_size: the number of ids a model needs, special tokens included.
-    normalizer: None, or "NFC", which encoding applies to the text first. hash: identifies all these and the pattern.
-    vocab: dict id -> bytes of every token.
+    merges: list of (left id, right id); merge i makes the token 256 + i. Instead, tokens: dict bytes -> id, a vocabulary made
+    elsewhere; then any two neighbours that are a token together may merge, lowest id first, and a word that is a token is that
+    token, as in tiktoken. special_tokens: dict text -> id, or texts, which come last. vocab_size: the number of ids a model
+    needs, special tokens included. normalizer: None, or "NFC", which encoding applies to the text first. hash: identifies all
+    these and the pattern. vocab: dict id -> bytes of every token.
     """
 
     def __init__(self, merges, pattern=GPT2_SPLIT, special_tokens=(), tokens=None, normalizer=None):
         self.pattern, self.normalizer, self._own = SAME_SPLIT.get(pattern, pattern), normalizer, tokens is None
         if self.pattern not in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, QWEN_SPLIT) or normalizer not in (None, "NFC"):
-            raise ValueError(f"split pattern {pattern!r} with normalizer {normalizer!r} is not supported: use GPT2_SPLIT or GPT4_SPLIT")
+            raise ValueError(f"split pattern {pattern!r} or normalizer {normalizer!r} is not supported: GPT2_SPLIT and None are")
         if self._own:
             self.merges, vocab = [tuple(pair) for pair in merges], {i: bytes([i]) for i in range(256)}
             for left, right in self.merges:
@@ -408,8 +418,9 @@ class Tokenizer:
         self._tokens, self.special_tokens = tokens, special_tokens
         self.vocab = {i: token for token, i in tokens.items()} | {i: as_bytes(t) for t, i in special_tokens.items()}
         self.vocab_size = max(self.vocab) + 1
-        if len(self.vocab) != len(vocab if self._own else tokens) + len(special_tokens) or min(self.vocab) < 0 or "" in special_tokens or \
-                not all(bytes([b]) in tokens for b in range(256)):
+        ids = [*(vocab if self._own else tokens.values()), *special_tokens.values()]
+        if len(self.vocab) != len(ids) or len(tokens) + len(special_tokens) != len(ids) or min(ids) < 0 or "" in special_tokens \
+                or not all(bytes([b]) in tokens for b in range(256)):
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
         self._forget()
 
@@ -424,12 +435,12 @@ class Tokenizer:
     def train(cls, docs, vocab_size, pattern=GPT2_SPLIT, special_tokens=(ENDOFTEXT,), workers=None, verbose=False, n_bytes=0):
         """Learn merges from documents; only the distinct words are held in memory.
 
-        docs: any iterable of str, or bytes, or iterables of parts of one document (a file too large for memory, say). A special token in
-        a str or bytes document is no text: it parts it, as the end of a document does.
-        vocab_size: the number of ids, bytes and special tokens included; 256 is the plain byte tokenizer, its special tokens on top.
-        If the text has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count; None: one
-        per core. verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError for
-        vocab_size < 256 or another pattern, OSError if a worker dies.
+        docs: any iterable of str, or bytes, or iterables of parts of one document (a file too large for memory, say). A special
+        token in a str or bytes document is no text: it parts it, as the end of a document does. vocab_size: the number of ids,
+        bytes and special tokens included; 256 is the plain byte tokenizer, its special tokens on top. If the text has too few
+        pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count; None: one per core.
+        verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError for vocab_size
+        < 256 or another pattern, OSError if a worker dies.
         """
         if vocab_size < 256:
             raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
@@ -444,8 +455,8 @@ class Tokenizer:
             words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), show("MB counted", n_bytes, 1e6))
             merges = learn_merges(words, n_merges, show("merges", n_merges))
         if len(merges) < n_merges:
-            print(f"bpe.py: the text has only {len(merges)} pairs to merge, so vocab_size is {vocab_size - n_merges + len(merges)}, "
-                  f"not {vocab_size}", file=sys.stderr)
+            print(f"bpe.py: the text has only {len(merges)} pairs to merge, so vocab_size is "
+                  f"{vocab_size - n_merges + len(merges)}, not {vocab_size}", file=sys.stderr)
         return cls(merges, pattern, special_tokens)
 
     @functools.cached_property
@@ -483,18 +494,19 @@ class Tokenizer:
         return re.split(b"(" + b"|".join(map(re.escape, tokens)) + b")", text) if any(t in text for t in tokens) else [text]
 
     def encode(self, text, allowed_special=()):
-        """str or bytes -> list of ids. Special tokens named in allowed_special ("all" for all) get their id; the rest, by default all, is
-        ordinary text."""
+        """str or bytes -> list of ids. Special tokens named in allowed_special ("all" for all) get their id; the rest, by
+        default all, is ordinary text."""
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
         if unknown := [name for name in allowed if name not in self.special_tokens]:
-            raise ValueError(f"allowed_special has {unknown[0]!r}, which is none of this tokenizer's: {list(self.special_tokens)}")
+            raise ValueError(f"allowed_special has {unknown[0]!r}, none of the special tokens {list(self.special_tokens)}")
         parts = self._parts(text, allowed)
         parts[::2] = [ids.tolist() for ids in self.encode_batch(parts[::2])]
         parts[1::2] = [[self.special_tokens[name.decode()]] for name in parts[1::2]]
         return list(itertools.chain(*parts))
 
     def encode_batch(self, texts):
-        """Any iterable of str or bytes -> list of arrays of ids, uint16 where the vocabulary fits, else uint32. No special tokens."""
+        """Any iterable of str or bytes -> list of arrays of ids, uint16 where the vocabulary fits, else uint32. No special
+        tokens."""
         sizes = []
         def pieces():
             for text in texts:
@@ -537,8 +549,8 @@ class Tokenizer:
 
     def to_dict(self):
         merges, tokens = (self.merges, None) if self._own else ([], {letters(token): i for token, i in self._tokens.items()})
-        return {"pattern": self.pattern, "special_tokens": dict(self.special_tokens), "normalizer": self.normalizer, "tokens": tokens,
-                "merges": list(map(list, merges)), "hash": self.hash}
+        return {"pattern": self.pattern, "special_tokens": dict(self.special_tokens), "normalizer": self.normalizer,
+                "merges": list(map(list, merges)), "tokens": tokens, "hash": self.hash}
 
     @classmethod
     def from_dict(cls, d):
@@ -583,19 +595,21 @@ class Tokenizer:
         try:
             return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
         except OSError as e:    # what requests raises is an OSError
-            raise ValueError(f"cannot get GPT-2's vocabulary ({type(e).__name__}): connect once, or read its published files with "
-                             "Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
+            raise ValueError(f"cannot get GPT-2's vocabulary ({type(e).__name__}): connect once, or read its published files "
+                             "with Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
 
     @classmethod
-    def from_merges(cls, tokens, merges, whole=False, **rest):
-        """tokens: dict bytes -> id; merges: pairs of tokens, as a file lists them, in order. tiktoken's engine needs only the tokens, and does
-        the same if the file has one merge for each, in the order of ids, as training leaves them; or if it lists all there could be, and
-        (whole) a word that is a token is taken whole."""
+    def from_merges(cls, vocab, merges, whole=False, pattern=GPT2_SPLIT, special_tokens=(), normalizer=None):
+        """vocab: dict token -> id; merges: pairs of tokens, in order; tokens written in LETTERS, as the files do. tiktoken's
+        engine needs only the tokens. It does the same if the file has one merge for each, in the order of ids, as training
+        leaves them; or if it has all that there could be and (whole) takes a word that is a token whole."""
         try:
+            tokens, merges = {to_bytes(t): i for t, i in vocab.items()}, [(to_bytes(a), to_bytes(b)) for a, b in merges]
             makes, pairs = [tokens[a + b] for a, b in merges], {(tokens[a], tokens[b]) for a, b in merges}
         except KeyError as e:
             raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
-        tok, trained = cls([], tokens=tokens, **rest), len({*makes}) == len(makes) == len(tokens) - 256
+        tok = cls([], pattern, special_tokens, tokens, normalizer)
+        trained = len({*makes}) == len(makes) == len(tokens) - 256
         if makes != sorted(makes) or not (trained or whole and pairs == {*tok.merges}):
             raise ValueError("its merges are not those of its ids, in their order: this cannot be read")
         return tok
@@ -608,7 +622,7 @@ class Tokenizer:
             tokens = [*LETTERS.values(), *(a + b for a, b in merges), ENDOFTEXT]
             vocab = read(vocab_path, json.loads) if vocab_path else dict(zip(tokens, range(len(tokens))))
             special = {ENDOFTEXT: vocab.pop(ENDOFTEXT)} if ENDOFTEXT in vocab else {}
-            return cls.from_merges({to_bytes(t): i for t, i in vocab.items()}, [tuple(map(to_bytes, m)) for m in merges], special_tokens=special)
+            return cls.from_merges(vocab, merges, special_tokens=special)
         return read(merges_path, parse)
 
     def to_hf(self, path):
@@ -621,20 +635,22 @@ class Tokenizer:
                              for t, i in self.special_tokens.items()],
             "normalizer": {"type": self.normalizer} if self.normalizer else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [level] if level["use_regex"] else [regex, level]},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": not self._own,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": not self._own,
                       "vocab": {letters(token): i for token, i in self._tokens.items()},
                       "merges": [[letters(self.vocab[a]), letters(self.vocab[b])] for a, b in self.merges]}})
 
     @classmethod
     def from_hf(cls, path):
-        """Read a Hugging Face tokenizer.json: byte-level BPE with a pattern that __init__ takes (GPT-2, Llama 3, Qwen, ...). Added tokens
-        become special tokens; what a post-processor adds, such as a first token, is the caller's to add."""
+        """Read a Hugging Face tokenizer.json: byte-level BPE with a pattern that __init__ takes (GPT-2, Llama 3, Qwen, ...).
+        Added tokens become special tokens; what a post-processor adds, such as a first token, is the caller's to add."""
         def parse(text):
             d = json.loads(text)
-            model, norm, steps = d["model"], (d.get("normalizer") or {}).get("type"), d.get("pre_tokenizer") or {"type": "missing"}
+            model, norm = d["model"], (d.get("normalizer") or {}).get("type")
+            steps = d.get("pre_tokenizer") or {"type": "missing"}
             steps = steps.get("pretokenizers", [steps])
-            cuts = [s["pattern"].get("Regex") for s in steps if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
+            cuts = [s["pattern"].get("Regex") for s in steps
+                    if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
             cuts += [GPT2_SPLIT for s in steps if s["type"] == "ByteLevel" and s.get("use_regex", True)]
             wrong = [f"its {what} is {is_!r}" for what, is_, ok in [
                 ("model", model.get("type", "BPE"), "BPE"), ("normalizer", norm, norm if norm == "NFC" else None),
@@ -644,14 +660,14 @@ class Tokenizer:
                 *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
                 ("number of split patterns", len(cuts), 1), ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if is_ != ok]
             if wrong:
-                raise ValueError(f"{', '.join(wrong)}: only byte-level BPE with one split pattern, and NFC or no normalizer, can be read")
+                raise ValueError(f"{', '.join(wrong)}: can read only byte-level BPE, one split pattern, NFC or no normalizer")
             special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
-            tokens = {to_bytes(t): i for t, i in model["vocab"].items() if t not in special}
-            merges = [tuple(map(to_bytes, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-            return cls.from_merges(tokens, merges, model.get("ignore_merges"), pattern=cuts[0], special_tokens=special, normalizer=norm)
+            vocab = {t: i for t, i in model["vocab"].items() if t not in special}
+            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            return cls.from_merges(vocab, merges, model.get("ignore_merges"), cuts[0], special, norm)
         return read(path, parse)
 
-SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # the printable character GPT-2's files write for each byte, in its order
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # LETTERS: what GPT-2's files write for each byte, in its order
 LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 
@@ -680,7 +696,8 @@ def write_json(path, d):
 # ---- Command line -------------------------------------------------------------------------------------------------------------
 
 def progress(label, total=0, unit=1):
-    """-> add(n), which shows on stderr how far, how long still, how fast: in place on a terminal, else a line every 10 seconds."""
+    """-> add(n), which shows on stderr how far, how long still, how fast: in place on a terminal, else a line every 10
+    seconds."""
     done, start, shown, tty = 0, time.time(), time.time(), sys.stderr.isatty()
     def add(n):
         nonlocal done, shown
@@ -688,7 +705,8 @@ def progress(label, total=0, unit=1):
         if now - shown >= (0.2 if tty else 10):
             rate, shown = max(done, 1) / (now - start), now
             left = f" of {total / unit:,.0f}, {max(total - done, 0) / rate:,.0f} s left" if total else ""
-            print(f"{done / unit:,.0f} {label}{left}, {rate / unit:,.1f}/s", end="\x1b[K\r" if tty else "\n", file=sys.stderr, flush=True)
+            end = "\x1b[K\r" if tty else "\n"
+            print(f"{done / unit:,.0f} {label}{left}, {rate / unit:,.1f}/s", end=end, file=sys.stderr, flush=True)
     return add
 
 def main(argv=None):
@@ -711,8 +729,9 @@ def main(argv=None):
         tok.save(a.out)
         with open(a.files[0], "rb") as f:
             sample = f.read(1 << 20)
-        print(f"{a.out}: {len(tok.merges):,} merges, vocab_size {tok.vocab_size:,}; {total / 1e6:.1f} MB in {time.time() - began:.2f} s; "
-              f"{len(sample) / max(1, len(tok.encode_batch([sample])[0])):.2f} bytes per token")
+        ratio, seconds = len(sample) / max(1, len(tok.encode_batch([sample])[0])), time.time() - began
+        print(f"{a.out}: {len(tok.merges):,} merges, vocab_size {tok.vocab_size:,}; {total / 1e6:.1f} MB in {seconds:.2f} s; "
+              f"{ratio:.2f} bytes per token")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

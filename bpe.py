@@ -8,11 +8,11 @@ none is left.
     python bpe.py input.txt --vocab_size=4096 --out=tok.json        # then, in Python:
     tok = Tokenizer.load("tok.json"); ids = tok.encode("hello"); text = tok.decode(ids)
 
-Fast, because words are found and counted with array operations, each distinct word is merged once however often it occurs, and
-pairs are merged many at a time wherever this provably equals one at a time (`learn_merges`). Ids equal tiktoken's, merges
-rustbpe's: between equally frequent pairs the smallest (left id, right id) wins. A byte that is not valid UTF-8 is kept, as a
-character that is neither letter, number nor space: decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become
-U+FFFD, as in tiktoken.
+Fast, because words are found, looked up and counted with array operations on a chunk of text, and pairs are merged many at a
+time wherever this provably equals one at a time (`learn_merges`). The encoder merges a word once, however often it occurs, and
+leaves that to tiktoken's engine. Ids equal tiktoken's, merges rustbpe's: between equally frequent pairs the smallest (left id,
+right id) wins. A byte that is not valid UTF-8 is kept, as a character that is neither letter, number nor space:
+decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become U+FFFD, as in tiktoken.
 
 References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019 (GPT-2: bytes, split pattern, merges file);
 tiktoken (GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
@@ -225,10 +225,6 @@ class Words(dict):
             numbers[same] = self.numbers_in[slot[same]]
         return numbers
 
-def joined(words):
-    """Words -> (an array of all their bytes, their lens)."""
-    return np.frombuffer(b"".join(words), np.uint8), np.fromiter(map(len, words), np.int64, len(words))
-
 def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's to handle; and a killed parent cannot say goodbye:
     import multiprocessing
@@ -279,23 +275,21 @@ def count_parallel(pieces, pattern, workers, add=lambda n: None):
 # ---- Merging ------------------------------------------------------------------------------------------------------------------
 
 class Pairs:
-    """The neighbouring pairs of a list of words: key (left << 32 | right), count, and where they are.
+    """The neighbouring pairs in a dict of words with their counts: key (left << 32 | right), count, and where they are.
 
     The words stand in linked lists (sym, nxt, prv) with a separator -1 around each. pid[pos] is the pair that starts at pos, so
-    a position that has changed since it was stored shows in one comparison. The positions of pair p are pool[begin[p]:begin[p +
-    1]]. A merge takes one symbol away and enters at most two positions, so there is an end to them; what is not used takes no
-    memory.
+    a position that has changed since it was stored shows in one comparison. Pair p is at pool[begin[p]:begin[p + 1]]. A merge
+    takes one symbol away and enters at most two positions: thrice the text is room enough, and what is not used costs nothing.
     """
 
     def __init__(self, words):
-        text, lens = joined(words)
+        lens, counts = (np.fromiter(numbers, np.int64, len(words)) for numbers in (map(len, words), words.values()))
         sep = np.append(0, np.cumsum(lens + 1))
         n = int(sep[-1]) + 1
         self.sym = np.zeros(n, np.int32)
         self.sym[sep] = -1
-        self.sym[self.sym >= 0] = text
+        self.sym[self.sym >= 0] = np.frombuffer(b"".join(words), np.uint8)
         self.nxt, self.prv = np.arange(1, n + 1, dtype=np.int32), np.arange(-1, n - 1, dtype=np.int32)
-        counts = np.fromiter(words.values(), np.int64, len(words))
         self.weight = np.append(0, np.repeat(counts, lens + 1))    # how often the word around a position occurs
         self.pid = np.full(n, -1, np.int32)
         self.n, self.pool = 0, np.zeros(3 * n, np.int32)
@@ -367,15 +361,14 @@ def learn_merges(words, n_merges, add=lambda n: None):
                 break  # every word is one token
         batch, lefts, rights = [], set(), set()
         while heap and len(merges) + len(batch) < n_merges:
-            minus, key, p = heapq.heappop(heap)
+            minus, key, p = heap[0]
             left, right, count = key >> 32, key & 0xFFFFFFFF, pairs.count.item(p)
-            touches = left in rights or right in lefts or left == right and batch
-            if (-minus != count or touches) and count >= least:
-                heapq.heappush(heap, (-count, key, p))
             if -minus != count:
+                heapq.heapreplace(heap, (-count, key, p)) if count >= least else heapq.heappop(heap)
                 continue
-            if touches:
+            if left in rights or right in lefts or left == right and batch:
                 break
+            heapq.heappop(heap)
             batch.append((p, (left, right)))
             lefts.add(left)
             rights.add(right)

@@ -456,8 +456,7 @@ class Tokenizer:
     @functools.cached_property
     def _engine(self):
         import tiktoken
-        return tiktoken.Encoding(f"bpe-{self.hash[:8]}", pat_str=self.pattern, mergeable_ranks=self._tokens,
-                                 special_tokens=self.special_tokens)
+        return tiktoken.Encoding("bpe.py", pat_str=self.pattern, mergeable_ranks=self._tokens, special_tokens=self.special_tokens)
 
     def _encode(self, pieces):
         """Pieces of text -> an array of ids for each, in order. Word i of the cache has the ids _ids[_start[i]:_start[i + 1]]."""

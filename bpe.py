@@ -32,7 +32,7 @@ SAME_SPLIT = {QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,     # L
               r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
 CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
-BATCH = 1 << 23            # bytes sent to a worker process at once, less at first so that all have work soon
+BATCH = 1 << 23            # bytes sent to a worker process at once
 SLOTS = 19                 # 2^SLOTS words are found at once, by array operations
 CACHE = 1 << 20            # words whose ids the encoder remembers
 HOT = 1024                 # pairs the trainer keeps in sight
@@ -167,15 +167,15 @@ def cut(blocks, pattern, normalizer=None):
             want = max(CHUNK, len(held) + 1) if at else 2 * len(held)   # no place: not to look too often keeps the time linear
     yield bytes(held)
 
-def groups(pieces, size, most=0):
-    """Lists of consecutive pieces, about `size` bytes each, or twice as many each time up to `most`."""
+def groups(pieces, size):
+    """Lists of consecutive pieces, about `size` bytes each."""
     group, n = [], 0
     for piece in pieces:
         group.append(piece)
         n += len(piece) + 1
         if n >= size:
             yield group
-            group, n, size = [], 0, max(size, min(2 * size, most))
+            group, n = [], 0
     if group:
         yield group
 
@@ -234,9 +234,9 @@ def in_order(function, jobs, workers):
     """Yield function(job) for each job, in order, computed by `workers` processes. At most two jobs for each are under way:
     memory is bounded. OSError if a process dies."""
     jobs, waiting = iter(jobs), collections.deque()
-    head = list(itertools.islice(jobs, 2))
+    head = list(itertools.islice(jobs, 3))
     jobs = itertools.chain(head, jobs)
-    if workers == 1 or len(head) < 2:
+    if workers == 1 or len(head) < 3:    # to start processes would take longer
         yield from map(function, jobs)
         return
     import multiprocessing
@@ -265,8 +265,7 @@ def count_words(pieces, pattern):
 def count_parallel(pieces, pattern, workers, add=lambda n: None):
     """The same for any number of pieces."""
     total = {}
-    batches = groups(pieces, min(BATCH, 4 * CHUNK), BATCH)
-    for counts in in_order(functools.partial(count_words, pattern=pattern), batches, workers):
+    for counts in in_order(functools.partial(count_words, pattern=pattern), groups(pieces, BATCH), workers):
         for word, count in counts.items():
             total[word] = total.get(word, 0) + count
         add(sum(map(operator.mul, map(len, counts), counts.values())))

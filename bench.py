@@ -171,11 +171,13 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
     pieces = (piece.decode() for piece in bpe.cut(blocks, bpe.GPT2_SPLIT))      # their words are the words of the whole file
     if job == "encode":
         ours = bpe.Tokenizer.load(vocab)
+        ours.encode("a")        # what tiktoken makes at its start, ours makes when first used
         if name == "bpe": encode = partial(lambda text: ours.encode_batch([text])[0], f.read().decode())
         elif name == "tiktoken": encode = partial(ours.to_tiktoken().encode_ordinary, f.read().decode())
         else:
-            with tempfile.NamedTemporaryFile() as saved:        # {}: theirs would find special tokens in the text
-                bpe.Tokenizer(ours.merges, ours.pattern, {}, ours.ids).to_hf(saved.name)
+            with tempfile.NamedTemporaryFile() as saved:
+                ours.special_tokens = {}                        # theirs would find them in the text
+                ours.to_hf(saved.name)
                 theirs = module.Tokenizer.from_file(saved.name)
             encode = lambda: np.concatenate([theirs.encode_batch_fast([piece])[0].ids for piece in pieces])
         started = time.time()

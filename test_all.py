@@ -2536,11 +2536,11 @@ def test_train_truncated_bin_is_refused(monkeypatch, train_dir, tmp_path):
     finally: path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("optimizer, shard, rel", [("adamw", False, 1e-4), ("muon", False, 2e-3), ("muon", True, 2e-3)])
+@pytest.mark.parametrize("optimizer, shard, rel", [("adamw", False, 1e-4), ("muon", False, 5e-3), ("muon", True, 5e-3)])
 def test_train_one_process_equals_two_ranks(monkeypatch, train_dir, tmp_path, optimizer, shard, rel):
     """
     4 micro-batches in 1 process = 2 in each of 2 gloo ranks: losses, norms and weights, up to the order of additions. Muon's
-    matrix products are bfloat16, which makes more of a last digit.
+    matrix products are bfloat16, which makes more of a last digit, the more so the longer it goes; AdamW's case is the strict one.
     """
     kw = dict(tokens_per_step=128, batch_size=2, max_iters=10, optimizer=optimizer, learning_rate=1e-3)
     one = train_here(monkeypatch, train_dir, tmp_path, out="one", **kw)

@@ -4,3 +4,4 @@ vocab_size = 2048
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 batch_size, max_iters = 8, 600
 eval_interval = 100
+unembedding_lr = 0.012                  # the default is for wider models

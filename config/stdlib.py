@@ -4,3 +4,4 @@ vocab_size = 4096
 n_layer, n_head, n_embd, block_size = 3, 4, 256, 256
 batch_size, max_iters = 8, 350
 eval_interval, eval_tokens = 175, 32768
+unembedding_lr = 0.012                  # the default is for wider models

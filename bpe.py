@@ -10,7 +10,7 @@ none is left.
 
 Fast, because words are found, looked up and counted with array operations on a chunk of text, and pairs are merged many at a
 time wherever this provably equals one at a time (`learn_merges`). The encoder merges a word once, however often it occurs, and
-leaves that to tiktoken's engine. Ids equal tiktoken's, merges rustbpe's: between equally frequent pairs the smallest (left id,
+all new words of a batch together. Ids equal tiktoken's, merges rustbpe's: between equally frequent pairs the smallest (left id,
 right id) wins. A byte that is not valid UTF-8 is kept, as a character that is neither letter, number nor space:
 decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become U+FFFD, as in tiktoken.
 
@@ -36,7 +36,8 @@ BATCH = 1 << 23            # bytes sent to a worker process at once
 SLOTS = 19                 # 2^SLOTS words are found at once, by array operations
 CACHE = 1 << 20            # words whose ids the encoder remembers
 HOT = 1024                 # pairs the trainer keeps in sight
-LONG = 256                 # bytes; the keys of longer words, which are rare, are made by Python's hash
+LONG = 256                 # bytes; longer words are rare: their keys are made by Python's hash, tiktoken's engine merges them
+NONE = np.iinfo(np.int32).max
 
 # ---- Text to words ------------------------------------------------------------------------------------------------------------
 
@@ -457,6 +458,53 @@ class Tokenizer:
         import tiktoken
         return tiktoken.Encoding("bpe.py", pat_str=self.pattern, mergeable_ranks=self._tokens, special_tokens=self.special_tokens)
 
+    @functools.cached_property
+    def _pairs(self):
+        """Pairs of ids that merge (left << 32 | right), in rising order, and what they make; at the end one that never occurs."""
+        pairs = np.array(self.merges, np.int64).reshape(-1, 2)
+        made = [self._tokens[self.vocab[left] + self.vocab[right]] for left, right in self.merges]
+        key = pairs[:, 0] << 32 | pairs[:, 1]
+        order = np.argsort(key)
+        return np.append(key[order], -1), np.append(np.array(made, np.int64)[order], NONE)
+
+    def _merge(self, words):
+        """
+        list of words -> (their ids end to end, how many each has): [b"aaa", b"a"] -> [256 97 97], [2 1] if merge 0 is (97, 97).
+        A word that is a token is that token. All others merge at once: in each round every word the first of those of its pairs
+        that make the lowest id, until no pair of it is a token.
+        """
+        ready = {i: [self._tokens[text]] for i, text in enumerate(words) if text in self._tokens}
+        ready |= {i: self._engine._encode_single_piece(text) for i, text in enumerate(words)
+                  if i not in ready and len(text) > LONG}      # round by round it would take quadratic time
+        owner, ids = [i for i, found in ready.items() for _ in found], [i for found in ready.values() for i in found]
+        done = [(np.array(owner, np.int64), np.array(ids, np.int64))]
+        short = [i for i in range(len(words)) if i not in ready]
+        keys, made = self._pairs
+
+        word = np.append(np.repeat(short, [len(words[i]) for i in short]).astype(np.int64), -1)     # which word an id belongs to
+        byte_ids = np.array([self._tokens[bytes([b])] for b in range(256)])
+        ids = np.append(byte_ids[np.frombuffer(b"".join([words[i] for i in short]), np.uint8)], 0)
+        def makes(at):      # what the ids at `at` make with the next, NONE where they do not merge
+            key = ids[at] << 32 | ids[at + 1]
+            found = np.searchsorted(keys[:-1], key)
+            return np.where((keys[found] == key) & (word[at] == word[at + 1]), made[found], NONE)
+        makes_next = np.append(makes(np.arange(len(ids) - 1)), NONE)
+        while len(word) > 1:
+            begin = np.flatnonzero(word[:-1] != np.append(-2, word[:-2]))                           # of each word
+            best = np.minimum.reduceat(makes_next << 32 | np.arange(len(ids)), begin)
+            ends = best >> 32 == NONE
+            at = best[~ends] & 0xFFFFFFFF
+            ids[at] = makes_next[at]
+            over = np.append(np.repeat(ends, np.diff(begin, append=len(word) - 1)), False)
+            done.append((word[over], ids[over]))
+            stay = ~over
+            stay[at + 1] = False
+            word, ids, makes_next, at = word[stay], ids[stay], makes_next[stay], np.cumsum(stay)[at] - 1
+            for beside in at, at - 1:       # subtle: before the first there is the last, which belongs to no word
+                makes_next[beside] = makes(beside)
+        owner, ids = map(np.concatenate, zip(*done))
+        return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(words))
+
     def _encode(self, pieces):
         """Pieces of text -> an array of ids for each, in order. Word i of the cache has the ids _ids[_start[i]:_start[i + 1]]."""
         for batch in groups(pieces, 8 * CHUNK):
@@ -466,10 +514,9 @@ class Tokenizer:
             for group in groups(batch, CHUNK):
                 *words, ends = split(group, self.pattern)
                 chunks.append((self._words.number(*words), ends))
-            # a new word goes, once, to tiktoken's engine, which merges the pair learned first until none is left
-            new = [self._engine._encode_single_piece(word) for word in list(self._words)[known:]]
-            self._ids = np.append(self._ids, np.array(list(itertools.chain(*new)), self._ids.dtype))
-            self._start = np.append(self._start, self._start[-1] + np.cumsum(list(map(len, new)), dtype=np.int64))
+            ids, sizes = self._merge(list(self._words)[known:])     # a new word is merged once
+            self._ids = np.append(self._ids, ids.astype(self._ids.dtype))
+            self._start = np.append(self._start, self._start[-1] + np.cumsum(sizes))
             for numbers, ends in chunks:
                 start, size = self._start[numbers], self._start[numbers + 1] - self._start[numbers]
                 end = np.cumsum(size)

@@ -372,7 +372,7 @@ def train(cfg, run):
     x, y, share = next(feed)
     sums = torch.zeros(2, device=run.device)            # losses and number of the steps taken since the last log line
     in_a_row = 0                                        # steps skipped up to now
-    logged, mark, began = step, seconds, time.time() - seconds
+    logged, mark, began, first = step, seconds, time.time() - seconds, (step, seconds)
     while step < cfg.max_iters:
         factor = lr_factor(step, cfg)
         for group, peak in peaks: group["lr"] = peak * factor
@@ -406,7 +406,7 @@ def train(cfg, run):
             norm, seconds = norm.item(), time.time() - began
             rate = (step - logged) * tokens_per_step / (seconds - mark)
             mfu = raw_model.estimate_flops() * rate / run.world / run.peak if run.peak else None
-            left = clock((cfg.max_iters - step) * tokens_per_step / rate)
+            left = clock((cfg.max_iters - step) * (seconds - first[1]) / (step - first[0]))     # as fast as since the start
             more = (f" | mfu {mfu:.1%}" if mfu else "") + (f" | {skipped} skipped, not finite" if skipped else "")
             run.say(f"step {step:>6}/{cfg.max_iters} | loss {loss:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | "
                     f"{rate:,.0f} tok/s{more} | {left} left")

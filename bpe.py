@@ -36,7 +36,7 @@ BATCH = 1 << 23            # bytes sent to a worker process at once
 SLOTS = 19                 # 2^SLOTS words are found at once, by array operations
 CACHE = 1 << 20            # words whose ids the encoder remembers
 HOT = 1024                 # pairs the trainer keeps in sight
-LONG = 256                 # bytes; longer words are rare: their keys are made by Python's hash, tiktoken's engine merges them
+LONG = 64                  # bytes; longer words are rare: their keys are made by Python's hash, tiktoken's engine merges them
 NONE = np.iinfo(np.int32).max
 
 # ---- Text to words ------------------------------------------------------------------------------------------------------------
@@ -460,12 +460,17 @@ class Tokenizer:
 
     @functools.cached_property
     def _pairs(self):
-        """Pairs of ids that merge (left << 32 | right), in rising order, and what they make; at the end one that never occurs."""
+        """Pairs of ids that merge (left << 32 | right), in rising order, and what they make; at the end one that never occurs. And
+        the ids of the 256 bytes, and what each two of them make, or NONE."""
         pairs = np.array(self.merges, np.int64).reshape(-1, 2)
         made = [self._tokens[self.vocab[left] + self.vocab[right]] for left, right in self.merges]
         key = pairs[:, 0] << 32 | pairs[:, 1]
         order = np.argsort(key)
-        return np.append(key[order], -1), np.append(np.array(made, np.int64)[order], NONE)
+        byte, of_bytes = np.array([self._tokens[bytes([b])] for b in range(256)]), np.full((256, 256), NONE)
+        for left, right in self.merges:
+            if len(self.vocab[left]) == len(self.vocab[right]) == 1:
+                of_bytes[self.vocab[left][0], self.vocab[right][0]] = self._tokens[self.vocab[left] + self.vocab[right]]
+        return np.append(key[order], -1), np.append(np.array(made, np.int64)[order], NONE), byte, of_bytes
 
     def _merge(self, words):
         """
@@ -473,35 +478,35 @@ class Tokenizer:
         A word that is a token is that token. All others merge at once: in each round every word the first of those of its pairs
         that make the lowest id, until no pair of it is a token.
         """
-        ready = {i: [self._tokens[text]] for i, text in enumerate(words) if text in self._tokens}
-        ready |= {i: self._engine._encode_single_piece(text) for i, text in enumerate(words)
-                  if i not in ready and len(text) > LONG}      # round by round it would take quadratic time
-        owner, ids = [i for i, found in ready.items() for _ in found], [i for found in ready.values() for i in found]
-        done = [(np.array(owner, np.int64), np.array(ids, np.int64))]
-        short = [i for i in range(len(words)) if i not in ready]
-        keys, made = self._pairs
+        found = list(map(self._tokens.get, words))
+        ready = [(i, token) for i, token in enumerate(found) if token is not None]
+        for i in [i for i, text in enumerate(words) if len(text) > LONG and found[i] is None]:
+            ready += [(i, token) for token in self._engine._encode_single_piece(words[i])]  # rounds would take quadratic time
+        who = np.array([i for i, text in enumerate(words) if found[i] is None and len(text) <= LONG], np.int64)
+        owner, ids = np.array(ready, np.int64).reshape(-1, 2).T
+        done, (keys, made, byte, of_bytes) = [(owner, ids)], self._pairs
 
-        word = np.append(np.repeat(short, [len(words[i]) for i in short]).astype(np.int64), -1)     # which word an id belongs to
-        byte_ids = np.array([self._tokens[bytes([b])] for b in range(256)])
-        ids = np.append(byte_ids[np.frombuffer(b"".join([words[i] for i in short]), np.uint8)], 0)
+        size, text = np.array([len(words[i]) for i in who], np.int64), b"".join([words[i] for i in who])
+        text = np.frombuffer(text, np.uint8)
         def makes(at):      # what the ids at `at` make with the next, NONE where they do not merge
-            key = ids[at] << 32 | ids[at + 1]
+            key = ids[at] << 32 | ids.take(at + 1, mode="clip")
             found = np.searchsorted(keys[:-1], key)
-            return np.where((keys[found] == key) & (word[at] == word[at + 1]), made[found], NONE)
-        makes_next = np.append(makes(np.arange(len(ids) - 1)), NONE)
-        while len(word) > 1:
-            begin = np.flatnonzero(word[:-1] != np.append(-2, word[:-2]))                           # of each word
-            best = np.minimum.reduceat(makes_next << 32 | np.arange(len(ids)), begin)
-            ends = best >> 32 == NONE
-            at = best[~ends] & 0xFFFFFFFF
-            ids[at] = makes_next[at]
-            over = np.append(np.repeat(ends, np.diff(begin, append=len(word) - 1)), False)
-            done.append((word[over], ids[over]))
-            stay = ~over
+            return np.where(keys[found] == key, made[found], NONE)
+        ids, pair = byte[text], of_bytes[text, np.append(text[1:], 0)]
+        pair[np.cumsum(size) - 1] = NONE        # the last of a word has no next
+        while len(who):
+            begin = np.cumsum(size) - size
+            best = np.minimum.reduceat(pair << 32 | np.arange(len(pair)), begin)
+            live = best < NONE << 32
+            over, at = np.repeat(~live, size), best[live] & 0xFFFFFFFF
+            done.append((np.repeat(who[~live], size[~live]), ids[over]))
+            ids[at], stay, offset = pair[at], ~over, at - begin[live]
             stay[at + 1] = False
-            word, ids, makes_next, at = word[stay], ids[stay], makes_next[stay], np.cumsum(stay)[at] - 1
-            for beside in at, at - 1:       # subtle: before the first there is the last, which belongs to no word
-                makes_next[beside] = makes(beside)
+            who, size, ids, pair = who[live], size[live] - 1, ids[stay], pair[stay]
+            at = np.cumsum(size) - size + offset
+            pair[at] = np.where(offset < size - 1, makes(at), NONE)
+            before = at[offset > 0] - 1
+            pair[before] = makes(before)
         owner, ids = map(np.concatenate, zip(*done))
         return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(words))
 
@@ -514,7 +519,8 @@ class Tokenizer:
             for group in groups(batch, CHUNK):
                 *words, ends = split(group, self.pattern)
                 chunks.append((self._words.number(*words), ends))
-            ids, sizes = self._merge(list(self._words)[known:])     # a new word is merged once
+            new = list(itertools.islice(reversed(self._words), len(self._words) - known))[::-1]
+            ids, sizes = self._merge(new)                   # once, however often it occurs
             self._ids = np.append(self._ids, ids.astype(self._ids.dtype))
             self._start = np.append(self._start, self._start[-1] + np.cumsum(sizes))
             for numbers, ends in chunks:

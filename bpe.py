@@ -460,8 +460,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _pairs(self):
-        """Pairs of ids that merge (left << 32 | right), in rising order, and what they make; at the end one that never occurs. And
-        the ids of the 256 bytes, and what each two of them make, or NONE."""
+        """Pairs of ids that merge (left << 32 | right), in rising order, and what they make; at the end one that never occurs.
+        And the ids of the 256 bytes, and what each two of them make, or NONE."""
         pairs = np.array(self.merges, np.int64).reshape(-1, 2)
         made = [self._tokens[self.vocab[left] + self.vocab[right]] for left, right in self.merges]
         key = pairs[:, 0] << 32 | pairs[:, 1]
@@ -497,14 +497,14 @@ class Tokenizer:
         while len(who):
             begin = np.cumsum(size) - size
             best = np.minimum.reduceat(pair << 32 | np.arange(len(pair)), begin)
-            live = best < NONE << 32
+            live = best < NONE << 32                                # words that can merge; the others are done
             over, at = np.repeat(~live, size), best[live] & 0xFFFFFFFF
             done.append((np.repeat(who[~live], size[~live]), ids[over]))
             ids[at], stay, offset = pair[at], ~over, at - begin[live]
             stay[at + 1] = False
             who, size, ids, pair = who[live], size[live] - 1, ids[stay], pair[stay]
             at = np.cumsum(size) - size + offset
-            pair[at] = np.where(offset < size - 1, makes(at), NONE)
+            pair[at] = np.where(offset < size - 1, makes(at), NONE)     # only the pairs on both sides of a merge are new
             before = at[offset > 0] - 1
             pair[before] = makes(before)
         owner, ids = map(np.concatenate, zip(*done))

@@ -512,7 +512,7 @@ class Tokenizer:
 
     def _encode(self, pieces):
         """Pieces of text -> an array of ids for each, in order. Word i of the cache has the ids _ids[_start[i]:_start[i + 1]]."""
-        for batch in groups(pieces, 8 * CHUNK):
+        for batch in groups(pieces, 32 * CHUNK):
             if len(self._words) > CACHE or len(self._ids) > 8 * CACHE:
                 self._forget()
             chunks, known = [], len(self._words)

@@ -275,7 +275,7 @@ def bench_sample(argv):
         c, stats = replace(cfg, max_new_tokens=n), Counter()
         texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
         for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats, static=static)):
-            if step == 0: reading = stats["prompt_tokens"] / stats["prompt_seconds"] if prompt > 1 else "-"     # the last is not read
+            if step == 0: reading = stats["prompt_tokens"] / stats["prompt_seconds"] if prompt > 1 else "-"
             if step == 3 and n > 8: stats.clear()       # the first steps compile, or record CUDA graphs
         return stats["tokens"] / stats["seconds"], reading, stats["bytes"] / stats["seconds"] / 1e9
 

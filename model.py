@@ -171,7 +171,7 @@ class LoRALinear(nn.Linear):
     @classmethod
     def adapt(cls, linear, rank):
         out, width = linear.weight.shape
-        linear.__class__, linear.on = cls, True
+        linear.__class__ = cls
         linear.lora_a = nn.Parameter(torch.randn(rank, width, device=linear.weight.device) / math.sqrt(width))
         linear.lora_b = nn.Parameter(torch.zeros(out, rank, device=linear.weight.device))
 
@@ -181,8 +181,7 @@ class LoRALinear(nn.Linear):
         self.__class__ = nn.Linear
 
     def forward(self, x):
-        y = super().forward(x)
-        return y + F.linear(F.linear(x, self.lora_a), self.lora_b) if self.on else y
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
 class CausalSelfAttention(nn.Module):
@@ -325,10 +324,6 @@ class GPT(nn.Module):
         """A plain model again, with the same logits."""
         for linear in self.lora_layers(): linear.merge()
         self.requires_grad_(True)
-
-    def use_lora(self, on):
-        """False: compute what the model did before it was fine-tuned, until True."""
-        for linear in self.lora_layers(): linear.on = on
 
     def forward(self, idx, targets=None, cache=None, by_row=False):
         """

@@ -394,9 +394,6 @@ def test_model_lora_is_small_starts_as_nothing_and_merges():
         assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
         tuned = model(idx)[0]
         assert (tuned - plain).abs().max() > 1e-3
-        model.use_lora(False)
-        assert torch.equal(model(idx)[0], plain)
-        model.use_lora(True)
         checkpoint = dict(model=model.state_dict(), config={**vars(model.config), "lora_rank": 4})
         loaded = model_py.GPT.from_checkpoint(checkpoint)
         assert list(loaded.state_dict()) == keys and (loaded(idx)[0] - tuned).abs().max() < 1e-4
@@ -2537,13 +2534,13 @@ def test_train_truncated_bin_is_refused(monkeypatch, train_dir, tmp_path):
     finally: path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("optimizer, shard, rel", [("adamw", False, 1e-4), ("muon", False, 5e-3), ("muon", True, 5e-3)])
+@pytest.mark.parametrize("optimizer, shard, rel", [("adamw", False, 1e-4), ("muon", False, 2e-3), ("muon", True, 2e-3)])
 def test_train_one_process_equals_two_ranks(monkeypatch, train_dir, tmp_path, optimizer, shard, rel):
     """
     4 micro-batches in 1 process = 2 in each of 2 gloo ranks: losses, norms and weights, up to the order of additions. Muon's
-    matrix products are bfloat16, which makes more of a last digit, the more so the longer it goes; AdamW's case is the strict one.
+    matrix products are bfloat16, which makes more of a last digit with every step.
     """
-    kw = dict(tokens_per_step=128, batch_size=2, max_iters=10, optimizer=optimizer, learning_rate=1e-3)
+    kw = dict(tokens_per_step=128, batch_size=2, max_iters=8, optimizer=optimizer, learning_rate=1e-3)
     one = train_here(monkeypatch, train_dir, tmp_path, out="one", **kw)
     out = train_run(train_dir, *train_words(out_dir=tmp_path / "two", shard_optimizer=shard, **kw), processes=2)
     two = model_py.load_checkpoint(str(tmp_path / "two" / "ckpt.pt"))

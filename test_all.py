@@ -3270,7 +3270,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     """Nothing follows an end-of-text token in a dataset that is one text: its model begins with a line end."""
     eot, path = sample_TOK.special_tokens["<|endoftext|>"], sample_checkpoint(tmp_path)
     for documents, first in ((1, sample_TOK.encode("\n")), (2, [eot]), (None, [eot])):
-        checkpoint = torch.load(path)
+        checkpoint = torch.load(path, weights_only=True)
         checkpoint["meta"] = {} if documents is None else dict(documents=dict(train=documents, val=1))
         model_py.save_checkpoint(path, checkpoint)
         tok = sample.load(config.Config(out_dir=str(tmp_path)))[1]

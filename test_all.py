@@ -2350,7 +2350,7 @@ def test_train_resume_is_bit_for_bit(monkeypatch, train_dir, tmp_path, kw):
     resumed = train_here(monkeypatch, train_dir, tmp_path, out="half", init_from="resume", **kw)
     assert resumed["step"] == 20 and equal_states(whole, resumed)
     a, b = ([(r["step"], r.get("loss"), r.get("val_loss")) for r in train_log(tmp_path / out)] for out in ("whole", "half"))
-    assert [r for r in a if r[0] > 10] == [r for r in b if r[0] > 10]
+    assert a == b and resumed["best"] == whole["best"]                  # that of step 10, where it was stopped, included
     assert a[-1][2] < a[0][1] - 0.3                                     # and it learned something
 
 
@@ -2377,9 +2377,12 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
     assert capsys.readouterr().out.count("1 skipped, not finite") == 2
     assert [r["skipped"] for r in train_log(tmp_path / "run") if "loss" in r] == [0, 0, 1, 1, 0, 0]
     calls, weights = itertools.count(1), {}
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
-    with pytest.raises(ValueError, match="4 steps in a row had a non-finite gradient: the last good checkpoint is .*ckpt.pt"):
-        train_here(monkeypatch, train_dir, tmp_path, out="bad", max_bad_steps=4)
+    for every, message in ((2, "the last good checkpoint is .*ckpt.pt: go on"), (10, "there is none saved: begin again")):
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
+        with pytest.raises(ValueError, match=f"4 steps in a row had a non-finite gradient: {message}"):
+            train_here(monkeypatch, train_dir, tmp_path, out=f"bad{every}", max_bad_steps=4, eval_interval=every)
+        assert (tmp_path / f"bad{every}" / "ckpt.pt").exists() == (every == 2)
+        calls, weights = itertools.count(1), {}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -2433,7 +2436,7 @@ def test_train_killed_in_any_place_resumes_bit_for_bit(monkeypatch, train_dir, t
     kw = dict(max_iters=9, eval_interval=3)
     whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     places = [(torch.nn.utils, "clip_grad_norm_", 5), (train, "evaluate", 2), (torch, "save", 3), (torch, "save", 4),
-              (os, "fsync", 4), (os, "replace", 4), (os, "replace", 5), (json, "dumps", 8),
+              (os, "fsync", 6), (os, "replace", 5), (os, "replace", 6), (json, "dumps", 8),
               (torch, "save", 1), (train, "save_checkpoint", 2)]
     for i, (owner, name, call) in enumerate(places):
         killed(monkeypatch, owner, name, call)
@@ -2497,6 +2500,7 @@ def test_train_out_of_memory_is_one_line(monkeypatch, train_dir, tmp_path):
     (dict(tokens_per_step=100), "not a multiple of batch_size * block_size * 1 device(s) = 64: set --tokens_per_step=128"),
     (dict(block_size=9000, n_embd=2, n_head=1, n_layer=1), "tokens, block_size is 9000: give more text"),
     (dict(init_from="resume"), "no checkpoint at"), (dict(device="gpu"), "device='gpu' is not a device"),
+    (dict(seed=2 ** 32, dropout=0.1), "seed=4294967296 must be below 2**32"),
     (dict(window=8), "window_pattern='' and window=8 belong together"),
     (dict(doc_mask=True, dataset="one", input="notes/heapq.txt", vocab_size=260), "one is one text without end-of-text tokens"),
     (dict(vocab_size=400), "vocab_size")])
@@ -2508,7 +2512,8 @@ def test_train_errors(monkeypatch, train_dir, tmp_path, kw, message):
 
 def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     train_here(monkeypatch, train_dir, tmp_path, max_iters=2)
-    for kw, message in ((dict(), "go on with --init_from=resume"), (dict(init_from="resume", n_layer=3), "n_layer 2 -> 3")):
+    for kw, message in ((dict(), "go on with --init_from=resume"), (dict(init_from="resume", n_layer=3), "n_layer 2 -> 3"),
+                        (dict(init_from="resume", optimizer="adamw"), "differs: optimizer 'muon' -> 'adamw'")):
         with pytest.raises(ValueError, match=message): train_here(monkeypatch, train_dir, tmp_path, **kw)
     path = tmp_path / "run" / "ckpt.pt"
     data = torch.load(path, weights_only=True)
@@ -2520,6 +2525,14 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     changed = train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=4, beta2=0.5, weight_decay=0.25)
     groups = [group for state in changed["optimizers"] for group in state["param_groups"]]
     assert groups[0]["betas"][1] == 0.5 and groups[-1]["weight_decay"] == 0.25              # said and done
+    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, dtype="float16")     # had no scaler until now
+    bins = dict(data["meta"]["sha256"], **{"train.bin": "another"})
+    model_py.save_checkpoint(str(path), {**data, "meta": {**data["meta"], "sha256": bins}})
+    assert "resuming on other text" not in capsys.readouterr().out
+    with open(tmp_path / "run" / "log.jsonl", "ab") as f: f.write(b'{"step": 1, "lo\n\0\xff\n{"step": 2, "loss"')   # a crash
+    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3)
+    assert "resuming on other text" in capsys.readouterr().out
+    assert [r["step"] for r in train_log(tmp_path / "run") if "loss" in r] == [1, 2, 3]
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged.*best.pt[^\n]*$"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
@@ -2609,6 +2622,15 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
                grad_checkpoint=True)
     assert sorted(p for p in os.listdir(tmp_path / "run") if p.startswith("ckpt_")) == ["ckpt_000016.pt", "ckpt_000020.pt"]
     assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
+    os.makedirs(tmp_path / "[a]")
+    for step in (999999, 1000000): (tmp_path / "[a]" / f"ckpt_{step}.pt").touch()
+    train_here(monkeypatch, train_dir, tmp_path, out="[a]", max_iters=5, keep_checkpoints=1, profile=9)    # too short for it
+    assert [p for p in os.listdir(tmp_path / "[a]") if p.startswith("ckpt_")] == ["ckpt_1000000.pt"]
+    assert json.load(open(tmp_path / "[a]" / "trace.json"))["traceEvents"]
+    (tmp_path / "file").touch()
+    for out in ("file", "file/x"):
+        with pytest.raises(OSError, match=f"'.*/{out}': free space or choose another --out_dir"):
+            train_here(monkeypatch, train_dir, tmp_path, out=out)
     assert "tokens a parameter (Chinchilla" in capsys.readouterr().out
     seen = []
     wandb_run = types.SimpleNamespace(log=lambda record, step: seen.append((step, "loss" in record)))
@@ -2620,6 +2642,13 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
             train_here(monkeypatch, train_dir, tmp_path, out="w", wandb_log=True)
     with pytest.raises(ValueError, match="start with torchrun"):
         train_here(monkeypatch, train_dir, tmp_path, out="z", shard_optimizer=True)
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12),
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: name)         # where a CPU's name has a number
+    assert train.Machine(config.Config(device="cpu")).peak == peak
 
 
 def test_train_memory_estimate_counts_optimizer_state(train_dir):
@@ -2688,7 +2717,7 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
         assert (chosen > rejected).float().mean() > 0.9
         assert log[-1] == pytest.approx(torch.nn.functional.softplus(0.1 * gain("val").diff(dim=1)).mean().item(), rel=1e-4)
     other = dict(objective="tokens", dataset="tiny", input="notes") if kind == "pairs" else {}
-    with pytest.raises(ValueError, match="model differs: (lora_rank|objective)"):
+    with pytest.raises(ValueError, match="checkpoint differs: (lora_rank|objective)"):
         tune_here(monkeypatch, tune_dir, tmp_path, kind, **dict(out="half", init_from="resume", lora_rank=2) | other)
     capsys.readouterr()
     sample.main(config.load([f"--out_dir={tmp_path / 'whole'}", "--start=User:", "--max_new_tokens=5"]))       # LoRA is merged

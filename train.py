@@ -13,7 +13,8 @@ A step means tokens_per_step tokens, however many devices share them: batches ar
 one process and eight see the same data and a resumed run goes on as if it had never stopped.
 Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import copy, dataclasses, datetime, errno, functools, glob, itertools, json, math, os, signal, subprocess, sys, time
+import copy, dataclasses, datetime, errno, functools, itertools, json, math, os, re, signal, subprocess, sys, time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,19 +26,17 @@ import config, prepare
 from config import require
 from model import GPT, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint
 
-# dense bf16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's name counts. Unknown: no MFU.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
+# dense bf16 peak in FLOP/s (V100: fp16) by the makers' data sheets; the first that is words of the device's name. None: no MFU.
+PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
               "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
 
 # ---------------------------------------------------------------------------- data
 
 class Batches:
-    """
-    Rows of T tokens and the T that follow each. An epoch takes the text as a ring, begins anywhere, cuts it into len // T rows
+    """Rows of T tokens and the T that follow each. An epoch takes the text as a ring, begins anywhere, cuts it into len // T rows
     and visits them in random order; all a function of (seed, step, position), so there is nothing to save. With `eot`, the
     documents, which end with it, are preference pairs, 2i chosen and 2i + 1 rejected: padded rows side by side. Where prepare.py
-    has put a mask beside the bin, targets that do not count are -1.
-    """
+    has put a mask beside the bin, targets that do not count are -1."""
     def __init__(self, path, block_size, seed, eot=None):
         self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
         mask = os.path.splitext(path)[0] + ".mask"
@@ -81,10 +80,8 @@ class Batches:
         return int((rows[1] >= 0).sum()) if self.pairs is None else rows.shape[1] // 2
 
     def stream(self, step, accumulate, batch_size, run):
-        """
-        This rank's micro-batches from `step` on, and the share of the step that each is: rank r of W takes batches r, W + r, ..
-        of those that make up a step. Shares add up to W, over which DDP takes the mean.
-        """
+        """This rank's micro-batches from `step` on, and the share of the step that each is: rank r of W takes batches r, W + r,
+        .. of those that make up a step. Shares add up to W, over which DDP takes the mean."""
         size = accumulate * run.world * batch_size
         for n in itertools.count(step * accumulate):
             if self.mask is None: whole = size * self.T
@@ -100,10 +97,8 @@ def to_device(rows, device):
 # ---------------------------------------------------------------------------- the step
 
 def objective(model, x, y, cfg, reference=None):
-    """
-    The loss of a batch: nats per token; or of preference pairs -log sigmoid of how many nats times beta more than the reference
-    the model prefers the chosen answer, Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
-    """
+    """The loss of a batch: nats per token; or of preference pairs -log sigmoid of how many nats times beta more than the
+    reference the model prefers the chosen answer, Rafailov et al. 2023, arXiv:2305.18290, eq. 7."""
     if cfg.objective == "tokens": return model(x, y)[1]
     chosen, rejected = (model(x, y, by_row=True)[1] - reference(x, y, by_row=True)[1]).view(-1, 2).T    # (B/2,) each
     return -F.logsigmoid(cfg.dpo_beta * (chosen - rejected)).mean()
@@ -131,10 +126,8 @@ def lr_factor(step, cfg):
 
 @torch.no_grad()
 def update(optimizers, bad):
-    """
-    One step of each optimizer, or exactly none where `bad`, a flag on the device, is set; the host never waits to learn which.
-    AdamW's fused kernel takes the flag. Muon gets its momentum for a gradient, which leaves that as it was, and its weights back.
-    """
+    """One step of each optimizer, or exactly none where `bad`, a flag on the device, is set; the host never waits for it.
+    AdamW's fused kernel takes the flag; Muon gets its momentum for a gradient, which leaves it as it was, and its weights back."""
     for optimizer in optimizers:
         inner = getattr(optimizer, "optim", optimizer)          # a sharded optimizer's share of this rank
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -171,7 +164,7 @@ class Machine:
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
         self.compile = gpu if cfg.compile is None else cfg.compile
         self.name = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {torch.get_num_threads()} threads"
-        self.peak = next((flops for key, flops in PEAK_FLOPS.items() if key in self.name), None)
+        self.peak = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", self.name)), None)
 
     def say(self, *words):
         if self.rank == 0: print(*words, flush=True)
@@ -191,39 +184,31 @@ class Machine:
 
 def pick_dtype(name, device):
     if name != "auto": return getattr(torch, name)
-    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     instructions = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}   # since 2.12
     return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else torch.float32
 
 # ---------------------------------------------------------------------------- before the first step
 
-def gradient_accumulation(cfg, world):
-    """(tokens of a step, micro-batches of a step on each device): tokens = micro-batches * world * batch_size * block_size."""
-    tokens, unit = cfg.tokens_per_step or cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.block_size * world
-    require(tokens % unit == 0, f"tokens_per_step={tokens} is not a multiple of batch_size * block_size * {world} device(s) = "
-            f"{unit}: set --tokens_per_step={-(-tokens // unit) * unit} or change batch_size")
-    return tokens, tokens // unit
+SHAPE = [f.name for f in dataclasses.fields(config.GPTConfig) if f.name != "dropout"]      # what decides whether weights fit
 
-def settle(cfg, run, old):
-    """
-    (cfg, folder): what the run is going to be, and the Hugging Face folder that its weights begin as, or "". That sets the
-    shape (a smaller block_size stays) and the tokenizer. old: the checkpoint to resume, whose run must have asked for the same.
-    """
-    shape, asked = [f.name for f in dataclasses.fields(config.GPTConfig) if f.name != "dropout"], dataclasses.asdict(cfg)
-    def changes(a, b): return {k: f"{k} {a[k]!r} -> {v!r}" for k, v in b.items() if k != "init_from" and a.get(k, v) != v}
-    if old:
-        changed = changes(old["asked"], asked)
-        fatal = ", ".join(text for k, text in changed.items() if k in (*shape, "lora_rank", "objective"))
-        require(not fatal, f"cannot resume, the checkpoint's model differs: {fatal}; use its values or another --out_dir")
-        if changed: run.say(f"resuming with a changed config: {', '.join(changed.values())}")
-        return dataclasses.replace(cfg, **{k: old["config"][k] for k in (*shape, "tokenizer", "init_from")}), ""
-    folder = run.in_turn(lambda: prepare.pretrained(cfg.init_from))
-    if not folder: return cfg, ""
-    model = dataclasses.asdict(hf_config(folder)[1])
-    model = {k: model[k] for k in shape} | dict(block_size=min(model["block_size"], cfg.block_size))
-    model["tokenizer"] = prepare.own_tokenizer(cfg).tokenizer
-    run.say(f"the model of {folder} sets: {', '.join(changes(asked, model).values()) or 'nothing else than this config'}\n")
-    return dataclasses.replace(cfg, **model), folder
+def as_saved(cfg, run, old):
+    """cfg to go on from the checkpoint `old`, of whose model cfg asks for the same as its run did; other knobs may change."""
+    now = dataclasses.asdict(cfg)
+    changed = {k: f"{k} {was!r} -> {now[k]!r}" for k, was in old["asked"].items() if k != "init_from" and now.get(k, was) != was}
+    fatal = ", ".join(changed[k] for k in (*SHAPE, "lora_rank", "objective", "optimizer") if k in changed)
+    require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; use its values or another --out_dir")
+    if changed: run.say(f"resuming with a changed config: {', '.join(changed.values())}")
+    return dataclasses.replace(cfg, **{k: old["config"][k] for k in (*SHAPE, "tokenizer", "init_from")})
+
+def as_pretrained(cfg, run, folder):
+    """cfg with the shape (a smaller block_size stays) and the tokenizer of the Hugging Face model in `folder`."""
+    theirs = hf_config(folder)[1]
+    sets = {k: getattr(theirs, k) for k in SHAPE} | dict(block_size=min(theirs.block_size, cfg.block_size))
+    sets["tokenizer"] = prepare.own_tokenizer(cfg).tokenizer
+    changed = ", ".join(f"{k} {getattr(cfg, k)!r} -> {v!r}" for k, v in sets.items() if v != getattr(cfg, k))
+    run.say(f"the model of {folder} sets: {changed}\n")
+    return dataclasses.replace(cfg, **sets)
 
 def prepare_data(cfg, run, old):
     """meta.json's contents and the tokenizer; makes the dataset where it is missing. old: the checkpoint to resume, or {}."""
@@ -240,17 +225,15 @@ def prepare_data(cfg, run, old):
         require(tokens > cfg.block_size, f"the {split} split of {cfg.dataset} has {tokens} tokens, block_size is "
                 f"{cfg.block_size}: give more text or set a smaller --block_size (or for the val split a larger --val_fraction)")
     require(not old or old["meta"]["tokenizer_hash"] == meta["tokenizer_hash"],
-            f"cannot resume: data/{cfg.dataset} was prepared with another tokenizer than the checkpoint's; prepare it again with "
-            "that one, or train into another --out_dir")
+            f"cannot resume: data/{cfg.dataset} has another tokenizer than the checkpoint: use that one, or another --out_dir")
+    if old and old["meta"]["sha256"] != meta["sha256"]: run.say(f"resuming on other text: data/{cfg.dataset} was prepared anew")
     if not os.path.exists(path): return meta, meta["tokenizer"]
     with open(path, encoding="utf-8") as f: return meta, json.load(f)
 
 def estimate_memory(cfg, model, world=1):
-    """
-    Bytes by part for one training process. Weights and gradients are float32; AdamW keeps two more numbers a weight, Muon one.
+    """Bytes by part for one training process. Weights and gradients are float32; AdamW keeps two more numbers a weight, Muon one.
     Activations kept for the backward pass: per layer and token 18*C elements outside the MLP and 4 times its width in it, a bit
-    under the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; of the logits 2048 rows.
-    """
+    under the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; of the logits 2048 rows."""
     n, rows = model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
@@ -266,42 +249,79 @@ def plan(cfg, model, run, tokens, epoch):
     """What the run is going to be, on a few lines, with a warning if it cannot fit; tokens, epoch: of a step and an epoch."""
     flops, n, total = model.estimate_flops(), model.num_params(), cfg.max_iters * tokens
     needed = sum(estimate_memory(cfg, model, run.world).values())
-    free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else math.inf
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf      # not on Windows
+    room = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else ram
     hours = f", {clock(flops * total / (0.4 * run.peak * run.world))} at 40% of peak" if run.peak else ""
-    short = f"WARNING: {free / 2 ** 20:,.0f} MiB are free: lower --batch_size or use --grad_checkpoint\n" if needed > free else ""
+    short = f", but there is room for {room / 2 ** 20:,.0f}: WARNING, lower --batch_size or use --grad_checkpoint"
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
             f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
-            f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed / 2 ** 20:,.0f} MiB a device\n"
-            f"{short}"
+            f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed / 2 ** 20:,.0f} MiB a device"
+            f"{short if needed > room else ''}\n"
             f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}")
 
 def clock(seconds):
     """3700 -> '1:01:40'"""
     return str(datetime.timedelta(seconds=round(seconds)))
 
+# ---------------------------------------------------------------------------- what a run leaves behind
+
+def read_log(path):
+    """The records of a log.jsonl, without the lines that a crash has cut short."""
+    return [json.loads(line) for line in re.findall(rb'^{"step": .+}$', Path(path).read_bytes(), re.M)]
+
 class Log:
-    """config.json and log.jsonl in out_dir, one JSON object a line; a resumed run drops the lines past its checkpoint."""
-    def __init__(self, out_dir, step, cfg):
+    """What a run says of its steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between them losses add up on
+    the device, for whoever asks for a number waits for it. A resumed run drops the lines past its checkpoint."""
+    def __init__(self, cfg, run, out_dir, tokens_per_step, flops, step, seconds):
+        self.cfg, self.run, self.tokens_per_step, self.flops = cfg, run, tokens_per_step, flops     # flops: of a token
+        self.step, self.seconds = step, seconds             # of the last line; seconds were spent in steps
+        self.began = time.perf_counter() - seconds
+        self.sums = torch.zeros(2, device=run.device)       # loss and number of the steps since the last line
+        self.in_a_row = 0                                   # steps skipped up to now
         self.path, self.wandb, values = os.path.join(out_dir, "log.jsonl"), None, dataclasses.asdict(cfg)
+        if run.rank > 0: return
         if cfg.wandb_log:
             try: import wandb
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
             self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(out_dir), config=values)
         os.makedirs(out_dir, exist_ok=True)
-        with open(os.path.join(out_dir, "config.json"), "w") as f: json.dump(values, f, indent=1)
-        with open(self.path, "a+", encoding="utf-8") as old, open(self.path + ".tmp", "w", encoding="utf-8") as new:
-            old.seek(0)
-            new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
-        os.replace(self.path + ".tmp", self.path)
+        prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
+        kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
+        prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
 
-    def __call__(self, **record):
+    def write(self, step, text, **record):
+        """The same for people and for programs, on rank 0."""
+        if self.run.rank > 0: return
+        print(f"step {step:>6}/{self.cfg.max_iters} | {text}", flush=True)
+        record = dict(step=step, tokens=step * self.tokens_per_step, seconds=self.seconds, **record)
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
-        if self.wandb: self.wandb.log(record, step=record["step"])
+        if self.wandb: self.wandb.log(record, step=step)
+
+    def add(self, loss, bad):
+        """The loss of a step and whether it was skipped, both on the device."""
+        self.sums += torch.where(bad, 0, torch.stack((loss, torch.ones_like(loss))))
+        self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
+
+    def line(self, step, factor, norm):
+        """Waits for the device and says what the steps since the last line have brought; factor, norm: of the last of them."""
+        if self.run.world > 1: dist.all_reduce(self.sums)
+        loss, good = (self.sums / self.run.world).tolist()
+        loss, skipped, norm = loss / good if good else math.nan, step - self.step - round(good), norm.item()
+        seconds = time.perf_counter() - self.began
+        rate = (step - self.step) * self.tokens_per_step / (seconds - self.seconds)
+        mfu = self.flops * rate / self.run.world / self.run.peak if self.run.peak else None
+        left = clock((self.cfg.max_iters - step) * seconds / step)              # as fast as since the first step
+        more = (f" | mfu {mfu:.1%}" if mfu else "") + (f" | {skipped} skipped, not finite" if skipped else "")
+        self.step, self.seconds = step, seconds
+        text = f"loss {loss:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | {rate:,.0f} tok/s{more} | {left} left"
+        self.write(step, text, loss=loss, lr=factor, norm=norm, skipped=skipped, tok_per_s=rate, mfu=mfu)
+        self.sums.zero_()
 
 def show_sample(out_dir, device):
     """In a process of its own: what a reader would type, and proof that the checkpoint suffices."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
     subprocess.run([sys.executable, script, f"--out_dir={out_dir}", "--max_new_tokens=200", f"--device={device.type}"])
+    print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"", flush=True)
 
 # ---------------------------------------------------------------------------- the run
 
@@ -321,26 +341,30 @@ def build(cfg, run, folder, old):
         for optimizer, saved in zip(optimizers, old["optimizers"], strict=True):        # its moments, but this run's rates
             groups = [new | dict(params=was["params"]) for new, was in zip(optimizer.param_groups, saved["param_groups"])]
             optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-        scaler.load_state_dict(old["scaler"])
+        if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if its run did not need one
     return model, reference, optimizers, scaler
 
 def train(cfg, run):
-    """The whole run; returns out_dir, or None if it was stopped before its last step."""
+    """The whole run, from the first line it prints to the sample at its end."""
     out_dir, asked, pairs = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg), cfg.objective == "dpo"
     last, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
     require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer shares among ranks: start with torchrun, or leave it out")
     exists = os.path.exists(last)
     resume = run.any(cfg.init_from == "resume" or run.restarts and exists)      # restarts: by torchrun --max-restarts
     require(resume or not exists, f"{last} exists: go on with --init_from=resume, choose another --out_dir, or delete {out_dir}")
-    old = load_checkpoint(last) if resume else {}
-    cfg, folder = settle(cfg, run, old)
+    old, folder = load_checkpoint(last) if resume else {}, ""
+    if old: cfg = as_saved(cfg, run, old)
+    elif folder := run.in_turn(lambda: prepare.pretrained(cfg.init_from)): cfg = as_pretrained(cfg, run, folder)
     run.say(config.show(cfg))
-    tokens_per_step, accumulate = gradient_accumulation(cfg, run.world)
+    tokens_per_step, unit = cfg.tokens_per_step or cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.block_size * run.world
+    require(tokens_per_step % unit == 0, f"tokens_per_step={tokens_per_step} is not a multiple of batch_size * block_size * "
+            f"{run.world} device(s) = {unit}: set --tokens_per_step={-(-tokens_per_step // unit) * unit} or change batch_size")
+    accumulate = tokens_per_step // unit                # micro-batches of a step on each device
     meta, tokenizer = prepare_data(cfg, run, old)
 
     raw_model, reference, optimizers, scaler = build(cfg, run, folder, old)     # raw: without compile's and DDP's wrappers
-    step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)     # seconds spent in steps
-    if old: run.say(f"resuming {last} at step {step}")
+    step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)
+    if old: run.say(f"resuming {last} at step {step} of {cfg.max_iters}")
     del old
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     attention, raw_model.grad_checkpoint = raw_model.set_backend(), cfg.grad_checkpoint
@@ -351,7 +375,7 @@ def train(cfg, run):
     batches, val_batches = (Batches(os.path.join("data", cfg.dataset, split + ".bin"), cfg.block_size, cfg.seed,
                                     meta["eot"] if pairs else None) for split in ("train", "val"))
     run.say(f"{plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)}, attention: {attention}\n")
-    log = Log(out_dir, step, cfg) if run.rank == 0 else lambda **record: None
+    log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
     signals = []        # SIGINT or SIGTERM: finish the step, save, end; more of them add nothing, for torchrun repeats Ctrl-C
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: signals.append(number))
 
@@ -361,19 +385,18 @@ def train(cfg, run):
         for path in paths if run.rank == 0 else ():
             save_checkpoint(path, dict(
                 model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                reference=reference and reference.state_dict(), step=step, best=best, seconds=seconds, asked=asked,
+                reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
                 config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer))
 
-    if cfg.profile and run.rank == 0:
+    profiling = cfg.profile and run.rank == 0
+    if profiling:
         profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
                                           on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")))
         profiler.start()
     feed = batches.stream(step, accumulate, cfg.batch_size, run)
     x, y, share = next(feed)
-    sums = torch.zeros(2, device=run.device)            # losses and number of the steps taken since the last log line
-    in_a_row = 0                                        # steps skipped up to now
-    logged, mark, began, first = step, seconds, time.time() - seconds, (step, seconds)
-    while step < cfg.max_iters:
+    stopping = False
+    while step < cfg.max_iters and not stopping:
         factor = lr_factor(step, cfg)
         for group, peak in peaks: group["lr"] = peak * factor
         if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)  # a resumed run drops the same
@@ -390,64 +413,48 @@ def train(cfg, run):
         update(optimizers, bad)
         scaler.update()
         for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
-        sums += torch.where(bad, 0, torch.stack((total, torch.ones_like(total))))
-        in_a_row = torch.where(bad, in_a_row + 1, 0)
+        log.add(total, bad)
         step += 1
-        if cfg.profile and run.rank == 0: profiler.step()
+        if profiling: profiler.step()
 
         # on the device all of the above is only queued: what follows waits for it, and only when there is something to say
-        sampling = cfg.sample_interval and step % cfg.sample_interval == 0 and step < cfg.max_iters
-        evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling
         stopping = run.any(signals) and step < cfg.max_iters
+        sampling = cfg.sample_interval and step % cfg.sample_interval == 0 and step < cfg.max_iters
+        evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling         # samples are of a checkpoint
         if step % cfg.log_interval == 0 or step == 1 or evaluating or stopping:
-            if run.world > 1: dist.all_reduce(sums)
-            loss, good = (sums / run.world).tolist()
-            loss, skipped = loss / good if good else math.nan, step - logged - round(good)
-            norm, seconds = norm.item(), time.time() - began
-            rate = (step - logged) * tokens_per_step / (seconds - mark)
-            mfu = raw_model.estimate_flops() * rate / run.world / run.peak if run.peak else None
-            left = clock((cfg.max_iters - step) * (seconds - first[1]) / (step - first[0]))     # as fast as since the start
-            more = (f" | mfu {mfu:.1%}" if mfu else "") + (f" | {skipped} skipped, not finite" if skipped else "")
-            run.say(f"step {step:>6}/{cfg.max_iters} | loss {loss:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | "
-                    f"{rate:,.0f} tok/s{more} | {left} left")
-            log(step=step, tokens=step * tokens_per_step, seconds=seconds, loss=loss, lr=factor, norm=norm, skipped=skipped,
-                tok_per_s=rate, mfu=mfu)
-            require(in_a_row < cfg.max_bad_steps, f"{in_a_row} steps in a row had a non-finite gradient: the last good "
-                    f"checkpoint is {last}; go on from it with a lower learning rate or --dtype=float32")
-            logged, mark = step, seconds
-            sums.zero_()
-        if evaluating and not stopping:
+            log.line(step, factor, norm)
+            saved = f"the last good checkpoint is {last}: go on" if os.path.exists(last) else "there is none saved: begin again"
+            require(log.in_a_row < cfg.max_bad_steps, f"{log.in_a_row} steps in a row had a non-finite gradient: {saved} with a "
+                    "lower learning rate or --dtype=float32")
+        if stopping: save(last)                 # at once: who sends a signal may not wait for an evaluation
+        if evaluating:
             val, size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
             bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # nats per token that counts -> bits per byte
-            log(step=step, tokens=step * tokens_per_step, seconds=seconds, val_loss=val, **({} if pairs else {"val_bpb": bpb}))
-            units = "" if pairs else f" nats per token, {bpb:.4f} bits per byte"
-            run.say(f"step {step:>6}/{cfg.max_iters} | validation: {val:.4f}{units}" + (" | best" if val < best else ""))
-            kept = [os.path.join(out_dir, f"ckpt_{step:06d}.pt")] if cfg.keep_checkpoints else []
             better, best = val < best, min(best, val)       # in this order no NaN stays
-            save(*([best_path] if better else []), last, *kept)
-            if kept and run.rank == 0:
-                for path in sorted(glob.glob(os.path.join(out_dir, "ckpt_*.pt")))[:-cfg.keep_checkpoints]: os.remove(path)
-            if sampling and run.rank == 0: show_sample(out_dir, run.device)
-            began = time.time() - seconds                       # only steps count
-        if stopping:
-            save(last)
-            run.say(f"stopped by a signal, saved {last} at step {step}; to go on, give the same command with --init_from=resume")
-            return None
-    run.say(f"\n{step} steps in {clock(seconds)}, besides evaluation; best validation loss {best:.4f}: {best_path}\n")
-    return out_dir
+            text = f"validation: {val:.4f}" + f" nats per token, {bpb:.4f} bits per byte" * (not pairs) + " | best" * better
+            log.write(step, text, val_loss=val, **({} if pairs else {"val_bpb": bpb}))
+            save(*[best_path] * better, last, *[os.path.join(out_dir, f"ckpt_{step:06d}.pt")] * bool(cfg.keep_checkpoints))
+            if cfg.keep_checkpoints and run.rank == 0:
+                kept = sorted(Path(out_dir).glob("ckpt_*.pt"), key=lambda path: (len(path.name), path.name))
+                for path in kept[:-cfg.keep_checkpoints]: path.unlink()
+            if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
+            log.began = time.perf_counter() - log.seconds       # only steps count
+    if profiling: profiler.stop()               # writes what it has if the run was too short
+    if stopping:
+        run.say(f"stopped by a signal, saved {last} at step {step}; to go on, give the same command with --init_from=resume")
+    elif run.rank == 0:
+        print(f"\n{step} steps in {clock(log.seconds)}, besides evaluation; best validation loss {best:.4f}: {best_path}\n")
+        show_sample(out_dir, run.device)
 
 def main(cfg):
     run = Machine(cfg)
-    try:
-        out_dir = train(cfg, run)
-        if out_dir and run.rank == 0:
-            show_sample(out_dir, run.device)
-            print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"")
+    try: train(cfg, run)
     except torch.OutOfMemoryError:
-        raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size} and set --tokens_per_step="
-                         f"{cfg.tokens_per_step or cfg.batch_size * cfg.block_size} to train the same") from None
+        tokens = cfg.tokens_per_step or cfg.batch_size * cfg.block_size
+        raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size} and set --tokens_per_step={tokens} to train the "
+                         "same, or use --grad_checkpoint") from None
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR): raise
         raise OSError(f"{e}: free space or choose another --out_dir; the last checkpoint stands") from None
     finally:
         if run.world > 1: dist.destroy_process_group()

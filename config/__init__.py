@@ -172,7 +172,8 @@ RANGES = {"at least 1": (lambda x: x >= 1, """block_size vocab_size n_layer n_he
           "in [0, 1]": (lambda x: x <= 1, "min_lr_frac min_p decay_frac beta1 beta2".split()),
           "in (0, 1]": (lambda x: 0 < x <= 1, ["top_p"]),
           "below 1": (lambda x: x < 1, ["dropout"]),
-          "in (0, 1)": (lambda x: 0 < x < 1, ["val_fraction"])}
+          "in (0, 1)": (lambda x: 0 < x < 1, ["val_fraction"]),
+          "below 2**32": (lambda x: x < 2 ** 32, ["seed"])}             # train.py puts the step beside it in 64 bits
 KINDS = typing.get_type_hints(Config)
 
 

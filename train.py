@@ -126,8 +126,8 @@ def lr_factor(step, cfg):
 
 @torch.no_grad()
 def update(optimizers, bad):
-    """One step of each optimizer, or exactly none where `bad`, a flag on the device, is set; the host never waits for it.
-    AdamW's fused kernel takes the flag; Muon gets its momentum for a gradient, which leaves it as it was, and its weights back."""
+    """One step of each optimizer, or none at all where `bad`, a flag on the device, is set; the host never waits to learn which.
+    AdamW's fused kernel takes the flag; Muon gets its momentum as gradient, which leaves it as it was, and its weights back."""
     for optimizer in optimizers:
         inner = getattr(optimizer, "optim", optimizer)          # a sharded optimizer's share of this rank
         params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -48,7 +48,8 @@ def test_config_order_types_and_flags():
     (["--max_iter=3"], "did you mean 'max_iters'"), (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
     (["--bias=1"], "wants True or False"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"), (["nothing.py"], "no config file"),
     (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"), (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"),
-    (["--n_embd=12"], "must be even"), (["--top_p=0"], "(0, 1]"), (["--tie_weights"], "zero_init"), (["--batch_size=0"], "at least 1")])
+    (["--n_embd=12"], "must be even"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"), (["--learning_rate=nan"], "wants float, not nan"),
+    (["--max_iters=None"], "wants int, not 'None'"), (["--compile=1"], "wants True or False or None, not '1'"), (["--max_iters=-3"], "negative"), (["--tie_weights"], "zero_init"), (["--batch_size=0"], "at least 1")])
 def test_config_errors(argv, message):
     with pytest.raises(ValueError) as e: config.load(argv)
     assert message in str(e.value) and "\n" not in str(e.value)

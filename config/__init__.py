@@ -7,12 +7,10 @@ Every knob of every stage, typed, with its default and what it does; and the loa
 A config file is plain Python assignments (see the files beside this one). Any script takes any config file.
 `python train.py --help` prints every knob below. Nothing outside this file knows a default.
 """
-import ast, contextlib, dataclasses, difflib, math, os, re, runpy, sys, textwrap, types, typing
-from dataclasses import dataclass
+import contextlib, dataclasses, difflib, math, os, re, runpy, sys, textwrap, types, typing
 from typing import Literal
 
-
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     """The model's shape, nothing else; travels in every checkpoint. The defaults are a modern 124M-class GPT."""
     block_size: int = 1024          # longest context, in tokens
@@ -44,10 +42,9 @@ class GPTConfig:
     def __post_init__(self):
         vars(self).update({name: coerce(name, value) for name, value in vars(self).items()})
         for name, value in vars(self).items():
-            if type(value) not in (int, float): continue
-            require(value >= 0, f"{name}={value} must not be negative")
+            require(type(value) not in (int, float) or value >= 0, f"{name}={value} must not be negative")
             for what, (holds, knobs) in RANGES.items():
-                require(name not in knobs or holds(value), f"{name}={value} must be {what}")
+                require(name not in knobs.split() or holds(value), f"{name}={value} must be {what}")
         require(self.head_size or self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: change one, or set head_size")
         require(self.n_head % self.kv_heads == 0, f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
@@ -72,8 +69,7 @@ class GPTConfig:
         letters = (self.window_pattern or "L") * self.n_layer
         return [self.window * (letter == "S") for letter in letters[:self.n_layer - 1]] + [0]
 
-
-@dataclass
+@dataclasses.dataclass
 class Config(GPTConfig):
     """GPTConfig plus the knobs of data, tokenizer, training and sampling. `cfg.model()` is the GPTConfig alone."""
     # data (prepare.py)
@@ -94,10 +90,9 @@ class Config(GPTConfig):
     eval_tokens: int = 0            # validation tokens per evaluation, the same every time; 0 = the whole split
     log_interval: int = 10          # steps between log lines
     doc_mask: bool = False          # in training and validation a token sees nothing before the start of its own document
-    sample_interval: int = 0        # steps between samples printed during training; 0 = only at the end
+    sample_interval: int = 0        # steps between samples printed during training, each after an evaluation; 0 = only at the end
     keep_checkpoints: int = 0       # besides ckpt.pt and best.pt keep ckpt_<step>.pt of so many of the last evaluations
-    wandb_log: bool = False         # log to Weights & Biases, too
-    wandb_project: str = "gpt"      # its project; the run is named after out_dir
+    wandb_log: bool = False         # log to Weights & Biases, too, as out_dir; WANDB_PROJECT in the environment sets the project
     profile: int = 0                # trace so many steps, after three to warm up, into out_dir/trace.json (chrome://tracing)
     seed: int = 1337                # of initialisation, batches and sampling
     # fine-tuning (train.py)
@@ -118,13 +113,13 @@ class Config(GPTConfig):
     warmup_iters: int = 0           # steps of linear warm-up
     lr_schedule: Literal["linear", "cosine"] = "linear"             # shape of the decay
     decay_frac: float = 1.0         # last part of max_iters that decays; 1 = decay starts right after the warm-up
-    min_lr_frac: float = 0.05       # the last step's learning rate, as a part of the peak
+    min_lr_frac: float = 0.05       # what the learning rate decays to, as a part of the peak
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the forward pass; weights stay float32 in training
     grad_checkpoint: bool = False   # less memory: keep only each block's input and compute the rest again in the backward pass
     shard_optimizer: bool = False   # torchrun: each rank keeps a part of the optimizer state (ZeRO 1, arXiv:1910.02054)
-    compile: bool | None = None     # torch.compile; unset = in training on CUDA, where it pays within a minute
+    compile: Literal[True, False, None] = None      # torch.compile; unset = in training on CUDA, where it pays within a minute
     # evaluation (bench.py eval)
     task: str = ""                  # questions: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored in each window of a text; 0 = block_size/2: each sees half a context at least
@@ -163,35 +158,31 @@ class Config(GPTConfig):
     def model(self):
         return GPTConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GPTConfig)})
 
-
-# what a number must be, besides not negative: (test, knobs)
-RANGES = {"at least 1": (lambda x: x >= 1, """block_size vocab_size n_layer n_head n_embd rope_factor max_iters batch_size
-              max_bad_steps eval_interval log_interval num_samples max_new_tokens num_beams best_of num_shards
-              prefill_chunk""".split()),
-          "above 0": (lambda x: x > 0, "rope_theta norm_eps repetition_penalty".split()),
-          "in [0, 1]": (lambda x: x <= 1, "min_lr_frac min_p decay_frac beta1 beta2".split()),
-          "in (0, 1]": (lambda x: 0 < x <= 1, ["top_p"]),
-          "below 1": (lambda x: x < 1, ["dropout"]),
-          "in (0, 1)": (lambda x: 0 < x < 1, ["val_fraction"]),
-          "below 2**32": (lambda x: x < 2 ** 32, ["seed"])}             # train.py puts the step beside it in 64 bits
+RANGES = {      # what a number must be, besides not negative
+    "at least 1": (lambda x: x >= 1, "block_size vocab_size n_layer n_head n_embd rope_factor max_iters batch_size max_bad_steps "
+                   "eval_interval log_interval num_samples max_new_tokens num_beams best_of num_shards prefill_chunk"),
+    "above 0": (lambda x: x > 0, "rope_theta norm_eps repetition_penalty"),
+    "in [0, 1]": (lambda x: x <= 1, "min_lr_frac min_p decay_frac"),
+    "in (0, 1]": (lambda x: 0 < x <= 1, "top_p"),
+    "below 1": (lambda x: x < 1, "dropout beta1 beta2"),
+    "in (0, 1)": (lambda x: 0 < x < 1, "val_fraction"),
+    "below 2**32": (lambda x: x < 2 ** 32, "seed")}             # train.py puts the step beside it in 64 bits
 KINDS = typing.get_type_hints(Config)
-
 
 def require(ok, message):
     if not ok: raise ValueError(message)
 
-
 def coerce(key, value, word=False):
     """`value` for knob `key` as its type, read first if it is a word: coerce("max_iters", "1e3", word=True) -> 1000"""
     kind = KINDS[key]
-    choices = {bool: (True, False), bool | None: (True, False, None)}.get(kind, typing.get_args(kind))
-    if word and choices: value = next((choice for choice in choices if str(choice).lower() == value.lower()), value)
-    elif word and kind is not str:
-        with contextlib.suppress(ValueError, SyntaxError): value = ast.literal_eval(value)
-    if type(value) in (int, float) and kind in (int, float) and math.isfinite(value) and kind(value) == value: return kind(value)
-    if type(value) is kind is str or repr(value) in map(repr, choices): return value       # repr: 1 is not True here
+    choices = (True, False) if kind is bool else typing.get_args(kind)
+    if word and choices: value = {str(choice).lower(): choice for choice in choices}.get(value.lower(), value)
+    elif word and kind in (int, float):
+        with contextlib.suppress(ValueError): value = float(value)
+    if kind in (int, float):
+        if type(value) in (int, float) and math.isfinite(value) and kind(value) == value: return kind(value)
+    elif type(value) is kind is str or repr(value) in map(repr, choices): return value      # repr: 1 is not True here
     raise ValueError(f"{key} wants {' or '.join(map(repr, choices)) or kind.__name__}, not {value!r}")
-
 
 def read(path):
     """{knob: value} of a config file."""
@@ -200,12 +191,9 @@ def read(path):
     except Exception as e: raise ValueError(f"{path}: not a config file of plain assignments: {type(e).__name__}: {e}") from None
     return {key: value for key, value in scope.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)}
 
-
 def load(argv):
     """Config from command-line words: files of assignments and --key=value, --key, --no_key. ValueError for what is wrong."""
-    if {"--help", "-h"} & set(argv):
-        print(usage())
-        raise SystemExit(0)
+    if {"--help", "-h"} & set(argv): sys.exit(print(usage()))       # None, which print returns, is success
     values = {}
     for word in sorted(argv, key=lambda word: word.startswith("--")):       # files first: a flag beats them wherever it stands
         name, equals, text = word.partition("=")
@@ -219,7 +207,6 @@ def load(argv):
             except ValueError as e: raise ValueError(f"{name}: {e}") from None
     return Config(**values)
 
-
 def usage():
     """Every knob with its default and comment, read from the two classes above."""
     with open(__file__, encoding="utf-8") as f: source = f.read()
@@ -228,12 +215,10 @@ def usage():
         lines.append(heading or f"  --{key:<20}{kind.removeprefix('Literal'):<12} {comment} (default {default})")
     return "\n".join(lines)
 
-
 def show(cfg):
     """The resolved config on a few lines, for the start of a run."""
-    text = "  ".join(f"{key}={value!r}" for key, value in vars(cfg).items())
-    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
-
+    words = (f"{key}={value!r}" for key, value in vars(cfg).items())
+    return textwrap.fill("  ".join(words), 118, break_long_words=False, break_on_hyphens=False)
 
 def run(main, parse=load):
     """What every script's `if __name__ == "__main__"` calls: main(load(argv)), user errors as one line, exit code 1."""

@@ -80,9 +80,9 @@ def memory_of(work):
 
 def read_run(folder):
     """(config.json, [records of log.jsonl]) of a run."""
-    try: files = [Path(folder, name).read_text("utf-8") for name in ("config.json", "log.jsonl")]
+    try: return json.loads(Path(folder, "config.json").read_text("utf-8")), trainer.read_log(Path(folder, "log.jsonl"))
     except OSError as e: raise ValueError(f"no {e.filename}: give the out_dir of a run, e.g. out/stdlib") from None
-    return json.loads(files[0]), [json.loads(line) for line in files[1].split("\n")[:-1]]
+    except ValueError as e: raise ValueError(f"{folder}/config.json is damaged: {e}") from None
 
 # ---------------------------------------------------------------------------- attention
 
@@ -90,10 +90,8 @@ BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 WINDOW = 1024
 
 def attention_case(B, H, K, T, S, D, mask, device, measure):
-    """
-    {(pass, peer): (median ms, MiB)}, bf16, forward and backward, or for one query (T = 1) decoding from a cache. A backend that
-    refuses the case, or whose matrices do not fit, is left out. SDPA knows no windows: it gets a T x S mask.
-    """
+    """{(pass, peer): (median ms, MiB)}, bf16, forward and backward, or for one query (T = 1) decoding from a cache. A backend
+    that refuses the case, or whose matrices do not fit, is left out. SDPA knows no windows: it gets a T x S mask."""
     q, k, v = (torch.randn(B, n, heads, D, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_(T > 1)
                for heads, n in ((H, T), (K, S), (K, S)))
     seen = torch.ones(T, S, dtype=torch.bool, device=device).tril().triu(1 - WINDOW) if mask == "window" else None
@@ -119,6 +117,7 @@ def attention_case(B, H, K, T, S, D, mask, device, measure):
 
 def bench_attention(argv, out="out/bench"):
     """Tables, attention.csv and a plot. FLOPs as everyone counts them: 4*B*H*T*S*D, half if causal, 2.5 times that backward."""
+    if argv: raise ValueError(f"attention takes no arguments, not {argv[0]!r}: it measures one list of cases")
     if not torch.cuda.is_available(): return attention_without_gpu()
     from triton.testing import do_bench
     warnings.simplefilter("ignore")             # torch explains each refusal at length
@@ -175,10 +174,9 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
         if name == "bpe": encode = partial(lambda text: ours.encode_batch([text])[0], f.read().decode())
         elif name == "tiktoken": encode = partial(ours.to_tiktoken().encode_ordinary, f.read().decode())
         else:
-            with tempfile.NamedTemporaryFile() as saved:
-                ours.special_tokens = {}                        # theirs would find them in the text
-                ours.to_hf(saved.name)
-                theirs = module.Tokenizer.from_file(saved.name)
+            ours.special_tokens = {}                            # theirs would find them in the text
+            ours.to_hf(vocab + ".hf")
+            theirs = module.Tokenizer.from_file(vocab + ".hf")
             encode = lambda: np.concatenate([theirs.encode_batch_fast([piece])[0].ids for piece in pieces])
         started = time.time()
         ids = encode()
@@ -193,22 +191,20 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
         tok, level = module.Tokenizer(module.models.BPE()), module.pre_tokenizers.ByteLevel
         tok.pre_tokenizer, options = level(add_prefix_space=False), dict(initial_alphabet=level.alphabet(), show_progress=False)
         tok.train_from_iterator(pieces, module.trainers.BpeTrainer(vocab_size=size, **options))
+    import resource                             # not on Windows
     spent = time.time() - float(started)        # of a training: of the whole process, start-up and reading included
     if job == "encode": result = [np.asarray(ids, np.uint32).tobytes()]
     elif name == "bpe": tok.save(vocab)
     print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=result and hashlib.sha256(b"\0".join(result)).hexdigest(),
-                          MB=megabytes("/proc/self/status", "VmHWM"))))
-
-def megabytes(path, key):
-    """What a file of Linux's /proc says; elsewhere, or of an ended process, 0. (ru_maxrss would begin at the parent's.)"""
-    try: return int(re.search(rf"^{key}:\s*(\d+)", Path(path).read_text(), re.M)[1]) / 1024
-    except (OSError, TypeError): return 0
+                          MB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 
 def tree_megabytes(pid):
-    """Memory of a process and its workers now, shared pages counted once."""
-    try: kids = [kid for path in Path(f"/proc/{pid}/task").glob("*/children") for kid in path.read_text().split()]
-    except OSError: kids = []
-    return megabytes(f"/proc/{pid}/smaps_rollup", "Pss") + sum(map(tree_megabytes, kids))
+    """Memory of a process and its workers now, shared pages counted once; 0 where it has ended or there is no /proc."""
+    try:
+        kids = [kid for path in Path(f"/proc/{pid}/task").glob("*/children") for kid in path.read_text().split()]
+        own = re.search(r"^Pss:\s*(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        return int(own[1]) / 1024 + sum(map(tree_megabytes, kids))
+    except (OSError, TypeError): return 0
 
 def contend(job, name, *words):
     """What the contender printed, its peak memory raised to that of its whole tree of processes, seen every tenth of a second."""
@@ -248,10 +244,8 @@ def bench_tokenizer(argv):
 # ---------------------------------------------------------------------------- sampling
 
 def bench_sample(argv):
-    """
-    Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): recomputing everything, by Hugging Face's
-    generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device.
-    """
+    """Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): recomputing everything, by Hugging Face's
+    generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device."""
     files = [] if any(word.endswith(".py") for word in argv) else [f"{HERE}/config/gpt2_124m_classic.py"]
     cfg = replace(config.load(files + argv), temperature=1.0, top_k=200)
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
@@ -300,10 +294,8 @@ def bench_sample(argv):
           [[*row, f"{row[4] / rows[0][4]:.1f} x"] for row in rows])
 
 def bench_context(argv):
-    """
-    Perplexity of the last tokens before a length, as it passes the context that a run was trained at (--out_dir): each RoPE
-    scaling, and the rolling window with and without attention sinks. Columns differ in their text: compare within one.
-    """
+    """Perplexity of the last tokens before a length, as it passes the context that a run was trained at (--out_dir): each RoPE
+    scaling, and the rolling window with and without attention sinks. Columns differ in their text: compare within one."""
     cfg = config.load([*argv, "--rope_scaling=none", "--rope_factor=1"])
     path = f"data/{read_run(cfg.out_dir or 'out/<run>')[0]['dataset']}/val.bin"
     plain, rows = sampler.load(replace(cfg, compile=True))[0], []       # compile: no packing, which only sampling understands
@@ -353,9 +345,9 @@ def bench_train(argv):
         def step():
             with machine.autocast: loss = model(x, x)[1]
             loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
+            trainer.update(optimizers, ~norm.isfinite())
+            raw.zero_grad(set_to_none=True)
         step()
         return raw.backend, raw.estimate_flops() * x.numel(), step
 
@@ -376,6 +368,7 @@ def bench_train(argv):
 def bench_size(argv):
     cfg, count = config.load(argv), Counter()
     with torch.device("meta"): model = GPT(cfg.model())
+    if cfg.lora_rank: model.add_lora(cfg.lora_rank)
     n, flops, memory = model.num_params(), model.estimate_flops(), trainer.estimate_memory(cfg, model)
     run, best = cfg.max_iters * (cfg.tokens_per_step or cfg.batch_size * cfg.block_size), 20 * n
     parts = {"wte": "embedding", "wpe": "positions", "attn": "attention", "mlp": "MLP", "lm_head": "head"}
@@ -404,10 +397,8 @@ def bench_plot(argv):
     draw(f"{argv[0]}/loss.png", panels, styles, ylabel="nats per token: pale = training, dots = validation")
 
 def fit_law(compute, loss):
-    """
-    (E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): for every E on a grid
-    below the lowest loss a straight line in logarithms; the E with the least squared error in the loss wins.
-    """
+    """(E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): for every E on a grid
+    below the lowest loss a straight line in logarithms; the E with the least squared error in the loss wins."""
     best = None
     for E in np.linspace(0, min(loss) * 0.999, 2000):
         slope, intercept = np.polyfit(np.log(compute), np.log(np.array(loss) - E), 1)
@@ -427,6 +418,7 @@ def bench_scaling(argv):
     if len({p[0] for p in points}) < 3: raise ValueError("three unknowns need at least three runs that differ in compute")
     compute, loss, *_ = zip(*sorted(points))
     E, A, a = fit_law(compute, loss)
+    if not a > 1e-4: raise ValueError("the loss of these runs does not fall as their compute grows: no law to fit")
     law = lambda compute: f"{E + A * compute ** -a:.4f}"
     table(["run", "parameters", "FLOP", "bits/byte", "law"],
           [[folder, n, f"{c:.3g}", f"{bits:.4f}", law(c)] for c, bits, n, folder in sorted(points)])
@@ -465,11 +457,9 @@ def task_file(task):
     return path
 
 def read_question(item):
-    """
-    One line of HellaSwag, ARC (AI2's or the hub's form) or MMLU -> (context, endings, index of the right one), worded as
+    """One line of HellaSwag, ARC (AI2's or the hub's form) or MMLU -> (context, endings, index of the right one), worded as
     lm-evaluation-harness words them, without examples: {"question": "1+1?", "choices": ["1", "2"], "answer": 1}
-    -> ("1+1?\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1)
-    """
+    -> ("1+1?\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1)"""
     if "endings" in item:
         if "activity_label" not in item: return item["ctx"], item["endings"], int(item["label"])     # of one's own, in this form
         texts = [f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}", *item["endings"]]
@@ -492,7 +482,7 @@ def read_task(path, tok, size):
         if not line.strip(): continue
         try:
             context, endings, label = read_question(json.loads(line))
-            if not all(map(str.strip, [context, *endings])): raise ValueError("empty text")
+            if not all(map(str.strip, [context] + endings)): raise ValueError("empty text")
             if not 0 <= label < len(endings): raise ValueError("no such answer")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}, line {n}: not HellaSwag's, ARC's or MMLU's form ({e!r}): {line[:50]!r}") from None
@@ -547,10 +537,8 @@ def evaluate_task(model, tok, task, batch_size):
     return [name, n, *(f"{p:.2%} +- {math.sqrt(p * (1 - p) / max(n - 1, 1)):.2%}" for p in right.mean(0)), f"{chance:.2%}"]
 
 def text_loss(model, tok, text, batch_size, stride):
-    """
-    (nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the
-    one before has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored.
-    """
+    """(nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the
+    one before has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored."""
     begin, ids, nats, device = sampler.first_token(tok), tok.encode(text), 0.0, model.transformer.wte.weight.device
     size = len(text.encode()) - (0 if begin else len(tok.decode_bytes(ids[:1])))
     ids, add = torch.tensor(begin + ids, device=device), prepare.progress("text", size)

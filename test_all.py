@@ -3565,6 +3565,8 @@ def test_bench_fit_law_recovers_a_law():
 def test_bench_size_counts_what_the_model_has(capsys):
     bench.main(["size", os.path.join(HERE, "config", "gpt2_124m_classic.py")])
     out = capsys.readouterr().out
+    bench.main(["size", os.path.join(HERE, "config", "gpt2_124m_classic.py"), "--lora_rank=8", "--init_from=gpt2"])
+    assert re.search(r"^gradients +2.25\n", capsys.readouterr().out, re.M)          # 12 layers * 4 matrices * 2 * 8 * 768, 4 bytes each
     assert re.search(r"^all +124,439,808 +100.0%", out, re.M) and re.search(r"^positions +786,432", out, re.M) and "H100" in out
 
 
@@ -3583,7 +3585,17 @@ def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
         (tmp_path / str(i) / "log.jsonl").write_text(json.dumps(dict(step=9, tokens=1000 * 4 ** i, seconds=1.0, val_loss=3 - i / 2, val_bpb=3 - i / 2)) + "\n")
     bench.main(["scaling", *(str(tmp_path / str(i)) for i in range(3))])
     assert "bits per byte = " in capsys.readouterr().out
-    for argv, message in ((["scaling", *2 * [str(tmp_path / "0")], str(tmp_path / "1")], "at least three runs"), (["plot", str(tmp_path)], "give the out_dir of a run"), (["plot"], "name the runs"), (["x"], "unknown benchmark 'x'")):
+    with open(tmp_path / "2" / "log.jsonl", "a") as f: f.write('{"step": 10, "lo\n{"st')        # what a crash leaves
+    assert [r["step"] for r in bench.read_run(tmp_path / "2")[1]] == [9]
+    os.makedirs(tmp_path / "bad")
+    (tmp_path / "bad" / "config.json").write_text("{")
+    for i, bits in ((3, 3.5), (4, 4.0), (5, math.nan)):
+        shutil.copytree(tmp_path / "2", tmp_path / str(i))
+        (tmp_path / str(i) / "log.jsonl").write_text(json.dumps(dict(step=9, tokens=8 ** i, seconds=1.0, val_loss=bits, val_bpb=bits)) + "\n")
+    for argv, message in ((["scaling", *(str(tmp_path / i) for i in "034")], "does not fall as their compute grows"),
+                          (["scaling", *(str(tmp_path / i) for i in "015")], "does not fall as their compute grows"),
+                          (["plot", str(tmp_path / "bad")], "config.json is damaged"), (["attention", "x"], "attention takes no arguments, not 'x'"),
+                          (["scaling", *2 * [str(tmp_path / "0")], str(tmp_path / "1")], "at least three runs"), (["plot", str(tmp_path)], "give the out_dir of a run"), (["plot"], "name the runs"), (["x"], "unknown benchmark 'x'")):
         with pytest.raises(ValueError, match=message): bench.main(argv)
 
 
@@ -3779,7 +3791,7 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
         assert (len(scored) == 4) == ("going on, 23 of 23" in capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("line, message", [("{", "line 2: not HellaSwag's"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not HellaSwag's"), ("[]", "line 2"),
+@pytest.mark.parametrize("line, message", [("{", "line 2: not HellaSwag's"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not HellaSwag's"), ("[]", "line 2"), ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2"),
                                            ('{"ctx": "a", "endings": ["b", " "], "label": 0}', "line 2"), ('{"question": "a", "choices": ["b"], "answer": "C"}', "line 2"),
                                            ('{"question": {"stem": 1}, "answerKey": "A", "choices": {}}', "line 2"),
                                            ('{"ctx": "a", "endings": ["%s"], "label": 0}' % ("x y " * 90), "line 2: an ending of")])

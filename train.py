@@ -190,22 +190,19 @@ def pick_dtype(name, device):
 
 # ---------------------------------------------------------------------------- before the first step
 
-SHAPE = [f.name for f in dataclasses.fields(config.GPTConfig) if f.name != "dropout"]      # what decides whether weights fit
-
 def as_saved(cfg, run, old):
     """cfg to go on from the checkpoint `old`, of whose model cfg asks for the same as its run did; other knobs may change."""
-    now = dataclasses.asdict(cfg)
+    now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
     changed = {k: f"{k} {was!r} -> {now[k]!r}" for k, was in old["asked"].items() if k != "init_from" and now.get(k, was) != was}
-    fatal = ", ".join(changed[k] for k in (*SHAPE, "lora_rank", "objective", "optimizer") if k in changed)
+    fatal = ", ".join(changed[k] for k in (*shape, "lora_rank", "objective", "optimizer") if k in changed)
     require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; use its values or another --out_dir")
     if changed: run.say(f"resuming with a changed config: {', '.join(changed.values())}")
-    return dataclasses.replace(cfg, **{k: old["config"][k] for k in (*SHAPE, "tokenizer", "init_from")})
+    return dataclasses.replace(cfg, **{k: old["config"][k] for k in (*shape, "tokenizer", "init_from")})
 
 def as_pretrained(cfg, run, folder):
     """cfg with the shape (a smaller block_size stays) and the tokenizer of the Hugging Face model in `folder`."""
-    theirs = hf_config(folder)[1]
-    sets = {k: getattr(theirs, k) for k in SHAPE} | dict(block_size=min(theirs.block_size, cfg.block_size))
-    sets["tokenizer"] = prepare.own_tokenizer(cfg).tokenizer
+    theirs, tokenizer = hf_config(folder)[1], prepare.own_tokenizer(cfg).tokenizer
+    sets = vars(theirs) | dict(block_size=min(theirs.block_size, cfg.block_size), dropout=cfg.dropout, tokenizer=tokenizer)
     changed = ", ".join(f"{k} {getattr(cfg, k)!r} -> {v!r}" for k, v in sets.items() if v != getattr(cfg, k))
     run.say(f"the model of {folder} sets: {changed}\n")
     return dataclasses.replace(cfg, **sets)
@@ -236,8 +233,7 @@ def estimate_memory(cfg, model, world=1):
     under the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; of the logits 2048 rows."""
     n, rows = model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
-    muon = hidden if cfg.optimizer == "muon" and trained == n else 0
+    muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
     copies = 2 if cfg.objective == "dpo" and trained == n else 1    # dpo's reference; with LoRA it has the same weights
     per_layer = 2 * cfg.n_embd if cfg.grad_checkpoint else 18 * cfg.n_embd + 4 * cfg.inner * (2 if cfg.mlp == "swiglu" else 1)
     return {"weights": 4 * n * copies, "gradients": 4 * trained,
@@ -251,17 +247,13 @@ def plan(cfg, model, run, tokens, epoch):
     needed = sum(estimate_memory(cfg, model, run.world).values())
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf      # not on Windows
     room = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else ram
-    hours = f", {clock(flops * total / (0.4 * run.peak * run.world))} at 40% of peak" if run.peak else ""
+    hours = f", {flops * total / (0.4 * run.peak * run.world) / 3600:,.2f} hours at 40% of peak" if run.peak else ""
     short = f", but there is room for {room / 2 ** 20:,.0f}: WARNING, lower --batch_size or use --grad_checkpoint"
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
             f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
             f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed / 2 ** 20:,.0f} MiB a device"
             f"{short if needed > room else ''}\n"
             f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}")
-
-def clock(seconds):
-    """3700 -> '1:01:40'"""
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 # ---------------------------------------------------------------------------- what a run leaves behind
 
@@ -274,8 +266,7 @@ class Log:
     the device, for whoever asks for a number waits for it. A resumed run drops the lines past its checkpoint."""
     def __init__(self, cfg, run, out_dir, tokens_per_step, flops, step, seconds):
         self.cfg, self.run, self.tokens_per_step, self.flops = cfg, run, tokens_per_step, flops     # flops: of a token
-        self.step, self.seconds = step, seconds             # of the last line; seconds were spent in steps
-        self.began = time.perf_counter() - seconds
+        self.step, self.seconds, self.began = step, seconds, time.perf_counter() - seconds      # of the last line, in steps alone
         self.sums = torch.zeros(2, device=run.device)       # loss and number of the steps since the last line
         self.in_a_row = 0                                   # steps skipped up to now
         self.path, self.wandb, values = os.path.join(out_dir, "log.jsonl"), None, dataclasses.asdict(cfg)
@@ -310,7 +301,7 @@ class Log:
         seconds = time.perf_counter() - self.began
         rate = (step - self.step) * self.tokens_per_step / (seconds - self.seconds)
         mfu = self.flops * rate / self.run.world / self.run.peak if self.run.peak else None
-        left = clock((self.cfg.max_iters - step) * seconds / step)              # as fast as since the first step
+        left = datetime.timedelta(seconds=round((self.cfg.max_iters - step) * seconds / step))      # as fast as since the start
         more = (f" | mfu {mfu:.1%}" if mfu else "") + (f" | {skipped} skipped, not finite" if skipped else "")
         self.step, self.seconds = step, seconds
         text = f"loss {loss:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | {rate:,.0f} tok/s{more} | {left} left"
@@ -388,11 +379,10 @@ def train(cfg, run):
                 reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
                 config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer))
 
-    profiling = cfg.profile and run.rank == 0
-    if profiling:
-        profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
-                                          on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")))
-        profiler.start()
+    profiler = cfg.profile and run.rank == 0 and torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")))
+    if profiler: profiler.start()
     feed = batches.stream(step, accumulate, cfg.batch_size, run)
     x, y, share = next(feed)
     stopping = False
@@ -415,7 +405,7 @@ def train(cfg, run):
         for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
         log.add(total, bad)
         step += 1
-        if profiling: profiler.step()
+        if profiler: profiler.step()
 
         # on the device all of the above is only queued: what follows waits for it, and only when there is something to say
         stopping = run.any(signals) and step < cfg.max_iters
@@ -439,11 +429,12 @@ def train(cfg, run):
                 for path in kept[:-cfg.keep_checkpoints]: path.unlink()
             if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
             log.began = time.perf_counter() - log.seconds       # only steps count
-    if profiling: profiler.stop()               # writes what it has if the run was too short
+    if profiler: profiler.stop()               # writes what it has if the run was too short
     if stopping:
         run.say(f"stopped by a signal, saved {last} at step {step}; to go on, give the same command with --init_from=resume")
     elif run.rank == 0:
-        print(f"\n{step} steps in {clock(log.seconds)}, besides evaluation; best validation loss {best:.4f}: {best_path}\n")
+        spent = datetime.timedelta(seconds=round(log.seconds))
+        print(f"\n{step} steps in {spent}, besides evaluation; best validation loss {best:.4f}: {best_path}\n", flush=True)
         show_sample(out_dir, run.device)
 
 def main(cfg):

@@ -917,6 +917,15 @@ def test_bpe_cache_is_bounded(monkeypatch):
     expect = [tok.encode(t) for t in texts]
     monkeypatch.setattr(bpe, "CACHE", 30)
     assert [tok.encode(t) for t in texts] == expect and len(tok._words) < 200
+    for i in range(60): tok.encode(str(i) * 60)             # few words of many ids
+    assert len(tok._ids) < 8 * 30 + 121
+
+
+def test_bpe_looks_for_a_place_to_cut_a_long_word_ever_more_rarely(monkeypatch):
+    calls, split = [], bpe.split
+    monkeypatch.setattr(bpe, "CHUNK", 100)
+    monkeypatch.setattr(bpe, "split", lambda *args: calls.append(args) or split(*args))
+    assert list(bpe.cut(["a" * 100_000], GPT2_SPLIT)) == [b"a" * 100_000] and len(calls) < 15
 
 
 @pytest.mark.parametrize("kind", ["one letter", "random letters", "spaces", "cjk", "digits"])
@@ -1073,6 +1082,7 @@ def test_bpe_hugging_face_refused(tmp_path):
     ("Digits", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, d["pre_tokenizer"]]})),
     ("number of split patterns is 0", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": GPT2_SPLIT}, "behavior": "Isolated", "invert": True}, d["pre_tokenizer"] | {"use_regex": False}]})),
+    ("not those of its ids", lambda d: d["model"].update(merges=2 * d["model"]["merges"][:1])),
     ("not those of its ids", lambda d: d["model"].update(ignore_merges=True, merges=d["model"]["merges"][::-1]))])
 def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
     Tokenizer.train(["ab ab"], 258, special_tokens=()).to_hf(tmp_path / "tokenizer.json")
@@ -1759,7 +1769,7 @@ def test_prepare_keeps_the_old_dataset_until_the_new_one_is_whole(tmp_path, monk
 def test_prepare_disk_space_is_checked_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {"a.txt": "x " * 100000})
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: type("usage", (), {"free": 300_000}))      # 200,000 bytes may become as many ids
     monkeypatch.setattr(bpe.Tokenizer, "train", None)
     with pytest.raises(ValueError, match="disk space"): prepare_run()
 
@@ -1777,7 +1787,7 @@ class PrepareServer:
                 start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
                 server.ranges.append(start)
                 if isinstance(kind, int): return self.send_error(kind)
-                if start >= len(body): return self.send_error(416)
+                if start >= len(body) and kind != "norange": return self.send_error(416)
                 data, total = (body, len(body)) if kind == "norange" else (body[start:], len(body))
                 if kind == "long": data, total = data, total + 1000          # says more than it has
                 if kind == "short": data, total = data[:-1000], total - 1000  # says less than there is
@@ -1839,9 +1849,10 @@ def test_prepare_fetch(tmp_path, monkeypatch, script, error):
 def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path, sha = str(tmp_path / "f"), hashlib.sha256(PREPARE_BODY).hexdigest()
-    for part in (PREPARE_BODY[:1000], PREPARE_BODY, PREPARE_BODY + b"more", b"another file" * 100, b""):
+    parts = PREPARE_BODY[:1000], PREPARE_BODY, PREPARE_BODY + b"more", b"another file" * 100, b""
+    for part, kind in itertools.product(parts, ("whole", "norange")):
         with open(path + ".part", "wb") as f: f.write(part)
-        with PrepareServer(PREPARE_BODY, ["whole"]) as server: prepare.fetch(server.url, path, sha, wait=0.01)
+        with PrepareServer(PREPARE_BODY, [kind]) as server: prepare.fetch(server.url, path, sha, wait=0.01)
         assert open(path, "rb").read() == PREPARE_BODY and server.ranges[0] == max(len(part) - 1, 0)
         os.remove(path)
 
@@ -1876,6 +1887,7 @@ def test_prepare_tinystories(tmp_path, monkeypatch):
         assert prepare_documents(meta, "val")[0] == [s.encode() for s in stories[:9]]
         assert prepare_documents(meta, "train")[0] == [s.encode() for s in stories[9:]]
         assert (meta["duplicates"], meta["empty"]) == (5, 1)
+        prepare.verify(prepare_cfg(dataset="tinystories", input="", val_fraction=0.5))      # its split is its own
         os.remove("data/tinystories/meta.json")
 
 
@@ -2517,6 +2529,12 @@ def test_train_update_skips_exactly_and_is_otherwise_the_optimizers_own(optimize
         runs.append([*model.parameters(), *state])
     assert len(runs[0]) > 2 * len(list(model.parameters())) - 9
     for a, b, c in zip(*runs, strict=True): assert torch.equal(a, b) and torch.equal(a, c) and a.any()
+    p = torch.ones(2, requires_grad=True)                               # an optimizer that takes no flag, as on MPS
+    for bad in (True, False):
+        p.sum().backward()
+        train.update([torch.optim.SGD([p], lr=1.0)], torch.tensor(bad))
+        assert p.tolist() == [float(bad)] * 2
+        p.grad = None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -3065,7 +3083,8 @@ def test_sample_repetition_penalty_against_plain_python_and_with_drafts():
         ids.append(l.argmax().item())
     for speculate in (0, 4):
         assert sample_rows(model, [prompt, [1]], temperature=0, repetition_penalty=1.5, speculate=speculate)[0].tokens == ids[3:]
-    assert sample_rows(model, [prompt], temperature=0)[0].tokens != ids[3:]
+    plain, fond = (sample_rows(model, [prompt], temperature=0, repetition_penalty=p)[0].tokens for p in (1.0, 0.5))
+    assert plain != ids[3:] and plain != fond
     kw = dict(repetition_penalty=1.3, temperature=0.9, ends=set(range(0, 280, 9)), max_new_tokens=30)
     together = sample_rows(model, SAMPLE_PROMPTS, **kw)
     assert len({len(r.tokens) for r in together}) > 1                       # rows leave at different times
@@ -3313,6 +3332,10 @@ def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):
         sample_rows(sample_gpt(n_kv_head=kv), SAMPLE_PROMPTS, max_new_tokens=new)
         cache = caches.pop()
         assert not caches and cache.k.nbytes + cache.v.nbytes == 2 * 2 * len(cache.lengths) * kv * min(9 + new, 64) * 8 * 4
+    model, stats = sample_gpt(n_kv_head=1), Counter()
+    sample_rows(model, [[5]], stats=stats)                              # 20 steps read all weights, and 1, 2, .. 20 positions
+    weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert stats["bytes"] == 20 * weights + 2 * 2 * 8 * 4 * sum(range(1, 21))
 
 
 def test_sample_only_ids_of_the_tokenizer_are_drawn():
@@ -3349,8 +3372,8 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
 def test_sample_best_of_and_beams_from_the_command_line(tmp_path, capsys):
     out, texts = [f"--out_dir={tmp_path}", "--max_new_tokens=12"], ("the cat", "on the mat, the", "vu")
     sample_checkpoint(tmp_path)
-    best = sample_json(capsys, *out, "--start=the cat", "--best_of=6", "--num_samples=2", "--logprobs")
-    every = sample_json(capsys, *out, "--start=the cat", "--num_samples=6", "--logprobs")
+    best = sample_json(capsys, *out, "--start=the cat", "--best_of=6", "--num_samples=2", "--logprobs", "--stop=a")
+    every = sample_json(capsys, *out, "--start=the cat", "--num_samples=6", "--logprobs", "--stop=a")
     assert [b["text"] for b in best] == [e["text"] for e in sorted(every, key=lambda e: -e["logprob"] / e["tokens"])[:2]]
     (tmp_path / "p.txt").write_text("".join(text + "\n" for text in texts))
     kw = dict(num_beams=3, temperature=0, num_samples=2, repetition_penalty=1.2, max_new_tokens=12)
@@ -3412,7 +3435,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--num_beams=2"], "temperature=0"),
     (["--num_beams=2", "--temperature=0", "--interactive"], "no num_beams with interactive"),
     (["--out_dir=small"], "its tokenizer has 280 tokens, its model only 100"), (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
-    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--sinks=40"], "sinks=40"),
+    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--sinks=32"], "sinks=32 must be below half"),
     (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
 def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -3435,7 +3458,7 @@ def test_sample_command_line_exit_code(tmp_path):
 
 def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkeypatch, capsys):
     sample_checkpoint(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\n" + "on the rat sat\n" * 6))    # the last pass the context
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\n" + "on the rat sat\n" * 5 + "Ratatouille\n"))   # past the context
     fed, hidden = [], model_py.GPT.hidden
     spy = lambda self, idx, cache=None: fed.append(idx[0].tolist()) or hidden(self, idx, cache)
     monkeypatch.setattr(model_py.GPT, "hidden", spy)
@@ -3467,6 +3490,7 @@ def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monke
     monkeypatch.setattr(model_py.GPT, "hidden", hidden)
     model, (_, first, second, third) = sample.load(config.Config(out_dir=str(tmp_path)))[0], rows
     assert (len(first.tokens), len(second.tokens), third.finish) == (0, 2, "length")
+    assert (first.seed, second.seed, third.seed) == (1337, 1338, 1339)
     assert second.prompt == first.prompt + sample_TOK.encode("the mat\n")
     assert third.prompt == second.ids + sample_TOK.encode("on the rat\n")
     for row in (second, third):
@@ -3677,10 +3701,12 @@ def test_bench_takes_turns_and_the_median_counts():
 
 def test_bench_train_reports_both_recipes(capsys, monkeypatch):
     monkeypatch.setattr(bench.torch, "compile", lambda model: model)        # what is tested here is the table, not the compiler
-    monkeypatch.setattr(bench, "take_turns", lambda steps, rounds: dict.fromkeys(steps, 0.25))
-    bench.main(["train", *(f"--{k}={v}" for k, v in dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16, batch_size=2, device="cpu").items())])
-    rows = re.findall(r"^(modern|classic).* sdpa(?:, compiled)? +250.00 +128 +0.00  unknown peak .*?([\d.]+) x", capsys.readouterr().out, re.M)
-    assert [r[0] for r in rows] == ["classic", "classic", "modern", "modern"] and {r[1] for r in rows} == {"1.00"}
+    monkeypatch.setattr(bench, "take_turns", lambda steps, rounds: dict.fromkeys(steps, 1e-6))
+    shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16)
+    bench.main(["train", "--batch_size=2", "--device=cpu", *(f"--{k}={v}" for k, v in shape.items())])
+    rows = re.findall(r"^(modern|classic).* sdpa(?:, compiled)? +0.00 +32,000,000 +(\S+)  unknown peak .* 1.00 x", capsys.readouterr().out, re.M)
+    assert [r[0] for r in rows] == ["classic", "classic", "modern", "modern"]
+    assert float(rows[-1][1]) == pytest.approx(model_py.GPT(config.GPTConfig(**shape)).estimate_flops() * 32 / 1e-6 / 1e12, abs=0.01)
 
 
 def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
@@ -3696,14 +3722,17 @@ def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
         with pytest.raises(ValueError, match=message): bench.main(argv)
 
 
-def test_bench_plot_peer_matplotlib(tmp_path, capsys):
+def test_bench_plot_peer_matplotlib(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install matplotlib")
     for name in ("a", "b"):
         os.makedirs(tmp_path / name)
-        lines = [dict(step=i, tokens=10 * i, seconds=i / 2, loss=5 / i) for i in range(1, 9)] + [dict(step=8, tokens=80, seconds=4.0, val_loss=1.0, val_bpb=1.4)]
+        lines = [dict(step=i, tokens=10 * i, seconds=i / 2, loss=5 / i) for i in range(1, 9)] + [dict(step=8, tokens=80, seconds=4.0, val_loss=v, val_bpb=1.4) for v in (1.5, 1.0, 2.0)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
         (tmp_path / name / "config.json").write_text("{}")
+    names, draw = [], bench.draw
+    monkeypatch.setattr(bench, "draw", lambda path, panels, *args, **kw: (names.extend(panels["steps"]), draw(path, panels, *args, **kw)))
     bench.main(["plot", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert names[1] == f"{tmp_path / 'a'}, best 1.0000"
     assert (tmp_path / "a" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -3884,7 +3913,11 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
     acc, norm = (f"{p:.2%} +- {math.sqrt(p * (1 - p) / 22):.2%}" for p in (right[0] / 23, right[1] / 23))
     chance = sum(1 / len(EVAL_READ[i % 7][1]) for i in range(23)) / 23
     assert re.search(rf"^q +23 +{re.escape(acc)} +{re.escape(norm)} +{chance:.2%}$", out_text, re.M)
-    for change in (lambda: None, lambda: sample_checkpoint(out, block_size=128, seed=1), lambda: path.write_text(path.read_text() + "\n" + json.dumps(EVAL_LINES[0]))):
+    other = sample_gpt(block_size=128)
+    other.lm_head.weight[0] += 1
+    for change in (lambda: None, lambda: sample_checkpoint(out, other),
+                   lambda: sample_checkpoint(out, block_size=128, tokenizer=Tokenizer(sample_TOK.merges, GPT4_SPLIT, ("<|endoftext|>",)).to_dict()),
+                   lambda: path.write_text(path.read_text() + "\n" + json.dumps(EVAL_LINES[0]))):
         change()
         scored[:] = [0] * 4
         bench.main(argv)

@@ -35,7 +35,6 @@ import train
 # ============================================================================ config/
 
 CONFIG_FILES = sorted(p for p in glob.glob(os.path.join(HERE, "config", "*.py")) if not p.endswith("__init__.py"))
-SCRIPTS = ["prepare", "train", "sample", "bench"]
 
 
 def test_config_order_types_and_flags():
@@ -66,25 +65,31 @@ def test_config_file_errors(tmp_path):
         with pytest.raises(ValueError, match=re.escape(message)): config.load([str(tmp_path / "bad.py")])
 
 
+def test_config_run_turns_errors_into_a_line_and_a_code(capsys):
+    for error, code in ((ValueError("bad"), "error: bad"), (KeyboardInterrupt(), 130)):
+        def main(words): raise error
+        with pytest.raises(SystemExit) as e: config.run(main, parse=list)
+        assert e.value.code == code
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_config_help_names_every_knob_and_comment():
     text = config.usage()
     for f in dataclasses.fields(config.Config): assert re.search(rf"^  --{f.name} .*\w.*\(default ", text, re.M), f.name
 
 
 def test_config_every_knob_is_used():
-    source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in SCRIPTS + ["model"])
+    source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in ("prepare", "train", "sample", "bench", "model"))
     source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"(cfg|config|self)\.{f.name}\b", source)]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_config_files_load_in_every_script(script, capsys, monkeypatch):
-    """main(load(file)) is all a script does, and load is shared: what each script must not do is refuse a knob or run on import."""
-    importlib.import_module(script)
+def test_config_files_load(capsys):
+    """main(load(words)) is all a script does, and load is shared."""
     for path in CONFIG_FILES:
         cfg = config.load([path, "--seed=7"])
         assert cfg.seed == 7 and cfg.model().vocab_size <= 65536
-        with pytest.raises(SystemExit): config.load([path, "--help"])
+    with pytest.raises(SystemExit): config.load([path, "--help"])
     assert "--max_iters" in capsys.readouterr().out
 
 # ============================================================================ model.py
@@ -264,14 +269,10 @@ def test_model_initial_standard_deviations_and_loss():
     modern = model_py.GPT(tiny(vocab_size=512, n_embd=128))
     for name, p in modern.named_parameters():
         if "c_proj" in name or "lm_head" in name: assert not p.any(), name
-        else: assert p.std().item() == pytest.approx(modern_std(name), rel=0.05), name
+        else: assert p.std().item() == pytest.approx(0.02, rel=0.05), name
     idx = torch.randint(512, (4, 33))
     for model in (classic, modern):
         assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(512), abs=0.1 if model is classic else 1e-5)
-
-
-def modern_std(name):
-    return 0.02
 
 
 @pytest.mark.parametrize("kw", SHAPES)
@@ -768,7 +769,6 @@ def test_bpe_split_equals_tiktoken_engine(pattern):
         assert ours == bpe_engine_split(text, pattern, ours), repr(text)
 
 
-
 @pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT], ids=["gpt2", "gpt4"])
 def test_bpe_split_every_code_point(pattern):
     points = [*range(0xD800), *range(0xE000, 0x20000, 5), 0x10FFFF]
@@ -809,13 +809,6 @@ def test_bpe_train_equals_naive_and_encode_equals_tiktoken(monkeypatch):
         for data in docs + [bpe_random_bytes(rng, 40)]:
             data = data.encode() if isinstance(data, str) else data
             assert tok.decode_bytes(tok.encode(data)) == data
-
-
-@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT], ids=["gpt2", "gpt4"])
-def test_bpe_train_on_real_text_equals_naive(pattern):
-    text = open(random.__file__, newline="").read()
-    tok = Tokenizer.train([text], 256 + 150, pattern, special_tokens=(), workers=1)
-    assert tok.merges == bpe_naive_train(bpe_counts([text], pattern), 150)
 
 
 def bpe_incremental_train(words, n_merges):
@@ -1257,6 +1250,7 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
         Tokenizer.train(docs(), 300, workers=2)
     import multiprocessing
     assert not multiprocessing.active_children()
+    assert set(bpe.in_order(signal.getsignal, 4 * [signal.SIGINT], 2)) == {signal.SIG_IGN}      # Ctrl-C is the parent's to handle
 
     def deadly():
         for i in range(3000):
@@ -2486,11 +2480,13 @@ def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path
 
 
 def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(monkeypatch, train_dir, tmp_path):
-    losses, starts = iter((3.0, 2.0, 2.5)), []
+    losses, starts, ticks = iter((3.0, 2.0, 2.5)), [], itertools.count()
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(ticks) + 1000 * len(starts)))     # an evaluation takes 1000 s
     monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.doc_mask) or next(losses))
     last = train_here(monkeypatch, train_dir, tmp_path, max_iters=3, eval_interval=1, doc_mask=True)
     best = model_py.load_checkpoint(str(tmp_path / "run" / "best.pt"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 3, 2.0) and starts == [last["meta"]["eot"]] * 3
+    assert train_log(tmp_path / "run")[-1]["seconds"] < 100             # of steps alone
 
 
 def test_train_plan_warns_of_what_cannot_fit(monkeypatch):
@@ -2668,15 +2664,6 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged.*best.pt[^\n]*$"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
-
-
-def test_train_truncated_bin_is_refused(monkeypatch, train_dir, tmp_path):
-    path = train_dir / "data" / "tiny" / "train.bin"
-    whole = path.read_bytes()
-    try:
-        path.write_bytes(whole[:-2])
-        with pytest.raises(ValueError, match="train.bin"): train_here(monkeypatch, train_dir, tmp_path)
-    finally: path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("optimizer, shard, rel", [("adamw", False, 1e-4), ("muon", False, 2e-3), ("muon", True, 2e-3)])
@@ -2952,15 +2939,12 @@ def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train
 
 
 def test_train_user_errors_are_one_line(tmp_path):
-    for words, message in ((["--max_iter=3"], "did you mean 'max_iters'"), (["--dataset=none", "--input=nowhere"], "nowhere")):
-        words = [sys.executable, os.path.join(HERE, "train.py"), *words]
-        out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-        assert out.returncode == 1 and re.match("error: [^\n]*\n$", out.stderr) and message in out.stderr
+    words = [sys.executable, os.path.join(HERE, "train.py"), "--max_iter=3"]
+    out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 1 and re.match("error: [^\n]*did you mean 'max_iters'[^\n]*\n$", out.stderr)
 
 
 # ============================================================================ sample.py
-
-
 
 sample_HERE = os.path.dirname(os.path.abspath(sample.__file__))
 sample_TOK = bpe.Tokenizer.train(["the cat sat on the mat, the rat sat on the cat. déjà vu — 🙂🙂 ok\n" * 20], 280)
@@ -3213,14 +3197,9 @@ def test_sample_narrow_beams_equal_a_naive_search_that_never_stops_early():
     assert len(lengths) > 2
 
 
-def test_sample_beam_search_wider_is_no_worse_and_passes_the_context():
-    model, best = sample_gpt(vocab_size=280), []
-    for n in (1, 2, 8):
-        cfg = config.Config(num_beams=n, temperature=0, max_new_tokens=12)
-        best.append(sample_beams(model, [3, 4], cfg, 280)[0].score(1.0))
-    assert best[0] <= best[2] + 1e-6
+def test_sample_beam_search_passes_the_context():
     cfg = config.Config(num_beams=3, temperature=0, max_new_tokens=90)
-    assert [len(r.tokens) for r in sample_beams(model, [3, 4], cfg, 280)] == [90] * 3
+    assert [len(r.tokens) for r in sample_beams(sample_gpt(vocab_size=280), [3, 4], cfg, 280)] == [90] * 3
 
 
 def test_sample_window_equals_a_slow_twin():
@@ -3327,13 +3306,6 @@ def test_sample_packed_weights_give_the_same_logits():
         model = sample.place(sample_gpt(**shape), sample_CPU, torch.bfloat16, pack=True)
         assert model(x)[0].dtype == torch.bfloat16 and (model(x)[0].float() - want).abs().max() < 0.15 * want.abs().max()
         if shape.get("pos") != "learned": assert model.table0.dtype == torch.float32
-
-
-def test_sample_cache_memory_is_the_formula():
-    for kv in (8, 2, 1):
-        c = config.GPTConfig(n_layer=3, n_head=8, n_kv_head=kv, n_embd=64, block_size=128)
-        cache = model_py.KVCache(c, 5, 100, sample_CPU, torch.bfloat16)
-        assert cache.k.nbytes + cache.v.nbytes == 2 * 3 * 5 * 8 * 100 * 8 * 2 * kv // 8
 
 
 def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):
@@ -3753,7 +3725,8 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     bench.main(["attention"])
     out = capsys.readouterr().out
     assert "no CUDA GPU: speed not measured" in out
-    assert all(float(x) < 1e-5 for x in re.findall(r"\d\.\de-\d\d", out))
+    errors = list(map(float, re.findall(r"\d\.\de-\d\d", out)))
+    assert all(error < 1e-5 for error in errors) and len(errors) == (4 if flash_attn.triton else 0)
 
 
 @pytest.mark.parametrize("B, H, K, T, S, mask", [(1, 2, 1, 33, 33, "causal"), (2, 1, 1, 20, 20, "full"), (1, 2, 2, 24, 24, "window"),

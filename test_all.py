@@ -364,7 +364,7 @@ def test_model_document_mask_equals_each_document_alone(backend):
 
 def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_twice(monkeypatch):
     torch.manual_seed(0)
-    model, ids, made, real = tiny_gpt(n_layer=5, window_pattern="SSL", window=4, dropout=0.5).train(), torch.randint(61, (2, 16)), [], model_py.sdpa_mask
+    model, ids, made, real = tiny_gpt(n_layer=3, window_pattern="SSL", window=4, dropout=0.5).train(), torch.randint(61, (2, 16)), [], model_py.sdpa_mask
     model.set_backend()
     model.doc_mask, model.grad_checkpoint = 60, True
     monkeypatch.setattr(model_py, "sdpa_mask", lambda *args: made.append(args[2]) or real(*args))
@@ -2392,10 +2392,15 @@ def equal_states(a, b):
     return all(torch.equal(x, y) for x, y in zip(a["model"].values(), b["model"].values(), strict=True))
 
 
-def train_run(folder, *words, processes=1, wait=True, restarts=0):
-    """train.py as a process, or as several by torchrun: all it printed, or with wait=False the process."""
+def train_run(folder, *words, processes=1, wait=True, restarts=0, sampling=False):
+    """train.py as a process, or as several by torchrun: all it printed, or with wait=False the process. No sample at the end
+    unless sampling: that is another process, which takes as long as the run."""
+    script = Path(HERE if sampling else folder) / ("train.py" if sampling else "train_only.py")
+    if not sampling:
+        script.write_text(f"import sys; sys.path.insert(0, {HERE!r})\nimport config, train\n"
+                          "train.show_sample = lambda *args: None\nconfig.run(train.main)\n")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    words = [sys.executable, *(torchrun if processes > 1 else ()), os.path.join(HERE, "train.py"), *words]
+    words = [sys.executable, *(torchrun if processes > 1 else ()), str(script), *words]
     job = subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     return job.communicate(timeout=170)[0] if wait else job
@@ -2689,10 +2694,10 @@ def train_same_log(folder, rel=2e-3):
         assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=rel, abs=1e-6)
 
 
-def test_train_kill_and_sigterm_then_resume(train_dir, tmp_path):
+def test_train_kill_and_sigterm_then_resume(monkeypatch, train_dir, tmp_path):
     """kill -9 at any moment loses the steps since the last checkpoint and nothing else; SIGTERM loses nothing."""
-    words = train_words(max_iters=60, eval_interval=5)
-    train_run(train_dir, *words, f"--out_dir={tmp_path}/whole")
+    kw = dict(max_iters=60, eval_interval=5)
+    words, whole = train_words(**kw), train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     job = train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", wait=False)
     for line in job.stdout:
         if line.startswith("step     23"): break
@@ -2705,8 +2710,7 @@ def test_train_kill_and_sigterm_then_resume(train_dir, tmp_path):
     job.terminate()         # a launcher's echo
     rest = job.communicate(timeout=60)[0]
     assert "stopped by a signal" in rest and "--init_from=resume" in rest and job.returncode == 0
-    train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", "--init_from=resume")
-    whole, resumed = (model_py.load_checkpoint(f"{tmp_path}/{name}/ckpt.pt") for name in ("whole", "killed"))
+    resumed = train_here(monkeypatch, train_dir, tmp_path, out="killed", init_from="resume", **kw)
     assert resumed["step"] == 60 and equal_states(whole, resumed)
     assert [r["step"] for r in train_log(tmp_path / "killed") if "loss" in r] == list(range(1, 61))
 
@@ -2933,7 +2937,7 @@ def test_train_objective_and_data_must_fit_peer(monkeypatch, tune_dir, tmp_path)
 
 def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train_dir, tmp_path):
     shutil.copytree(train_dir / "notes", tmp_path / "notes")
-    out = train_run(tmp_path, *train_words(max_iters=2, batch_size=2, tokens_per_step=64), processes=2)
+    out = train_run(tmp_path, *train_words(max_iters=2, batch_size=2, tokens_per_step=64), processes=2, sampling=True)
     assert out.count("preparing it first") == 1 and "more: python sample.py --out_dir=out/tiny" in out and "Traceback" not in out
     assert (tmp_path / "out" / "tiny" / "ckpt.pt").exists()
 

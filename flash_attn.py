@@ -136,7 +136,7 @@ def split(start, full_start, full_stop, stop, BLOCK: tl.constexpr):
 
 @jit
 def block(i, EDGE: tl.constexpr, first, before, full):
-    """Index of the i-th edge block or of the i-th full block."""
+    """Index of the i-th edge block or of the i-th full one: 1, 1, 2 (split's example) -> edge blocks 1 and 4, full 2 and 3."""
     return first + i + (tl.where(i < before, 0, full) if EDGE else before)
 
 # ------------------------------------------------------------------------------------------------------------------------------

@@ -2500,7 +2500,7 @@ def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path
 
 def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(monkeypatch, train_dir, tmp_path):
     losses, starts, ticks = iter((3.0, 2.0, 2.5)), [], itertools.count()
-    clock = types.SimpleNamespace(time=lambda: next(ticks) + 1000 * len(starts))        # an evaluation takes 1000 s
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) + 1000 * len(starts))        # an evaluation takes 1000 s
     monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.doc_mask) or next(losses))
     last = train_here(monkeypatch, train_dir, tmp_path, max_iters=3, eval_interval=1, doc_mask=True)
@@ -2514,7 +2514,7 @@ def test_train_plan_warns_of_what_cannot_fit(monkeypatch):
     gpu |= dict(dtype=torch.float32, compile=True)
     for free, warned in ((2 ** 20, True), (2 ** 40, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 ** 40))
-        assert ("WARNING: " in train.plan(cfg, model_py.GPT(cfg.model()), types.SimpleNamespace(**gpu), 64, 6400)) == warned
+        assert ("WARNING" in train.plan(cfg, model_py.GPT(cfg.model()), types.SimpleNamespace(**gpu), 64, 6400)) == warned
 
 
 def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch, train_dir, tmp_path, capsys):
@@ -2787,11 +2787,11 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
         with pytest.raises(OSError, match=f"'.*/{out}': free space or choose another --out_dir"):
             train_here(monkeypatch, train_dir, tmp_path, out=out)
     assert "tokens a parameter (Chinchilla" in capsys.readouterr().out
-    seen = []
+    seen, asked = [], []
     wandb_run = types.SimpleNamespace(log=lambda record, step: seen.append((step, "loss" in record)))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: wandb_run))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: asked.append(kw) or wandb_run))
     train_here(monkeypatch, train_dir, tmp_path, out="wandb", wandb_log=True, max_iters=2)
-    assert seen == [(1, True), (2, True), (2, False)]
+    assert seen == [(1, True), (2, True), (2, False)] and (asked[0]["project"], asked[0]["name"]) == ("gpt", "wandb")
     if importlib.util.find_spec("wandb") is None:
         with pytest.raises(ValueError, match="pip install wandb"):
             train_here(monkeypatch, train_dir, tmp_path, out="w", wandb_log=True)

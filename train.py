@@ -274,7 +274,7 @@ class Log:
         if cfg.wandb_log:
             try: import wandb
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
-            self.wandb = wandb.init(name=os.path.basename(out_dir), config=values)
+            self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(out_dir), config=values)
         os.makedirs(out_dir, exist_ok=True)
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []

@@ -92,7 +92,8 @@ class Config(GPTConfig):
     doc_mask: bool = False          # in training and validation a token sees nothing before the start of its own document
     sample_interval: int = 0        # steps between samples printed during training, each after an evaluation; 0 = only at the end
     keep_checkpoints: int = 0       # besides ckpt.pt and best.pt keep ckpt_<step>.pt of so many of the last evaluations
-    wandb_log: bool = False         # log to Weights & Biases, too, as out_dir; WANDB_PROJECT in the environment sets the project
+    wandb_log: bool = False         # log to Weights & Biases, too
+    wandb_project: str = "gpt"      # its project; the run is named after out_dir
     profile: int = 0                # trace so many steps, after three to warm up, into out_dir/trace.json (chrome://tracing)
     seed: int = 1337                # of initialisation, batches and sampling
     # fine-tuning (train.py)

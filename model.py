@@ -20,7 +20,7 @@ Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv he
 head_size says otherwise), V vocab_size.
 """
 import contextlib, json, math, os, re, textwrap
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -311,19 +311,24 @@ class GPT(nn.Module):
         for block in self.transformer.h: block.attn.backend = self.backend
         return f"torch SDPA ({why_not})" if why_not else "flash_attn.py, Triton kernels"
 
-    def lora_layers(self):
-        """The matrices that LoRA adapts: four in every block."""
-        return [getattr(block.attn, name) for block in self.transformer.h for name in ("c_q", "c_k", "c_v", "c_proj")]
-
     def add_lora(self, rank):
         """Freeze every weight and learn a low-rank addition to the attention's matrices instead, until merge_lora."""
         self.requires_grad_(False)
-        for linear in self.lora_layers(): LoRALinear.adapt(linear, rank)
+        for block in self.transformer.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.attn.c_proj): LoRALinear.adapt(linear, rank)
 
     def merge_lora(self):
         """A plain model again, with the same logits."""
-        for linear in self.lora_layers(): linear.merge()
+        for module in self.modules():
+            if isinstance(module, LoRALinear): module.merge()
         self.requires_grad_(True)
+
+    def stretch(self, scaling, factor):
+        """Take `factor` times the context that the model was trained at, by a RoPE scaling (rope_table) instead of the one it has."""
+        trained = self.config.trained_length
+        self.config = replace(self.config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
+                              block_size=int(trained * factor))
+        self.table0, self.table1 = (table.to(self.table0.device) for table in rope_table(self.config))
 
     def forward(self, idx, targets=None, cache=None, by_row=False):
         """
@@ -439,14 +444,10 @@ class GPT(nn.Module):
             if rank := checkpoint["config"].get("lora_rank"): model.add_lora(rank)
             model.load_state_dict(checkpoint["model"])
             if rank: model.merge_lora()
-        except (KeyError, RuntimeError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}: not a checkpoint of this project's model: {last_line(e)}") from None
+        except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as e:
+            what = textwrap.shorten(str(e).splitlines()[-1], 240)       # of load_state_dict's many lines one tensor that does not fit
+            raise ValueError(f"{path}: not a checkpoint of this project's model: {what}") from None
         return model.eval()
-
-
-def last_line(error):
-    """Of load_state_dict's long messages one tensor that does not fit."""
-    return textwrap.shorten(str(error).splitlines()[-1], 240)
 
 
 def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
@@ -468,30 +469,50 @@ def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 # ---------------------------------------------------------------------------- Hugging Face folders, in and out
 
-# What each architecture is as a GPTConfig; what its config.json calls our fields; what its files call our parameters (replaced in
-# this order). Reading, writing and refusing follow these tables.
-LLAMA_SHAPE = dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=False)
-LLAMA_KEYS = dict(
-    max_position_embeddings="block_size", vocab_size="vocab_size", num_hidden_layers="n_layer", hidden_size="n_embd",
-    num_attention_heads="n_head", num_key_value_heads="n_kv_head", head_dim="head_size",
-    intermediate_size="n_inner", rms_norm_eps="norm_eps", tie_word_embeddings="tie_weights", rope_theta="rope_theta")
-LLAMA_NAMES = {
-    "transformer.h": "model.layers", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
-    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.",
-    "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_fc": "up_proj", "c_gate": "gate_proj", "c_proj": "down_proj"}
-HF_CLASS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-HF_SHAPE = {"gpt2": dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
-            "llama": LLAMA_SHAPE, "qwen3": LLAMA_SHAPE | dict(qk_norm=True)}
-HF_KEYS = {"gpt2": dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
-                        n_inner="n_inner", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"),
-           "llama": LLAMA_KEYS | dict(attention_bias="bias", mlp_bias="bias"), "qwen3": LLAMA_KEYS}
-HF_NAMES = {"gpt2": dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"), "llama": LLAMA_NAMES, "qwen3": LLAMA_NAMES}
-HF_OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weights")     # if absent, our default holds
+@dataclass
+class Family:
+    """One architecture of transformers. Reading, writing and refusing follow its tables."""
+    kind: str           # its class, which config.json names
+    shape: dict         # what all its models are, in fields of GPTConfig
+    keys: dict          # what its config.json calls our fields
+    names: dict         # what its files call our parameters: replaced in this order
+
+    def places(self, config):
+        """
+        {their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
+        turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours.
+        """
+        own, places = self.shape | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
+        with torch.device("meta"): model = GPT(replace(config, **own))
+        for ours, p in model.named_parameters():
+            theirs, turned = ours, self.kind == "GPT2LMHeadModel" and ".h." in ours and p.dim() == 2
+            for old, new in self.names.items(): theirs = theirs.replace(old, new)
+            if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
+            places.setdefault(theirs, ([], p.shape, turned))[0].append(ours)
+        return places
+
+
+GPT2 = Family(
+    "GPT2LMHeadModel", dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
+    dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd", n_inner="n_inner",
+         layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"), dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"))
+QWEN3 = Family(
+    "Qwen3ForCausalLM", dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=True),
+    dict(max_position_embeddings="block_size", vocab_size="vocab_size", num_hidden_layers="n_layer", num_attention_heads="n_head",
+         num_key_value_heads="n_kv_head", head_dim="head_size", hidden_size="n_embd", intermediate_size="n_inner",
+         rms_norm_eps="norm_eps", tie_word_embeddings="tie_weights", rope_theta="rope_theta"),
+    {"transformer.h": "model.layers", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
+     "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.",
+     "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_fc": "up_proj", "c_gate": "gate_proj", "c_proj": "down_proj"})
+LLAMA = Family("LlamaForCausalLM", QWEN3.shape | dict(qk_norm=False),
+               QWEN3.keys | dict(attention_bias="bias", mlp_bias="bias"), QWEN3.names)
+FAMILIES = dict(gpt2=GPT2, llama=LLAMA, qwen3=QWEN3)
+OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weights")       # if absent, our default holds
 # what else a config.json may say, if it says anything
-HF_ALLOWED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,), add_cross_attention=(False,),
-                  scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"), use_sliding_window=(False,),
-                  rope_type=("default", "linear", "llama3"), low_freq_factor=(1,), high_freq_factor=(4,),
-                  partial_rotary_factor=(1,), quantization_config=())
+ALLOWED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,), add_cross_attention=(False,),
+               scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"), use_sliding_window=(False,),
+               rope_type=("default", "linear", "llama3"), low_freq_factor=(1,), high_freq_factor=(4,),
+               partial_rotary_factor=(1,), quantization_config=())
 
 
 def safetensors():
@@ -500,64 +521,49 @@ def safetensors():
     return safetensors
 
 
-def read_json(path):
+def read_json(path, parse):
+    """parse(what the file says); ValueError names the file and what is wrong with it."""
     try:
-        with open(path, encoding="utf-8") as f: return dict(json.load(f))
+        with open(path, encoding="utf-8") as f: return parse(json.load(f))
     except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder has it, and safetensors") from None
-    except (ValueError, TypeError) as e: raise ValueError(f"{path} is damaged: {e}") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as e: raise ValueError(f"cannot read {path}: {e}") from None
 
 
 def hf_shape(said):
-    """(architecture, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
+    """(family, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
     said = said | (said.get("rope_scaling") or said.get("rope_parameters") or {})
     said = {key: value for key, value in said.items() if value is not None}
-    scaling, factor = said.setdefault("rope_type", said.get("type", "default")), said.get("factor", 1)
-    family = said.get("model_type")
-    if family not in HF_SHAPE: raise ValueError(f"its architecture is {family!r}, and only {', '.join(HF_SHAPE)} can be read")
-    wrong = [f"{key}={said[key]!r}" for key, allowed in HF_ALLOWED.items() if key in said and said[key] not in allowed]
+    scaling, name = said.setdefault("rope_type", said.get("type", "default")), said.get("model_type")
+    if name not in FAMILIES: raise ValueError(f"its architecture is {name!r}, and only {', '.join(FAMILIES)} can be read")
+    wrong = [f"{key}={said[key]!r}" for key, allowed in ALLOWED.items() if key in said and said[key] not in allowed]
     if set(said.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
     if said.get("attention_bias", False) != said.get("mlp_bias", False): wrong.append("attention_bias unlike mlp_bias")
     if wrong: raise ValueError(f"asks for what this model does not have: {', '.join(wrong)}")
-    for theirs, ours in HF_KEYS[family].items():
-        if theirs not in said and ours not in HF_OPTIONAL: raise ValueError(f"does not say {theirs!r}")
-    shape = HF_SHAPE[family] | {ours: said[theirs] for theirs, ours in HF_KEYS[family].items() if theirs in said}
-    if scaling != "default" and factor != 1:
+    keys, shape = FAMILIES[name].keys, dict(FAMILIES[name].shape)
+    needed = [key for key, field in keys.items() if field not in OPTIONAL] + ["factor"] * (scaling != "default")
+    for key in needed:
+        if key not in said: raise ValueError(f"does not say {key!r}")
+    shape |= {field: said[key] for key, field in keys.items() if key in said}
+    if scaling != "default" and said["factor"] != 1:
         trained = said.get("original_max_position_embeddings", shape["block_size"])
-        shape |= dict(rope_scaling=scaling, rope_factor=float(factor), rope_trained=trained)
-    if said.get("hidden_act") == "relu": shape["mlp"] = "relu2"         # relu(gate) * up, where load_hf finds gate = up
-    return family, GPTConfig(**shape, zero_init=False)
+        shape |= dict(rope_scaling=scaling, rope_factor=float(said["factor"]), rope_trained=trained)
+    if said.get("hidden_act") == "relu": shape["mlp"] = "relu2"         # if gate and up are the same, which load_hf sees to
+    return name, GPTConfig(**shape, zero_init=False)
 
 
 def hf_config(folder):
     """hf_shape of the folder's config.json."""
-    path = os.path.join(folder, "config.json")
-    said = read_json(path)
-    try: return hf_shape(said)
-    except (TypeError, ValueError) as e: raise ValueError(f"{path}: {e}") from None
-
-
-def hf_names(config, family):
-    """
-    {their name: ({our name: shape}, turned)}: ours, one below the other, make theirs, and Conv1D has it turned around. Two of
-    theirs may be one of ours, the gate of ReLU^2, then they hold the same numbers.
-    """
-    own, found = HF_SHAPE[family] | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
-    with torch.device("meta"): model = GPT(replace(config, **own))
-    for ours, p in model.named_parameters():
-        theirs, turned = ours, family == "gpt2" and ".h." in ours and p.dim() == 2
-        for old, new in HF_NAMES[family].items(): theirs = theirs.replace(old, new)
-        if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
-        found.setdefault(theirs, ({}, turned))[0][ours] = p.shape
-    return found
+    return read_json(os.path.join(folder, "config.json"), hf_shape)
 
 
 def hf_tensors(folder):
     """(path, name, tensor) of all in the folder's safetensors, one at a time; ValueError for what is missing or damaged."""
-    st, index, names = safetensors(), os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if os.path.exists(index): names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if gone := [name for name in names if not os.path.isfile(os.path.join(folder, name))]:
-        raise ValueError(f"{folder}: {gone[0]} is missing ({len(gone)} of {len(names)} safetensors files): download it")
-    for path in (os.path.join(folder, name) for name in names):
+    st, index, paths = safetensors(), os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    if os.path.exists(index): paths = read_json(index, lambda said: sorted({"" + name for name in said["weight_map"].values()}))
+    paths = [os.path.join(folder, name) for name in paths]
+    if gone := [path for path in paths if not os.path.isfile(path)]:
+        raise ValueError(f"{gone[0]} is missing ({len(gone)} of {len(paths)} safetensors files): download it")
+    for path in paths:
         try:
             with st.safe_open(path, "pt") as f: keys = list(f.keys())
             for key in keys:        # subtle: opened each time anew, for what a file has mapped counts as ours until it is closed
@@ -571,28 +577,29 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     Tensors are read one by one: memory holds the model and at most two of the file's matrices.
     """
     family, found = hf_config(folder)
-    config, names, state = config or found, hf_names(found, family), {}
-    missing = set(names)
-    if found.tie_weights: names["lm_head.weight"] = {"transformer.wte.weight": None}, False     # some files keep it a second time
+    config, places, state = config or found, FAMILIES[family].places(found), {}
+    missing, head = set(places), ("lm_head.weight", "transformer.wte.weight")
+    if found.tie_weights: places[head[0]] = [head[1]], (found.vocab_size, found.n_embd), False     # some files keep it twice
     for path, key, whole in hf_tensors(folder):
-        name = "transformer." + key if "transformer." + key in names else key       # GPT-2's own file leaves the beginning out
+        name = "transformer." + key if "transformer." + key in places else key      # GPT-2's own file leaves the beginning out
         if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue           # masks and tables that old files keep
-        if name not in names: raise ValueError(f"{path} has {key}, for which config.json has no place")
+        if name not in places: raise ValueError(f"{path} has {key}, for which config.json has no place")
         if whole.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{path}: {key} is {whole.dtype}, quantised")
-        parts, turned = names[name]
+        parts, (rows, *width), turned = places[name]
+        if turned: whole = whole.T
+        if list(whole.shape) != [len(parts) * rows, *width]:
+            raise ValueError(f"{path}: {key} is {list(whole.shape)}, but by config.json {[len(parts) * rows, *width]}")
         missing.discard(name)
-        for ours, t in zip(parts, (whole.T if turned else whole).chunk(len(parts))):
+        for ours, t in zip(parts, whole.chunk(len(parts))):
             if ours == "transformer.wpe.weight": t = t[:config.block_size]
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
             if not torch.equal(state.setdefault(ours, t), t):
                 raise ValueError(f"{path}: {key} is unlike its twin: a tied head must be the embedding, gate_proj be up_proj")
     if missing: raise ValueError(f"{folder} lacks {min(missing)}" + f" and {len(missing) - 1} more tensors" * (len(missing) > 1))
     with torch.device("meta"): model = GPT(config)
-    if config.tie_weights: state["lm_head.weight"] = state["transformer.wte.weight"]
-    try: model.load_state_dict(state, assign=True)
-    except RuntimeError as e: raise ValueError(f"{folder} does not fit its config.json: {last_line(e)}") from None
-    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # assigned one by one, they came apart
+    model.load_state_dict(state, assign=True, strict=False)
+    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # not in `state`, and apart since wte was assigned
     return model.to(device).eval()
 
 
@@ -600,33 +607,34 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     """
     Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever has what the model has, and return its name;
     begin, end: ids of the tokens that a text begins and ends with. What theirs have and ours lack is filled in, biases of zero
-    and gains of one; ReLU^2 is their relu(gate) * up with gate = up. What cannot be written is what hf_shape would not read back:
-    ValueError.
+    and gains of one. What cannot be written is what hf_shape would not read back: ValueError.
     """
-    full = lambda c: replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
-    c, st, d = full(model.config), safetensors(), dict(bos_token_id=begin, eos_token_id=end)
-    family = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
-    d |= dict(model_type=family, architectures=[HF_CLASS[family]], torch_dtype=str(dtype)[6:])
-    d |= {theirs: getattr(c, ours) for theirs, ours in HF_KEYS[family].items()}
-    if family == "gpt2": d |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
-    else: d["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
-    if c.rope_scaling in ("linear", "llama3"): d["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
+    def explicit(c): return replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
+    c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}
+    name = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
+    family = FAMILIES[name]
+    said = {key: getattr(c, field) for key, field in family.keys.items()} | dict(
+        model_type=name, architectures=[family.kind], torch_dtype=str(dtype)[6:], bos_token_id=begin, eos_token_id=end)
+    if name == "gpt2": said |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    else: said["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
+    if c.rope_scaling in ("linear", "llama3"): said["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
     if c.rope_scaling == "llama3":
-        trained = round(model.config.trained_length)
-        d["rope_scaling"] |= dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=trained)
-    back, silent = full(hf_shape(d)[1]), ["dropout", "zero_init", "rope_theta", "rope_factor", "rope_trained", "window"]
+        trained = dict(original_max_position_embeddings=round(c.trained_length))
+        said["rope_scaling"] |= trained | dict(low_freq_factor=1.0, high_freq_factor=4.0)
+    back, silent = explicit(hf_shape(said)[1]), ["dropout", "zero_init", "rope_theta", "rope_factor", "rope_trained", "window"]
     silent += [field for field in ("bias", "norm_gain") if not getattr(c, field)]       # these are filled in
     wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in silent]
-    if family == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
-    if wrong: raise ValueError(f"no export: transformers' {family} has no {', '.join(wrong)}")
-    state, tensors = model.state_dict(), {}
-    for theirs, (parts, turned) in hf_names(c, family).items():
-        parts = [state[ours].cpu() if ours in state else torch.full(n, float("weight" in ours)) for ours, n in parts.items()]
-        tensors[theirs] = (torch.cat(parts).T.contiguous() if turned else torch.cat(parts)).to(dtype)
+    if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
+    if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")
+    if wrong: raise ValueError(f"no export: transformers' {name} has no {', '.join(wrong)}")
+    for theirs, (parts, shape, turned) in family.places(c).items():
+        parts = [state[ours].cpu() if ours in state else torch.full(shape, float("weight" in ours)) for ours in parts]
+        # one part need not be copied, unless it is there twice: a file's tensors must not share memory
+        whole = torch.cat(parts) if len(parts) > 1 or c.mlp == "relu2" else parts[0]
+        tensors[theirs] = (whole.T if turned else whole).to(dtype).contiguous()
     st.torch.save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    for name, what in (("config.json", d), ("generation_config.json", dict(bos_token_id=begin, eos_token_id=end))):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as f: json.dump(what, f, indent=1)
-    return family
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f: json.dump(said, f, indent=1)
+    return name
 
 # ---------------------------------------------------------------------------- devices and checkpoints
 

@@ -29,8 +29,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import bpe, config
-from config import GPTConfig
-from model import GPT, KVCache, apply_rope, filter_logits, hf_config, load_checkpoint, load_hf, pick_device, save_hf
+from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf
 
 ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # Llama 3 wants every text to begin with the latter
 ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # GPT-2's and ours, Llama 3's, and of its and Qwen's answers
@@ -74,12 +73,12 @@ def place(model, device, dtype, quantize="none", pack=False):
 
 def find_checkpoint(cfg):
     """best.pt or else ckpt.pt of out_dir; without an out_dir of the newest run in out/."""
-    folder = glob.escape(cfg.out_dir) or os.path.join("out", "*")
-    found = glob.glob(os.path.join(folder, "best.pt")) + glob.glob(os.path.join(folder, "ckpt.pt"))
-    if not found:
-        raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
-    newest = os.path.dirname(max(found, key=os.path.getmtime))
-    return next(path for path in found if os.path.dirname(path) == newest)
+    folders = [cfg.out_dir] if cfg.out_dir else glob.glob(os.path.join("out", "*"))
+    paths = [os.path.join(folder, name) for folder in folders for name in ("best.pt", "ckpt.pt")]
+    paths = [path for path in paths if os.path.isfile(path)]
+    if not paths: raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
+    newest = os.path.dirname(max(paths, key=os.path.getmtime))
+    return next(path for path in paths if os.path.dirname(path) == newest)
 
 def first_token(tok):
     """[the id that a text begins with], [] if the tokenizer has none."""
@@ -89,29 +88,27 @@ def load(cfg):
     """(model, tokenizer, a line about them) of out_dir, of the newest run, or, with init_from and no out_dir, of a Hugging Face
     folder; device, dtype, int8, length of context as configured. tokenizer.first: ids to begin with where there is no prompt."""
     import prepare                                              # here, for only the weights of others need it
-    device, documents = pick_device(cfg.device), 0
-    small = device.type != "cpu" or cfg.quantize == "int8"      # the CPU's int8 kernel multiplies with bfloat16
+    device, documents, int8 = pick_device(cfg.device), 0, cfg.quantize == "int8"
+    small = device.type != "cpu" or int8                        # the CPU's int8 kernel multiplies with bfloat16
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
-    folder = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
-    path = folder or find_checkpoint(cfg)
-    if folder: tok, shape = prepare.read_tokenizer(os.path.join(path, "tokenizer.json")), dataclasses.asdict(hf_config(path)[1])
+    path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
+    if path:
+        tok = prepare.read_tokenizer(os.path.join(path, "tokenizer.json"))
+        model = load_hf(path, device, dtype)
     else:
+        path = find_checkpoint(cfg)
         checkpoint = load_checkpoint(path)
-        tok, shape = checkpoint.get("tokenizer"), checkpoint.get("config", {})
+        tok, documents = checkpoint.get("tokenizer"), checkpoint.get("meta", {}).get("documents", {}).get("train", 0)
         if not tok: raise ValueError(f"{path} holds no tokenizer, so its ids cannot become text: train again with train.py")
         tok = bpe.Tokenizer.gpt2() if tok == "gpt2" else bpe.Tokenizer.from_dict(tok)
-        documents = checkpoint.get("meta", {}).get("documents", {}).get("train", 0)
-    if cfg.rope_scaling != "none":
-        trained = shape.get("rope_trained") or shape["block_size"] / shape.get("rope_factor", 1)
-        shape |= dict(rope_scaling=cfg.rope_scaling, rope_factor=cfg.rope_factor, rope_trained=0,
-                      block_size=int(trained * cfg.rope_factor))
-    model = load_hf(path, device, dtype, GPTConfig(**shape)) if folder else GPT.from_checkpoint(checkpoint, path)
+        model = GPT.from_checkpoint(checkpoint, path)
+    if cfg.rope_scaling != "none": model.stretch(cfg.rope_scaling, cfg.rope_factor)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model only {model.config.vocab_size}")
     # trained on one text alone, a model has never seen what follows an end-of-text token: it begins with a line end instead
-    tok.first = documents != 1 and first_token(tok) or tok.encode("\n")
-    int8 = ", int8 weights" if cfg.quantize == "int8" else ""
-    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{int8}"
+    tok.first = first_token(tok) if documents != 1 else []
+    tok.first = tok.first or tok.encode("\n")
+    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' * int8}"
     return place(model, device, dtype, cfg.quantize, pack=not cfg.compile), tok, about
 
 def export(cfg):
@@ -119,10 +116,10 @@ def export(cfg):
     folder, dtype = os.path.abspath(cfg.export), "float32" if cfg.dtype == "auto" else cfg.dtype
     if os.path.exists(folder): raise ValueError(f"--export={cfg.export} exists: delete it or choose another folder")
     cfg = dataclasses.replace(cfg, device="cpu", dtype=dtype, quantize="none", compile=True)        # compile: so it is not packed
-    (model, tok, about), parent = load(cfg), os.path.dirname(folder)
+    model, tok, about = load(cfg)
     begin, end = (next((t for t in names if t in tok.special_tokens), None) for names in ((BEGIN, *ENDS), ENDS))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as work:
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as work:
         os.mkdir(whole := os.path.join(work, "whole"))
         family = save_hf(model, whole, getattr(torch, dtype), tok.special_tokens.get(begin), tok.special_tokens.get(end))
         tok.to_hf(os.path.join(whole, "tokenizer.json"))
@@ -334,9 +331,10 @@ def report(stats, device, say):
         + f"decode {stats['tokens']:,} at {rate:,.1f} tok/s, {stats['tokens'] / stats['steps']:.2f} a pass | weights and cache "
         f"read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
-def interact(model, tok, cfg, ends, stops, say):
-    """A conversation: each line typed goes, with its line end, behind what the cache holds, and the model continues."""
-    cache, row = new_cache(model, 1, model.config.block_size), Row(tok.first, cfg.seed - 1, tok, cfg)
+def interact(model, tok, cfg, begin, ends, stops, say):
+    """A conversation: each line typed goes, with its line end, behind what the cache holds, and the model continues. begin: the
+    ids that all of it stands behind."""
+    cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
         try: line = tok.encode(input("> ") + "\n")
@@ -348,6 +346,9 @@ def interact(model, tok, cfg, ends, stops, say):
                 print(row.text[shown:], end="", flush=True)
                 shown = len(row.text)
         except KeyboardInterrupt: pass
+        except ValueError as e:                         # no room: the conversation goes on without this line
+            say(f"error: {e}")
+            row = before
         print()
 
 @torch.inference_mode()
@@ -396,7 +397,7 @@ def main(cfg):
     if 2 * cfg.sinks >= size: raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={size}")
     if cfg.interactive and cfg.num_beams > 1: raise ValueError("beams have no text before the end: no num_beams with interactive")
     say(f"{about} | {model.set_backend(training=False)}\n")
-    if cfg.interactive: return interact(model, tok, cfg, ends, stops, say)
+    if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops, say)
     beams, as_json, stats, shown = cfg.num_beams > 1, bool(cfg.prompts) or cfg.logprobs, Counter(), 0
     draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
     groups = [[Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for j in range(draws)] for i, p in enumerate(prompts)]

@@ -458,8 +458,13 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     for cut in (0, 10, len(data) // 2, len(data) - 5):
         (tmp_path / "cut.pt").write_bytes(data[:cut])
         with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
-    torch.save(dict(model={}, config={}), tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+    for odd in (dict(config={}), dict(config=5), dict(), dict(config=vars(model.config) | dict(n_head=3))):
+        torch.save(dict(model={}) | odd, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="odd.pt: not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+        with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of this project"):
+            os.makedirs(tmp_path / "odd", exist_ok=True)
+            torch.save(dict(model={}, tokenizer=sample_TOK.to_dict()) | odd, tmp_path / "odd" / "ckpt.pt")
+            sample.load(config.Config(out_dir=str(tmp_path / "odd"), rope_scaling="ntk", rope_factor=2.0))
 
 
 # ---- Hugging Face folders
@@ -553,7 +558,7 @@ def test_model_to_transformers_peer(name, tmp_path):
 @pytest.mark.parametrize("kw, named", [(dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(pos="sinusoidal"), "pos='sinusoidal'"),
     (dict(mlp="gelu"), "mlp='gelu'"), (dict(norm="layernorm"), "norm='layernorm'"), (dict(bias=True), "bias=True"), (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"),
     (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"), (dict(CLASSIC, qk_norm=True), "qk_norm=True"),
-    (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34")])
+    (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"), (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
     with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
@@ -601,6 +606,13 @@ def test_model_folder_errors_peer(name, hf_folder, tmp_path, monkeypatch):
     else: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | dict(rope_parameters=None) | bad[0]))
     with pytest.raises(ValueError) as e: model_py.GPT.load(str(folder))
     assert bad[-1] in str(e.value) and str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_model_folder_of_gpt2_with_fewer_positions_than_its_file_peer(tmp_path):
+    hf_made("gpt2").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(n_positions=20)))
+    with pytest.raises(ValueError, match=r"transformer.wpe.weight is \[64, 32\], but by config.json \[20, 32\]"): model_py.GPT.load(str(tmp_path))
 
 
 def test_model_folder_never_holds_its_weights_twice_peer(hf_folder, monkeypatch):
@@ -3325,6 +3337,22 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
     model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:at[1] + 2], [])
     after = fed[at[1] + 2][0]                       # the first token of the second answer: what the whole text so far calls for
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
+
+
+def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(tmp_path, monkeypatch, capsys):
+    sample_checkpoint(tmp_path)
+    rows, Row, argv = [], sample.Row, [f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0"]
+    monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
+    for more in ([], ["--past_context=error"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the mat\n" + "xyz " * 40 + "\nvu\n"))
+        rows.clear()
+        sample_main(capsys, *argv, *more, "--start=the cat sat. ")
+        _, first, too_long, last = rows
+        assert first.prompt == sample_TOK.encode("the cat sat. ") + sample_TOK.encode("the mat\n") and not too_long.tokens
+        assert last.prompt == first.ids + sample_TOK.encode("vu\n")
+        ids = torch.tensor([last.ids])
+        logits = sample.load(config.Config(out_dir=str(tmp_path)))[0](ids)[0]
+        assert logits[0, len(last.prompt) - 1:-1, :sample_TOK.vocab_size].argmax(-1).tolist() == last.tokens
 
 
 def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monkeypatch, capsys):

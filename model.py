@@ -35,19 +35,15 @@ from config import GPTConfig
 def frequencies(width, theta):      # on the CPU: a model of meta weights has real tables, too
     return theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
 
-
 def angles(config, frequency):
     return torch.outer(torch.arange(config.block_size, dtype=torch.float64, device="cpu"), frequency)
 
-
 def rope_table(config):
-    """
-    cos and sin of every position's rotation angles, each (block_size, D/2); pair d turns by position / theta^(2d/D). Scaling
+    """cos and sin of every position's rotation angles, each (block_size, D/2); pair d turns by position / theta^(2d/D). Scaling
     stretches a model trained at block_size / s to block_size, s = rope_factor: linear (arXiv:2306.15595) slows every pair by s;
     ntk (bloc97 2023) raises theta so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (arXiv:2407.21783) slow
     those that turn less than once in the trained context, leave those that turn often, and blend between; yarn also sharpens the
-    attention.
-    """
+    attention."""
     s, D, scaling = config.rope_factor, config.head_dim, config.rope_scaling
     frequency = frequencies(D, config.rope_theta * (s ** (D / max(D - 2, 1)) if scaling == "ntk" else 1))
     if scaling == "linear": frequency /= s
@@ -58,31 +54,25 @@ def rope_table(config):
     angle, sharpen = angles(config, frequency), 0.1 * math.log(s) + 1 if scaling == "yarn" else 1.0
     return (sharpen * angle.cos()).float(), (sharpen * angle.sin()).float()
 
-
 def sinusoidal_table(config):
     """Vaswani et al. 2017, arXiv:1706.03762, section 3.5: sines in the even columns, cosines in the odd; one (block_size, C)."""
     angle = angles(config, frequencies(config.n_embd, 10000.0))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float(),
 
-
 def apply_rope(x, cos, sin):
-    """
-    Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), as one complex product (x1 + i x2)(cos + i sin), so that q.k depends on
-    the distance alone. cos, sin: (T, D/2), or (B, 1, T, D/2) where rows stand at different positions.
-    subtle: Llama's published code pairs (x[2d], x[2d+1]); halves, as Hugging Face's too, are the same up to a permutation.
-    """
+    """Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), as one complex product (x1 + i x2)(cos + i sin), so that q.k
+    depends on the distance alone. cos, sin: (T, D/2), or (B, 1, T, D/2) where rows stand at different positions. subtle: Llama's
+    published code pairs (x[2d], x[2d+1]); halves, as Hugging Face's too, are the same up to a permutation."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 # ---------------------------------------------------------------------------- attention and its cache
 
 class KVCache:
-    """
-    Keys and values of every layer, allocated once: k, v (n_layer, B, K, max_len, D). Row b holds lengths[b] valid positions, so
-    prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what stands beyond a
+    """Keys and values of every layer, allocated once: k, v (n_layer, B, K, max_len, D). Row b holds lengths[b] valid positions,
+    so prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what stands beyond a
     row's length is never seen and overwritten later. Memory: 2 * n_layer * B * K * max_len * D * bytes per element. A static
-    cache has one shape in every step, all of max_len, as compiled steps and CUDA graphs want it.
-    """
+    cache has one shape in every step, all of max_len, as compiled steps and CUDA graphs want it."""
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -91,8 +81,7 @@ class KVCache:
 
     def set_lengths(self, lengths):
         """lengths: one int per row. Forget everything beyond them; all zero empties the cache."""
-        if len(lengths) != len(self.lengths) or max(lengths) > self.max_len:
-            raise ValueError(f"lengths {list(lengths)} do not fit {len(self.lengths)} rows of {self.max_len} positions")
+        assert len(lengths) == len(self.lengths) and max(lengths) <= self.max_len
         self.end = 0 if self.static else max(lengths)       # a static cache must not show a number that changes to the compiler
         self.ragged = self.static or min(lengths) != max(lengths)
         self.lengths.copy_(torch.tensor(lengths))
@@ -121,13 +110,10 @@ class KVCache:
                 store[:, :, self.end - new.shape[2]:self.end] = new
         return self.k[layer, :, :, :self.span], self.v[layer, :, :, :self.span]
 
-
 def sdpa_mask(pos, S, window=0, doc_start=None):
-    """
-    True where the query at pos, (T,) or (B, T), sees key j of S: j <= pos, j > pos - window if there is one, j >= doc_start (B,
-    T); as (T, S) or (B, 1, T, S). None where SDPA needs no mask: T == S is what is_causal means, and one query alone sees all its
-    keys.
-    """
+    """True where the query at pos, (T,) or (B, T), sees key j of S: j <= pos, j > pos - window if there is one, j >= doc_start
+    (B, T); as (T, S) or (B, 1, T, S). None where SDPA needs no mask: T == S is what is_causal means, and one query alone sees
+    all its keys."""
     j, p = torch.arange(S, device=pos.device), pos[..., None]
     if pos.dim() == 1 and len(pos) in (1, S) and doc_start is None and not 0 < window < S: return None
     seen = j <= p
@@ -135,12 +121,9 @@ def sdpa_mask(pos, S, window=0, doc_start=None):
     if doc_start is not None: seen = seen & (j >= doc_start[..., None])
     return seen[:, None] if seen.dim() == 3 else seen
 
-
 def attention(q, k, v, backend="sdpa", cache=None, window=0, mask=None, dropout_p=0.0):
-    """
-    Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. mask: sdpa_mask's, which
-    says it all, or, for flash_attn, which sees to causality, window and the rows' lengths by itself, doc_start.
-    """
+    """Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. mask: sdpa_mask's,
+    which says it all, or, for flash_attn, which sees to causality, window and the rows' lengths by itself, doc_start."""
     T, S = q.shape[2], k.shape[2]
     if backend == "flash_attn":
         if cache is None or T == S and not cache.ragged: return flash_attn.flash_attention(q, k, v, window=window, doc_start=mask)
@@ -155,19 +138,15 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
-
 def norm(config, width, kind="rmsnorm"):
     """LayerNorm has a gain; RMSNorm one if norm_gain (if not, the next matrix absorbs it)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
     return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
-
 class LoRALinear(nn.Linear):
-    """
-    A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T, A (rank, in) Gaussian, B (out, rank) zero, so it
+    """A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T, A (rank, in) Gaussian, B (out, rank) zero, so it
     starts as the layer it was. Hu et al. 2021, arXiv:2106.09685; their factor alpha / rank is 1 here, for it only rescales the
-    learning rate (section 4.1). A layer changes its class in place, there and back, so the names in the state dict stay.
-    """
+    learning rate (section 4.1). A layer changes its class in place, there and back, so the names in the state dict stay."""
     @classmethod
     def adapt(cls, linear, rank):
         out, width = linear.weight.shape
@@ -182,7 +161,6 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
-
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
@@ -213,7 +191,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, H*D)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -229,7 +206,6 @@ class MLP(nn.Module):
         else: h = F.silu(self.c_gate(x)) * h
         return F.dropout(self.c_proj(h), self.config.dropout, self.training)
 
-
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -243,11 +219,9 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------- the loss
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """
-    Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: `rows` of them exist at a
-    time, and their gradient, softmax - onehot, is turned into dx and dW at once, so the backward pass only scales. x (N, C), W
-    (V, C), targets (N) with -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea.
-    """
+    """Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: `rows` of them exist at
+    a time, and their gradient, softmax - onehot, is turned into dx and dW at once, so the backward pass only scales. x (N, C), W
+    (V, C), targets (N) with -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, rows=None):
         rows, device = rows or (2048 if x.is_cuda else 512), x.device.type      # on a CPU few enough to stay in its cache
@@ -324,18 +298,16 @@ class GPT(nn.Module):
         self.requires_grad_(True)
 
     def stretch(self, scaling, factor):
-        """Take `factor` times the context that the model was trained at, by a RoPE scaling (rope_table) instead of the one it has."""
+        """Give the model `factor` times the context it was trained at, by this RoPE scaling (see rope_table) only."""
         trained = self.config.trained_length
         self.config = replace(self.config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
                               block_size=int(trained * factor))
         self.table0, self.table1 = (table.to(self.table0.device) for table in rope_table(self.config))
 
     def forward(self, idx, targets=None, cache=None, by_row=False):
-        """
-        idx (B, T) token ids -> (logits (B, T, V), None); with targets (B, T; -1 = ignore) -> (None, mean loss in nats per token),
-        or by_row the log-probability of each row's targets (B,). With a cache, idx are the tokens after those it holds, and join
-        it.
-        """
+        """idx (B, T) token ids -> (logits (B, T, V), None); with targets (B, T; -1 = ignore) -> (None, mean loss in nats per
+        token), or by_row the log-probability of each row's targets (B,). With a cache, idx are the tokens after those it holds,
+        and join it."""
         x = self.hidden(idx, cache)
         if targets is None: return self.head(x), None
         if by_row: return None, self.log_probs(x, targets)
@@ -378,22 +350,18 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def estimate_flops(self):
-        """
-        Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding
+        """Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding
         look-ups), 4 if it is frozen, and 12*H*D*T a layer for the attention matrix (its window instead of T), not halved for
-        causality; PaLM, arXiv:2204.02311, appendix B.
-        """
+        causality; PaLM, arXiv:2204.02311, appendix B."""
         c, looked_up = self.config, ("transformer.wpe.weight", *["transformer.wte.weight"] * (not self.config.tie_weights))
         products = [p for name, p in self.named_parameters() if name not in looked_up]
         flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in products)
         return flops + 12 * c.n_head * c.head_dim * sum(min(window or c.block_size, c.block_size) for window in c.windows)
 
     def configure_optimizers(self, cfg):
-        """
-        cfg: a config.Config -> list of optimizers, each trained parameter in exactly one group. adamw: weight decay on matrices,
-        none on gains and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head and the
-        rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW.
-        """
+        """cfg: a config.Config -> list of optimizers, each trained parameter in exactly one group. adamw: weight decay on
+        matrices, none on gains and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head
+        and the rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW."""
         make = lambda kind, groups, **kw: kind(groups, **kw)
         if cfg.shard_optimizer:
             from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for importing it takes a second
@@ -413,10 +381,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-        """
-        Continue idx (B, T) by max_new_tokens: (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its
-        newer half is read again and generation goes on, so the length has no limit. sample.py has what else one may want.
-        """
+        """Continue idx (B, T) by max_new_tokens: (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its
+        newer half is read again and generation goes on, so the length has no limit. sample.py has what else one may want."""
         weight, size, new = self.lm_head.weight, self.config.block_size, idx
         cache = KVCache(self.config, len(idx), min(size, idx.shape[1] + max_new_tokens), weight.device, weight.dtype)
         for _ in range(max_new_tokens):
@@ -445,17 +411,14 @@ class GPT(nn.Module):
             model.load_state_dict(checkpoint["model"])
             if rank: model.merge_lora()
         except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as e:
-            what = textwrap.shorten(str(e).splitlines()[-1], 240)       # of load_state_dict's many lines one tensor that does not fit
+            what = textwrap.shorten(str(e).splitlines()[-1], 240)       # load_state_dict has a line for each tensor
             raise ValueError(f"{path}: not a checkpoint of this project's model: {what}") from None
         return model.eval()
 
-
 def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
-    """
-    logits (B, V) -> logits / temperature with what may not be drawn at -inf: outside the k likeliest, outside the likeliest that
-    add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), or less than min_p times as likely as the likeliest
-    (arXiv:2407.01082).
-    """
+    """logits (B, V) -> logits / temperature with what may not be drawn at -inf: outside the k likeliest, outside the likeliest
+    that add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), or less than min_p times as likely as the likeliest
+    (arXiv:2407.01082)."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -478,10 +441,8 @@ class Family:
     names: dict         # what its files call our parameters: replaced in this order
 
     def places(self, config):
-        """
-        {their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
-        turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours.
-        """
+        """{their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
+        turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours."""
         own, places = self.shape | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
         with torch.device("meta"): model = GPT(replace(config, **own))
         for ours, p in model.named_parameters():
@@ -491,11 +452,11 @@ class Family:
             places.setdefault(theirs, ([], p.shape, turned))[0].append(ours)
         return places
 
-
 GPT2 = Family(
     "GPT2LMHeadModel", dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
-    dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd", n_inner="n_inner",
-         layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"), dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"))
+    dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
+         n_inner="n_inner", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"),
+    dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"))
 QWEN3 = Family(
     "Qwen3ForCausalLM", dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=True),
     dict(max_position_embeddings="block_size", vocab_size="vocab_size", num_hidden_layers="n_layer", num_attention_heads="n_head",
@@ -514,12 +475,10 @@ ALLOWED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn
                rope_type=("default", "linear", "llama3"), low_freq_factor=(1,), high_freq_factor=(4,),
                partial_rotary_factor=(1,), quantization_config=())
 
-
 def safetensors():
     try: import safetensors, safetensors.torch
     except ImportError: raise ValueError("Hugging Face folders need safetensors: pip install safetensors") from None
     return safetensors
-
 
 def read_json(path, parse):
     """parse(what the file says); ValueError names the file and what is wrong with it."""
@@ -527,7 +486,6 @@ def read_json(path, parse):
         with open(path, encoding="utf-8") as f: return parse(json.load(f))
     except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder has it, and safetensors") from None
     except (ValueError, TypeError, AttributeError, LookupError) as e: raise ValueError(f"cannot read {path}: {e}") from None
-
 
 def hf_shape(said):
     """(family, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
@@ -541,8 +499,7 @@ def hf_shape(said):
     if wrong: raise ValueError(f"asks for what this model does not have: {', '.join(wrong)}")
     keys, shape = FAMILIES[name].keys, dict(FAMILIES[name].shape)
     needed = [key for key, field in keys.items() if field not in OPTIONAL] + ["factor"] * (scaling != "default")
-    for key in needed:
-        if key not in said: raise ValueError(f"does not say {key!r}")
+    if absent := [key for key in needed if key not in said]: raise ValueError(f"does not say {absent[0]!r}")
     shape |= {field: said[key] for key, field in keys.items() if key in said}
     if scaling != "default" and said["factor"] != 1:
         trained = said.get("original_max_position_embeddings", shape["block_size"])
@@ -550,11 +507,9 @@ def hf_shape(said):
     if said.get("hidden_act") == "relu": shape["mlp"] = "relu2"         # if gate and up are the same, which load_hf sees to
     return name, GPTConfig(**shape, zero_init=False)
 
-
 def hf_config(folder):
     """hf_shape of the folder's config.json."""
     return read_json(os.path.join(folder, "config.json"), hf_shape)
-
 
 def hf_tensors(folder):
     """(path, name, tensor) of all in the folder's safetensors, one at a time; ValueError for what is missing or damaged."""
@@ -570,16 +525,14 @@ def hf_tensors(folder):
                 with st.safe_open(path, "pt") as f: yield path, key, f.get_tensor(key)
         except (st.SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
 
-
 def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
-    """
-    The GPT of a Hugging Face folder, in evaluation mode; config: hf_config's, with another block_size, RoPE scaling or dropout.
-    Tensors are read one by one: memory holds the model and at most two of the file's matrices.
-    """
+    """The GPT of a Hugging Face folder, in evaluation mode; config: hf_config's, with another block_size, RoPE scaling or
+    dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
     family, found = hf_config(folder)
     config, places, state = config or found, FAMILIES[family].places(found), {}
-    missing, head = set(places), ("lm_head.weight", "transformer.wte.weight")
-    if found.tie_weights: places[head[0]] = [head[1]], (found.vocab_size, found.n_embd), False     # some files keep it twice
+    missing = set(places)
+    if found.tie_weights:       # some files keep it a second time
+        places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
     for path, key, whole in hf_tensors(folder):
         name = "transformer." + key if "transformer." + key in places else key      # GPT-2's own file leaves the beginning out
         if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue           # masks and tables that old files keep
@@ -599,16 +552,13 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     if missing: raise ValueError(f"{folder} lacks {min(missing)}" + f" and {len(missing) - 1} more tensors" * (len(missing) > 1))
     with torch.device("meta"): model = GPT(config)
     model.load_state_dict(state, assign=True, strict=False)
-    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # not in `state`, and apart since wte was assigned
+    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # wte is another tensor now
     return model.to(device).eval()
 
-
 def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
-    """
-    Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever has what the model has, and return its name;
+    """Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever has what the model has, and return its name;
     begin, end: ids of the tokens that a text begins and ends with. What theirs have and ours lack is filled in, biases of zero
-    and gains of one. What cannot be written is what hf_shape would not read back: ValueError.
-    """
+    and gains of one. What cannot be written is what hf_shape would not read back: ValueError."""
     def explicit(c): return replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
     c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}
     name = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
@@ -647,7 +597,6 @@ def pick_device(name, local_rank=0):
         raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device=auto")
     return device
 
-
 def save_checkpoint(path, checkpoint):
     """torch.save that leaves the old file or the new one, never half a file. OSError says what to do."""
     temporary = path + ".tmp"
@@ -662,14 +611,12 @@ def save_checkpoint(path, checkpoint):
         raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}): free space or choose another --out_dir; "
                       "the last one saved stands") from None
 
-
 def load_checkpoint(path):
     """The dict that train.py saved (tensors and primitives), on the CPU. ValueError where there is none or it is damaged."""
     if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: train one first: python train.py config/stdlib.py")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        other = "ckpt.pt" if os.path.basename(path) == "best.pt" else "best.pt"
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): copy {other} of its folder over it, "
-                         "or train again") from None
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): copy another .pt file of its folder over "
+                         "it, or train again") from None
     if not isinstance(checkpoint, dict) or "model" not in checkpoint: raise ValueError(f"{path} is not a checkpoint of train.py")
     return checkpoint

@@ -73,12 +73,11 @@ def place(model, device, dtype, quantize="none", pack=False):
 
 def find_checkpoint(cfg):
     """best.pt or else ckpt.pt of out_dir; without an out_dir of the newest run in out/."""
-    folders = [cfg.out_dir] if cfg.out_dir else glob.glob(os.path.join("out", "*"))
-    paths = [os.path.join(folder, name) for folder in folders for name in ("best.pt", "ckpt.pt")]
-    paths = [path for path in paths if os.path.isfile(path)]
-    if not paths: raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
-    newest = os.path.dirname(max(paths, key=os.path.getmtime))
-    return next(path for path in paths if os.path.dirname(path) == newest)
+    folder = glob.escape(cfg.out_dir) or os.path.join("out", "*")
+    found = [path for name in ("best.pt", "ckpt.pt") for path in glob.glob(os.path.join(folder, name))]
+    if not found: raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
+    newest = os.path.dirname(max(found, key=os.path.getmtime))
+    return next(path for path in found if os.path.dirname(path) == newest)
 
 def first_token(tok):
     """[the id that a text begins with], [] if the tokenizer has none."""
@@ -181,15 +180,15 @@ def penalise(logits, texts, penalty):
 def extend(rows, logits, own, drafts, cfg):
     """Add to each row the token drawn from its logits (R, T, V), then as many more as its draft foretold. own: the logits without
     repetition penalty, for the log-probabilities. Returns [(r, row)] of those that have not finished."""
-    T, device = logits.shape[1], logits.device
-    u = torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows], device=device)     # (R, T)
+    T = logits.shape[1]
+    u = torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows], device=logits.device)      # (R, T)
     picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
     logp = own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)
-    for row, draft, *drawn in zip(rows, drafts, picked.tolist(), logp.tolist()):
-        for j, (token, p) in enumerate(zip(*drawn)):
+    for row, draft, tokens, nats in zip(rows, drafts, picked.tolist(), logp.tolist()):
+        for token, p, foretold in zip(tokens, nats, [*draft, None]):
             if row.finish: break
             row.add(token, p)
-            if draft[j:j + 1] != [token]: break         # what comes after was computed for another text
+            if token != foretold: break                 # what comes after was computed for another text
     return [(r, row) for r, row in enumerate(rows) if not row.finish]
 
 def branch(beams, logits, done, cfg):
@@ -332,8 +331,8 @@ def report(stats, device, say):
         f"read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
 def interact(model, tok, cfg, begin, ends, stops, say):
-    """A conversation: each line typed goes, with its line end, behind what the cache holds, and the model continues. begin: the
-    ids that all of it stands behind."""
+    """A conversation behind the ids of `begin`: each line typed goes, with its line end, behind what the cache holds, and the
+    model continues."""
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:

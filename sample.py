@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
 import bpe, config
 from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf
@@ -50,7 +49,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 4:     # for more, F.linear is faster
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else: y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        else: y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 class PackedLinear(nn.Module):
@@ -75,7 +74,8 @@ def find_checkpoint(cfg):
     """best.pt or else ckpt.pt of out_dir; without an out_dir of the newest run in out/."""
     folder = glob.escape(cfg.out_dir) or os.path.join("out", "*")
     found = [path for name in ("best.pt", "ckpt.pt") for path in glob.glob(os.path.join(folder, name))]
-    if not found: raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
+    if not found:
+        raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
     newest = os.path.dirname(max(found, key=os.path.getmtime))
     return next(path for path in found if os.path.dirname(path) == newest)
 
@@ -91,9 +91,7 @@ def load(cfg):
     small = device.type != "cpu" or int8                        # the CPU's int8 kernel multiplies with bfloat16
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
     path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
-    if path:
-        tok = prepare.read_tokenizer(os.path.join(path, "tokenizer.json"))
-        model = load_hf(path, device, dtype)
+    if path: tok, model = prepare.read_tokenizer(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)
     else:
         path = find_checkpoint(cfg)
         checkpoint = load_checkpoint(path)
@@ -105,8 +103,7 @@ def load(cfg):
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model only {model.config.vocab_size}")
     # trained on one text alone, a model has never seen what follows an end-of-text token: it begins with a line end instead
-    tok.first = first_token(tok) if documents != 1 else []
-    tok.first = tok.first or tok.encode("\n")
+    tok.first = (first_token(tok) if documents != 1 else []) or tok.encode("\n")
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' * int8}"
     return place(model, device, dtype, cfg.quantize, pack=not cfg.compile), tok, about
 
@@ -397,28 +394,31 @@ def main(cfg):
     if cfg.interactive and cfg.num_beams > 1: raise ValueError("beams have no text before the end: no num_beams with interactive")
     say(f"{about} | {model.set_backend(training=False)}\n")
     if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops, say)
-    beams, as_json, stats, shown = cfg.num_beams > 1, bool(cfg.prompts) or cfg.logprobs, Counter(), 0
+    beams, as_json, stats, shown, done = cfg.num_beams > 1, bool(cfg.prompts) or cfg.logprobs, Counter(), 0, 0
     draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
     groups = [[Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for j in range(draws)] for i, p in enumerate(prompts)]
-    rows, page = sum(groups, []), lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
+    rows = [row for group in groups for row in group]
+    page = lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
     for at in range(0, len(rows), together):
-        for part in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=bool(cfg.compile)):
+        for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=bool(cfg.compile)):
             if as_json or beams or draws > cfg.num_samples: continue
             # stream the first row that has not finished; those behind it catch up in their turn
             new = page(rows[:1 + next((j for j, row in enumerate(rows) if not row.finish), len(rows))])[shown:]
             print(new, end="", flush=True)
             shown += len(new)
-        if beams: groups[at] = part
-    for i, (text, best) in enumerate(zip(texts, groups)):
-        if draws > cfg.num_samples: best = sorted(best, key=lambda row: -row.score(cfg.length_penalty))
-        best = best[:cfg.num_samples]
-        if cfg.visualize and i == 0: visualize(model, best[0], cfg.visualize)
-        if not as_json: print(page(best)[shown:])
-        for j, row in enumerate(best if as_json else ()):
-            data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
-                        logprob=sum(row.logprobs))
-            if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
-            print(json.dumps(data, ensure_ascii=False), flush=True)
+        if beams: groups[at] = found
+        while done < len(groups) and all(row.finish for row in groups[done]):       # each prompt's as soon as all have ended
+            best, text = groups[done], texts[done]
+            if draws > cfg.num_samples: best = sorted(best, key=lambda row: -row.score(cfg.length_penalty))
+            best = best[:cfg.num_samples]
+            if cfg.visualize and done == 0: visualize(model, best[0], cfg.visualize)
+            if not as_json: print(page(best)[shown:])
+            for j, row in enumerate(best if as_json else ()):
+                data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
+                            logprob=sum(row.logprobs))
+                if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
+                print(json.dumps(data, ensure_ascii=False), flush=True)
+            done += 1
     report(stats, model.transformer.wte.weight.device, say)
 
 if __name__ == "__main__":

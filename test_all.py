@@ -3239,6 +3239,24 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
     assert [l["text"] for l in sample_json(capsys, *args, "--batch_size=1")] == [l["text"] for l in lines]
 
 
+def test_sample_json_lines_are_not_lost_when_a_later_batch_is_interrupted(tmp_path, capsys, monkeypatch):
+    sample_checkpoint(tmp_path)
+    (tmp_path / "p.txt").write_bytes("the cat\r\nvu\r\non the mat\r\n".encode())          # as Windows writes it
+    argv, decode, calls = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"], sample.decode, itertools.count(1)
+    whole = sample_json(capsys, *argv)
+    assert [line["prompt"] for line in whole] == ["the cat", "vu", "on the mat"]
+    def interrupted(*args, **kw):
+        if next(calls) == 3: raise KeyboardInterrupt
+        return decode(*args, **kw)
+    for more in (["--batch_size=1"], ["--num_beams=2", "--temperature=0"], ["--batch_size=2", "--best_of=2"]):
+        monkeypatch.setattr(sample, "decode", interrupted)
+        calls = itertools.count(1)
+        with pytest.raises(KeyboardInterrupt): sample.main(config.load([*argv, *more]))
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        monkeypatch.setattr(sample, "decode", decode)
+        assert lines == sample_json(capsys, *argv, *more)[:2] and len(lines) == 2
+
+
 def test_sample_best_of_and_beams_from_the_command_line(tmp_path, capsys):
     out, texts = [f"--out_dir={tmp_path}", "--max_new_tokens=12"], ("the cat", "on the mat, the", "vu")
     sample_checkpoint(tmp_path)

@@ -20,7 +20,8 @@ Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv he
 head_size says otherwise), V vocab_size.
 """
 import contextlib, json, math, os, re, textwrap
-from dataclasses import dataclass, fields, replace
+from collections import namedtuple
+from dataclasses import fields, replace
 
 import torch
 import torch.nn as nn
@@ -432,26 +433,9 @@ def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 # ---------------------------------------------------------------------------- Hugging Face folders, in and out
 
-@dataclass
-class Family:
-    """One architecture of transformers. Reading, writing and refusing follow its tables."""
-    kind: str           # its class, which config.json names
-    shape: dict         # what all its models are, in fields of GPTConfig
-    keys: dict          # what its config.json calls our fields
-    names: dict         # what its files call our parameters: replaced in this order
-
-    def places(self, config):
-        """{their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
-        turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours."""
-        own, places = self.shape | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
-        with torch.device("meta"): model = GPT(replace(config, **own))
-        for ours, p in model.named_parameters():
-            theirs, turned = ours, self.kind == "GPT2LMHeadModel" and ".h." in ours and p.dim() == 2
-            for old, new in self.names.items(): theirs = theirs.replace(old, new)
-            if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
-            places.setdefault(theirs, ([], p.shape, turned))[0].append(ours)
-        return places
-
+# An architecture of transformers, whose tables reading, writing and refusing follow. kind: its class; shape: what all its models
+# are, in fields of GPTConfig; keys: what its config.json calls our fields; names: its parameters', replaced in ours in this order
+Family = namedtuple("Family", "kind shape keys names")
 GPT2 = Family(
     "GPT2LMHeadModel", dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
     dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
@@ -511,6 +495,18 @@ def hf_config(folder):
     """hf_shape of the folder's config.json."""
     return read_json(os.path.join(folder, "config.json"), hf_shape)
 
+def hf_places(config, family):
+    """{their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
+    turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours."""
+    own, places = family.shape | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
+    with torch.device("meta"): model = GPT(replace(config, **own))
+    for ours, p in model.named_parameters():
+        theirs, turned = ours, family is GPT2 and ".h." in ours and p.dim() == 2
+        for old, new in family.names.items(): theirs = theirs.replace(old, new)
+        if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
+        places.setdefault(theirs, ([], p.shape, turned))[0].append(ours)
+    return places
+
 def hf_tensors(folder):
     """(path, name, tensor) of all in the folder's safetensors, one at a time; ValueError for what is missing or damaged."""
     st, index, paths = safetensors(), os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
@@ -529,7 +525,7 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     """The GPT of a Hugging Face folder, in evaluation mode; config: hf_config's, with another block_size, RoPE scaling or
     dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
     family, found = hf_config(folder)
-    config, places, state = config or found, FAMILIES[family].places(found), {}
+    config, places, state = config or found, hf_places(found, FAMILIES[family]), {}
     missing = set(places)
     if found.tie_weights:       # some files keep it a second time
         places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
@@ -577,7 +573,7 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
     if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")
     if wrong: raise ValueError(f"no export: transformers' {name} has no {', '.join(wrong)}")
-    for theirs, (parts, shape, turned) in family.places(c).items():
+    for theirs, (parts, shape, turned) in hf_places(c, family).items():
         parts = [state[ours].cpu() if ours in state else torch.full(shape, float("weight" in ours)) for ours in parts]
         # one part need not be copied, unless it is there twice: a file's tensors must not share memory
         whole = torch.cat(parts) if len(parts) > 1 or c.mlp == "relu2" else parts[0]

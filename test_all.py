@@ -627,6 +627,35 @@ def test_model_folder_never_holds_its_weights_twice_peer(hf_folder, monkeypatch)
     assert len(alive) == len(model.state_dict()) and sum(ref() is not None for ref in alive) == 0
 
 
+def test_model_export_copies_no_matrix_that_it_need_not_peer(tmp_path, monkeypatch):
+    st = pytest.importorskip("safetensors.torch", reason="not installed: pip install safetensors")
+    model, saved = tiny_gpt(mlp="swiglu", norm_gain=True), {}
+    monkeypatch.setattr(st, "save_file", lambda tensors, *args, **kw: saved.update(tensors))
+    model_py.save_hf(model, str(tmp_path))
+    assert {t.data_ptr() for t in saved.values()} == {p.data_ptr() for p in model.parameters()}
+
+
+PUBLISHED = {       # what the config.json of the hub says, and how many parameters its model card
+    "llama 3.1 8B": (8_030_261_248, """{"attention_bias": false, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 128256}"""),
+    "qwen3 0.6B": (596_049_920, """{"attention_bias": false, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+        "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}""")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_model_published_configs_have_their_published_sizes(name, tmp_path):
+    size, said = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(said)
+    shape = model_py.hf_config(str(tmp_path))[1]
+    with torch.device("meta"): assert model_py.GPT(shape).num_params() == size
+    assert (shape.rope_scaling, shape.trained_length) == (("llama3", 8192) if "8B" in name else ("none", 40960))
+
+
 def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_positions=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, layer_norm_epsilon=1e-5)))

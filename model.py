@@ -612,7 +612,8 @@ def load_checkpoint(path):
     if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: train one first: python train.py config/stdlib.py")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): copy another .pt file of its folder over "
-                         "it, or train again") from None
+        other = "ckpt.pt" if os.path.basename(path) == "best.pt" else "best.pt"
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): copy {other} of its folder over it, "
+                         "or train again") from None
     if not isinstance(checkpoint, dict) or "model" not in checkpoint: raise ValueError(f"{path} is not a checkpoint of train.py")
     return checkpoint

@@ -6,7 +6,7 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --prompts=prompts.txt --logprobs > out.jsonl    # prompts of any lengths in one batch
     python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8 draws eight and keeps the likeliest
     python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts; --compile for long runs
-    python sample.py --interactive                                  # a conversation that stays in the cache
+    python sample.py --interactive                                  # a conversation that stays in the cache, behind --start
     python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder's: Llama 3, Qwen3
     python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 
@@ -328,8 +328,7 @@ def report(stats, device, say):
         f"read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
 def interact(model, tok, cfg, begin, ends, stops, say):
-    """A conversation behind the ids of `begin`: each line typed goes, with its line end, behind what the cache holds, and the
-    model continues."""
+    """A conversation behind the ids of `begin`: each line typed goes, with its line end, into the cache, and is continued."""
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:

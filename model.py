@@ -20,6 +20,7 @@ Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv he
 head_size says otherwise), V vocab_size.
 """
 import contextlib, json, math, os, re, textwrap
+from collections import namedtuple
 from dataclasses import fields, replace
 
 import torch
@@ -35,19 +36,15 @@ from config import GPTConfig
 def frequencies(width, theta):      # on the CPU: a model of meta weights has real tables, too
     return theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
 
-
 def angles(config, frequency):
     return torch.outer(torch.arange(config.block_size, dtype=torch.float64, device="cpu"), frequency)
 
-
 def rope_table(config):
-    """
-    cos and sin of every position's rotation angles, each (block_size, D/2); pair d turns by position / theta^(2d/D). Scaling
+    """cos and sin of every position's rotation angles, each (block_size, D/2); pair d turns by position / theta^(2d/D). Scaling
     stretches a model trained at block_size / s to block_size, s = rope_factor: linear (arXiv:2306.15595) slows every pair by s;
     ntk (bloc97 2023) raises theta so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (arXiv:2407.21783) slow
     those that turn less than once in the trained context, leave those that turn often, and blend between; yarn also sharpens the
-    attention.
-    """
+    attention."""
     s, D, scaling = config.rope_factor, config.head_dim, config.rope_scaling
     frequency = frequencies(D, config.rope_theta * (s ** (D / max(D - 2, 1)) if scaling == "ntk" else 1))
     if scaling == "linear": frequency /= s
@@ -58,31 +55,25 @@ def rope_table(config):
     angle, sharpen = angles(config, frequency), 0.1 * math.log(s) + 1 if scaling == "yarn" else 1.0
     return (sharpen * angle.cos()).float(), (sharpen * angle.sin()).float()
 
-
 def sinusoidal_table(config):
     """Vaswani et al. 2017, arXiv:1706.03762, section 3.5: sines in the even columns, cosines in the odd; one (block_size, C)."""
     angle = angles(config, frequencies(config.n_embd, 10000.0))
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float(),
 
-
 def apply_rope(x, cos, sin):
-    """
-    Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), as one complex product (x1 + i x2)(cos + i sin), so that q.k depends on
-    the distance alone. cos, sin: (T, D/2), or (B, 1, T, D/2) where rows stand at different positions.
-    subtle: Llama's published code pairs (x[2d], x[2d+1]); halves, as Hugging Face's too, are the same up to a permutation.
-    """
+    """Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), as one complex product (x1 + i x2)(cos + i sin), so that q.k
+    depends on the distance alone. cos, sin: (T, D/2), or (B, 1, T, D/2) where rows stand at different positions. subtle: Llama's
+    published code pairs (x[2d], x[2d+1]); halves, as Hugging Face's too, are the same up to a permutation."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 # ---------------------------------------------------------------------------- attention and its cache
 
 class KVCache:
-    """
-    Keys and values of every layer, allocated once: k, v (n_layer, B, K, max_len, D). Row b holds lengths[b] valid positions, so
-    prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what stands beyond a
+    """Keys and values of every layer, allocated once: k, v (n_layer, B, K, max_len, D). Row b holds lengths[b] valid positions,
+    so prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what stands beyond a
     row's length is never seen and overwritten later. Memory: 2 * n_layer * B * K * max_len * D * bytes per element. A static
-    cache has one shape in every step, all of max_len, as compiled steps and CUDA graphs want it.
-    """
+    cache has one shape in every step, all of max_len, as compiled steps and CUDA graphs want it."""
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -91,8 +82,7 @@ class KVCache:
 
     def set_lengths(self, lengths):
         """lengths: one int per row. Forget everything beyond them; all zero empties the cache."""
-        if len(lengths) != len(self.lengths) or max(lengths) > self.max_len:
-            raise ValueError(f"lengths {list(lengths)} do not fit {len(self.lengths)} rows of {self.max_len} positions")
+        assert len(lengths) == len(self.lengths) and max(lengths) <= self.max_len
         self.end = 0 if self.static else max(lengths)       # a static cache must not show a number that changes to the compiler
         self.ragged = self.static or min(lengths) != max(lengths)
         self.lengths.copy_(torch.tensor(lengths))
@@ -121,13 +111,10 @@ class KVCache:
                 store[:, :, self.end - new.shape[2]:self.end] = new
         return self.k[layer, :, :, :self.span], self.v[layer, :, :, :self.span]
 
-
 def sdpa_mask(pos, S, window=0, doc_start=None):
-    """
-    True where the query at pos, (T,) or (B, T), sees key j of S: j <= pos, j > pos - window if there is one, j >= doc_start (B,
-    T); as (T, S) or (B, 1, T, S). None where SDPA needs no mask: T == S is what is_causal means, and one query alone sees all its
-    keys.
-    """
+    """True where the query at pos, (T,) or (B, T), sees key j of S: j <= pos, j > pos - window if there is one, j >= doc_start
+    (B, T); as (T, S) or (B, 1, T, S). None where SDPA needs no mask: T == S is what is_causal means, and one query alone sees
+    all its keys."""
     j, p = torch.arange(S, device=pos.device), pos[..., None]
     if pos.dim() == 1 and len(pos) in (1, S) and doc_start is None and not 0 < window < S: return None
     seen = j <= p
@@ -135,12 +122,9 @@ def sdpa_mask(pos, S, window=0, doc_start=None):
     if doc_start is not None: seen = seen & (j >= doc_start[..., None])
     return seen[:, None] if seen.dim() == 3 else seen
 
-
 def attention(q, k, v, backend="sdpa", cache=None, window=0, mask=None, dropout_p=0.0):
-    """
-    Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. mask: sdpa_mask's, which
-    says it all, or, for flash_attn, which sees to causality, window and the rows' lengths by itself, doc_start.
-    """
+    """Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. mask: sdpa_mask's,
+    which says it all, or, for flash_attn, which sees to causality, window and the rows' lengths by itself, doc_start."""
     T, S = q.shape[2], k.shape[2]
     if backend == "flash_attn":
         if cache is None or T == S and not cache.ragged: return flash_attn.flash_attention(q, k, v, window=window, doc_start=mask)
@@ -155,19 +139,15 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
-
 def norm(config, width, kind="rmsnorm"):
     """LayerNorm has a gain; RMSNorm one if norm_gain (if not, the next matrix absorbs it)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
     return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
-
 class LoRALinear(nn.Linear):
-    """
-    A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T, A (rank, in) Gaussian, B (out, rank) zero, so it
+    """A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T, A (rank, in) Gaussian, B (out, rank) zero, so it
     starts as the layer it was. Hu et al. 2021, arXiv:2106.09685; their factor alpha / rank is 1 here, for it only rescales the
-    learning rate (section 4.1). A layer changes its class in place, there and back, so the names in the state dict stay.
-    """
+    learning rate (section 4.1). A layer changes its class in place, there and back, so the names in the state dict stay."""
     @classmethod
     def adapt(cls, linear, rank):
         out, width = linear.weight.shape
@@ -182,7 +162,6 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
-
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
@@ -213,7 +192,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, H*D)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -229,7 +207,6 @@ class MLP(nn.Module):
         else: h = F.silu(self.c_gate(x)) * h
         return F.dropout(self.c_proj(h), self.config.dropout, self.training)
 
-
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -243,11 +220,9 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------- the loss
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """
-    Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: `rows` of them exist at a
-    time, and their gradient, softmax - onehot, is turned into dx and dW at once, so the backward pass only scales. x (N, C), W
-    (V, C), targets (N) with -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea.
-    """
+    """Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: `rows` of them exist at
+    a time, and their gradient, softmax - onehot, is turned into dx and dW at once, so the backward pass only scales. x (N, C), W
+    (V, C), targets (N) with -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, rows=None):
         rows, device = rows or (2048 if x.is_cuda else 512), x.device.type      # on a CPU few enough to stay in its cache
@@ -311,26 +286,29 @@ class GPT(nn.Module):
         for block in self.transformer.h: block.attn.backend = self.backend
         return f"torch SDPA ({why_not})" if why_not else "flash_attn.py, Triton kernels"
 
-    def lora_layers(self):
-        """The matrices that LoRA adapts: four in every block."""
-        return [getattr(block.attn, name) for block in self.transformer.h for name in ("c_q", "c_k", "c_v", "c_proj")]
-
     def add_lora(self, rank):
         """Freeze every weight and learn a low-rank addition to the attention's matrices instead, until merge_lora."""
         self.requires_grad_(False)
-        for linear in self.lora_layers(): LoRALinear.adapt(linear, rank)
+        for block in self.transformer.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.attn.c_proj): LoRALinear.adapt(linear, rank)
 
     def merge_lora(self):
         """A plain model again, with the same logits."""
-        for linear in self.lora_layers(): linear.merge()
+        for module in self.modules():
+            if isinstance(module, LoRALinear): module.merge()
         self.requires_grad_(True)
 
+    def stretch(self, scaling, factor):
+        """Give the model `factor` times the context it was trained at, by this RoPE scaling (see rope_table) only."""
+        trained = self.config.trained_length
+        self.config = replace(self.config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
+                              block_size=int(trained * factor))
+        self.table0, self.table1 = (table.to(self.table0.device) for table in rope_table(self.config))
+
     def forward(self, idx, targets=None, cache=None, by_row=False):
-        """
-        idx (B, T) token ids -> (logits (B, T, V), None); with targets (B, T; -1 = ignore) -> (None, mean loss in nats per token),
-        or by_row the log-probability of each row's targets (B,). With a cache, idx are the tokens after those it holds, and join
-        it.
-        """
+        """idx (B, T) token ids -> (logits (B, T, V), None); with targets (B, T; -1 = ignore) -> (None, mean loss in nats per
+        token), or by_row the log-probability of each row's targets (B,). With a cache, idx are the tokens after those it holds,
+        and join it."""
         x = self.hidden(idx, cache)
         if targets is None: return self.head(x), None
         if by_row: return None, self.log_probs(x, targets)
@@ -373,22 +351,18 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def estimate_flops(self):
-        """
-        Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding
+        """Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding
         look-ups), 4 if it is frozen, and 12*H*D*T a layer for the attention matrix (its window instead of T), not halved for
-        causality; PaLM, arXiv:2204.02311, appendix B.
-        """
+        causality; PaLM, arXiv:2204.02311, appendix B."""
         c, looked_up = self.config, ("transformer.wpe.weight", *["transformer.wte.weight"] * (not self.config.tie_weights))
         products = [p for name, p in self.named_parameters() if name not in looked_up]
         flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in products)
         return flops + 12 * c.n_head * c.head_dim * sum(min(window or c.block_size, c.block_size) for window in c.windows)
 
     def configure_optimizers(self, cfg):
-        """
-        cfg: a config.Config -> list of optimizers, each trained parameter in exactly one group. adamw: weight decay on matrices,
-        none on gains and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head and the
-        rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW.
-        """
+        """cfg: a config.Config -> list of optimizers, each trained parameter in exactly one group. adamw: weight decay on
+        matrices, none on gains and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head
+        and the rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW."""
         make = lambda kind, groups, **kw: kind(groups, **kw)
         if cfg.shard_optimizer:
             from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for importing it takes a second
@@ -408,10 +382,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
-        """
-        Continue idx (B, T) by max_new_tokens: (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its
-        newer half is read again and generation goes on, so the length has no limit. sample.py has what else one may want.
-        """
+        """Continue idx (B, T) by max_new_tokens: (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its
+        newer half is read again and generation goes on, so the length has no limit. sample.py has what else one may want."""
         weight, size, new = self.lm_head.weight, self.config.block_size, idx
         cache = KVCache(self.config, len(idx), min(size, idx.shape[1] + max_new_tokens), weight.device, weight.dtype)
         for _ in range(max_new_tokens):
@@ -439,22 +411,15 @@ class GPT(nn.Module):
             if rank := checkpoint["config"].get("lora_rank"): model.add_lora(rank)
             model.load_state_dict(checkpoint["model"])
             if rank: model.merge_lora()
-        except (KeyError, RuntimeError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}: not a checkpoint of this project's model: {last_line(e)}") from None
+        except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as e:
+            what = textwrap.shorten(str(e).splitlines()[-1], 240)       # load_state_dict has a line for each tensor
+            raise ValueError(f"{path}: not a checkpoint of this project's model: {what}") from None
         return model.eval()
 
-
-def last_line(error):
-    """Of load_state_dict's long messages one tensor that does not fit."""
-    return textwrap.shorten(str(error).splitlines()[-1], 240)
-
-
 def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
-    """
-    logits (B, V) -> logits / temperature with what may not be drawn at -inf: outside the k likeliest, outside the likeliest that
-    add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), or less than min_p times as likely as the likeliest
-    (arXiv:2407.01082).
-    """
+    """logits (B, V) -> logits / temperature with what may not be drawn at -inf: outside the k likeliest, outside the likeliest
+    that add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), or less than min_p times as likely as the likeliest
+    (arXiv:2407.01082)."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -468,165 +433,154 @@ def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 # ---------------------------------------------------------------------------- Hugging Face folders, in and out
 
-# What each architecture is as a GPTConfig; what its config.json calls our fields; what its files call our parameters (replaced in
-# this order). Reading, writing and refusing follow these tables.
-LLAMA_SHAPE = dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=False)
-LLAMA_KEYS = dict(
-    max_position_embeddings="block_size", vocab_size="vocab_size", num_hidden_layers="n_layer", hidden_size="n_embd",
-    num_attention_heads="n_head", num_key_value_heads="n_kv_head", head_dim="head_size",
-    intermediate_size="n_inner", rms_norm_eps="norm_eps", tie_word_embeddings="tie_weights", rope_theta="rope_theta")
-LLAMA_NAMES = {
-    "transformer.h": "model.layers", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
-    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.",
-    "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_fc": "up_proj", "c_gate": "gate_proj", "c_proj": "down_proj"}
-HF_CLASS = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-HF_SHAPE = {"gpt2": dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
-            "llama": LLAMA_SHAPE, "qwen3": LLAMA_SHAPE | dict(qk_norm=True)}
-HF_KEYS = {"gpt2": dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
-                        n_inner="n_inner", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"),
-           "llama": LLAMA_KEYS | dict(attention_bias="bias", mlp_bias="bias"), "qwen3": LLAMA_KEYS}
-HF_NAMES = {"gpt2": dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"), "llama": LLAMA_NAMES, "qwen3": LLAMA_NAMES}
-HF_OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weights")     # if absent, our default holds
+# An architecture of transformers, whose tables reading, writing and refusing follow. kind: its class; shape: what all its models
+# are, in fields of GPTConfig; keys: what its config.json calls our fields; names: its parameters', replaced in ours in this order
+Family = namedtuple("Family", "kind shape keys names")
+GPT2 = Family(
+    "GPT2LMHeadModel", dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
+    dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
+         n_inner="n_inner", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"),
+    dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"))
+QWEN3 = Family(
+    "Qwen3ForCausalLM", dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=True),
+    dict(max_position_embeddings="block_size", vocab_size="vocab_size", num_hidden_layers="n_layer", num_attention_heads="n_head",
+         num_key_value_heads="n_kv_head", head_dim="head_size", hidden_size="n_embd", intermediate_size="n_inner",
+         rms_norm_eps="norm_eps", tie_word_embeddings="tie_weights", rope_theta="rope_theta"),
+    {"transformer.h": "model.layers", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
+     "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.",
+     "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_fc": "up_proj", "c_gate": "gate_proj", "c_proj": "down_proj"})
+LLAMA = Family("LlamaForCausalLM", QWEN3.shape | dict(qk_norm=False),
+               QWEN3.keys | dict(attention_bias="bias", mlp_bias="bias"), QWEN3.names)
+FAMILIES = dict(gpt2=GPT2, llama=LLAMA, qwen3=QWEN3)
+OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weights")       # if absent, our default holds
 # what else a config.json may say, if it says anything
-HF_ALLOWED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,), add_cross_attention=(False,),
-                  scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"), use_sliding_window=(False,),
-                  rope_type=("default", "linear", "llama3"), low_freq_factor=(1,), high_freq_factor=(4,),
-                  partial_rotary_factor=(1,), quantization_config=())
-
+ALLOWED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,), add_cross_attention=(False,),
+               scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"), use_sliding_window=(False,),
+               rope_type=("default", "linear", "llama3"), low_freq_factor=(1,), high_freq_factor=(4,),
+               partial_rotary_factor=(1,), quantization_config=())
 
 def safetensors():
     try: import safetensors, safetensors.torch
     except ImportError: raise ValueError("Hugging Face folders need safetensors: pip install safetensors") from None
     return safetensors
 
-
-def read_json(path):
+def read_json(path, parse):
+    """parse(what the file says); ValueError names the file and what is wrong with it."""
     try:
-        with open(path, encoding="utf-8") as f: return dict(json.load(f))
+        with open(path, encoding="utf-8") as f: return parse(json.load(f))
     except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder has it, and safetensors") from None
-    except (ValueError, TypeError) as e: raise ValueError(f"{path} is damaged: {e}") from None
-
+    except (ValueError, TypeError, AttributeError, LookupError) as e: raise ValueError(f"cannot read {path}: {e}") from None
 
 def hf_shape(said):
-    """(architecture, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
+    """(family, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
     said = said | (said.get("rope_scaling") or said.get("rope_parameters") or {})
     said = {key: value for key, value in said.items() if value is not None}
-    scaling, factor = said.setdefault("rope_type", said.get("type", "default")), said.get("factor", 1)
-    family = said.get("model_type")
-    if family not in HF_SHAPE: raise ValueError(f"its architecture is {family!r}, and only {', '.join(HF_SHAPE)} can be read")
-    wrong = [f"{key}={said[key]!r}" for key, allowed in HF_ALLOWED.items() if key in said and said[key] not in allowed]
+    scaling, name = said.setdefault("rope_type", said.get("type", "default")), said.get("model_type")
+    if name not in FAMILIES: raise ValueError(f"its architecture is {name!r}, and only {', '.join(FAMILIES)} can be read")
+    wrong = [f"{key}={said[key]!r}" for key, allowed in ALLOWED.items() if key in said and said[key] not in allowed]
     if set(said.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
     if said.get("attention_bias", False) != said.get("mlp_bias", False): wrong.append("attention_bias unlike mlp_bias")
     if wrong: raise ValueError(f"asks for what this model does not have: {', '.join(wrong)}")
-    for theirs, ours in HF_KEYS[family].items():
-        if theirs not in said and ours not in HF_OPTIONAL: raise ValueError(f"does not say {theirs!r}")
-    shape = HF_SHAPE[family] | {ours: said[theirs] for theirs, ours in HF_KEYS[family].items() if theirs in said}
-    if scaling != "default" and factor != 1:
+    keys, shape = FAMILIES[name].keys, dict(FAMILIES[name].shape)
+    needed = [key for key, field in keys.items() if field not in OPTIONAL] + ["factor"] * (scaling != "default")
+    if absent := [key for key in needed if key not in said]: raise ValueError(f"does not say {absent[0]!r}")
+    shape |= {field: said[key] for key, field in keys.items() if key in said}
+    if scaling != "default" and said["factor"] != 1:
         trained = said.get("original_max_position_embeddings", shape["block_size"])
-        shape |= dict(rope_scaling=scaling, rope_factor=float(factor), rope_trained=trained)
-    if said.get("hidden_act") == "relu": shape["mlp"] = "relu2"         # relu(gate) * up, where load_hf finds gate = up
-    return family, GPTConfig(**shape, zero_init=False)
-
+        shape |= dict(rope_scaling=scaling, rope_factor=float(said["factor"]), rope_trained=trained)
+    if said.get("hidden_act") == "relu": shape["mlp"] = "relu2"         # if gate and up are the same, which load_hf sees to
+    return name, GPTConfig(**shape, zero_init=False)
 
 def hf_config(folder):
     """hf_shape of the folder's config.json."""
-    path = os.path.join(folder, "config.json")
-    said = read_json(path)
-    try: return hf_shape(said)
-    except (TypeError, ValueError) as e: raise ValueError(f"{path}: {e}") from None
+    return read_json(os.path.join(folder, "config.json"), hf_shape)
 
-
-def hf_names(config, family):
-    """
-    {their name: ({our name: shape}, turned)}: ours, one below the other, make theirs, and Conv1D has it turned around. Two of
-    theirs may be one of ours, the gate of ReLU^2, then they hold the same numbers.
-    """
-    own, found = HF_SHAPE[family] | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
+def hf_places(config, family):
+    """{their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
+    turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours."""
+    own, places = family.shape | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
     with torch.device("meta"): model = GPT(replace(config, **own))
     for ours, p in model.named_parameters():
-        theirs, turned = ours, family == "gpt2" and ".h." in ours and p.dim() == 2
-        for old, new in HF_NAMES[family].items(): theirs = theirs.replace(old, new)
+        theirs, turned = ours, family is GPT2 and ".h." in ours and p.dim() == 2
+        for old, new in family.names.items(): theirs = theirs.replace(old, new)
         if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
-        found.setdefault(theirs, ({}, turned))[0][ours] = p.shape
-    return found
-
+        places.setdefault(theirs, ([], p.shape, turned))[0].append(ours)
+    return places
 
 def hf_tensors(folder):
     """(path, name, tensor) of all in the folder's safetensors, one at a time; ValueError for what is missing or damaged."""
-    st, index, names = safetensors(), os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if os.path.exists(index): names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if gone := [name for name in names if not os.path.isfile(os.path.join(folder, name))]:
-        raise ValueError(f"{folder}: {gone[0]} is missing ({len(gone)} of {len(names)} safetensors files): download it")
-    for path in (os.path.join(folder, name) for name in names):
+    st, index, paths = safetensors(), os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    if os.path.exists(index): paths = read_json(index, lambda said: sorted({"" + name for name in said["weight_map"].values()}))
+    paths = [os.path.join(folder, name) for name in paths]
+    if gone := [path for path in paths if not os.path.isfile(path)]:
+        raise ValueError(f"{gone[0]} is missing ({len(gone)} of {len(paths)} safetensors files): download it")
+    for path in paths:
         try:
             with st.safe_open(path, "pt") as f: keys = list(f.keys())
             for key in keys:        # subtle: opened each time anew, for what a file has mapped counts as ours until it is closed
                 with st.safe_open(path, "pt") as f: yield path, key, f.get_tensor(key)
         except (st.SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
 
-
 def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
-    """
-    The GPT of a Hugging Face folder, in evaluation mode; config: hf_config's, with another block_size, RoPE scaling or dropout.
-    Tensors are read one by one: memory holds the model and at most two of the file's matrices.
-    """
+    """The GPT of a Hugging Face folder, in evaluation mode; config: hf_config's, with another block_size, RoPE scaling or
+    dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
     family, found = hf_config(folder)
-    config, names, state = config or found, hf_names(found, family), {}
-    missing = set(names)
-    if found.tie_weights: names["lm_head.weight"] = {"transformer.wte.weight": None}, False     # some files keep it a second time
+    config, places, state = config or found, hf_places(found, FAMILIES[family]), {}
+    missing = set(places)
+    if found.tie_weights:       # some files keep it a second time
+        places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
     for path, key, whole in hf_tensors(folder):
-        name = "transformer." + key if "transformer." + key in names else key       # GPT-2's own file leaves the beginning out
+        name = "transformer." + key if "transformer." + key in places else key      # GPT-2's own file leaves the beginning out
         if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue           # masks and tables that old files keep
-        if name not in names: raise ValueError(f"{path} has {key}, for which config.json has no place")
+        if name not in places: raise ValueError(f"{path} has {key}, for which config.json has no place")
         if whole.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{path}: {key} is {whole.dtype}, quantised")
-        parts, turned = names[name]
+        parts, (rows, *width), turned = places[name]
+        if turned: whole = whole.T
+        if list(whole.shape) != [len(parts) * rows, *width]:
+            raise ValueError(f"{path}: {key} is {list(whole.shape)}, but by config.json {[len(parts) * rows, *width]}")
         missing.discard(name)
-        for ours, t in zip(parts, (whole.T if turned else whole).chunk(len(parts))):
+        for ours, t in zip(parts, whole.chunk(len(parts))):
             if ours == "transformer.wpe.weight": t = t[:config.block_size]
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
             if not torch.equal(state.setdefault(ours, t), t):
                 raise ValueError(f"{path}: {key} is unlike its twin: a tied head must be the embedding, gate_proj be up_proj")
     if missing: raise ValueError(f"{folder} lacks {min(missing)}" + f" and {len(missing) - 1} more tensors" * (len(missing) > 1))
     with torch.device("meta"): model = GPT(config)
-    if config.tie_weights: state["lm_head.weight"] = state["transformer.wte.weight"]
-    try: model.load_state_dict(state, assign=True)
-    except RuntimeError as e: raise ValueError(f"{folder} does not fit its config.json: {last_line(e)}") from None
-    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # assigned one by one, they came apart
+    model.load_state_dict(state, assign=True, strict=False)
+    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # wte is another tensor now
     return model.to(device).eval()
 
-
 def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
-    """
-    Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever has what the model has, and return its name;
+    """Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever has what the model has, and return its name;
     begin, end: ids of the tokens that a text begins and ends with. What theirs have and ours lack is filled in, biases of zero
-    and gains of one; ReLU^2 is their relu(gate) * up with gate = up. What cannot be written is what hf_shape would not read back:
-    ValueError.
-    """
-    full = lambda c: replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
-    c, st, d = full(model.config), safetensors(), dict(bos_token_id=begin, eos_token_id=end)
-    family = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
-    d |= dict(model_type=family, architectures=[HF_CLASS[family]], torch_dtype=str(dtype)[6:])
-    d |= {theirs: getattr(c, ours) for theirs, ours in HF_KEYS[family].items()}
-    if family == "gpt2": d |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
-    else: d["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
-    if c.rope_scaling in ("linear", "llama3"): d["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
+    and gains of one. What cannot be written is what hf_shape would not read back: ValueError."""
+    def explicit(c): return replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
+    c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}
+    name = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
+    family = FAMILIES[name]
+    said = {key: getattr(c, field) for key, field in family.keys.items()} | dict(
+        model_type=name, architectures=[family.kind], torch_dtype=str(dtype)[6:], bos_token_id=begin, eos_token_id=end)
+    if name == "gpt2": said |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    else: said["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
+    if c.rope_scaling in ("linear", "llama3"): said["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
     if c.rope_scaling == "llama3":
-        trained = round(model.config.trained_length)
-        d["rope_scaling"] |= dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=trained)
-    back, silent = full(hf_shape(d)[1]), ["dropout", "zero_init", "rope_theta", "rope_factor", "rope_trained", "window"]
+        trained = dict(original_max_position_embeddings=round(c.trained_length))
+        said["rope_scaling"] |= trained | dict(low_freq_factor=1.0, high_freq_factor=4.0)
+    back, silent = explicit(hf_shape(said)[1]), ["dropout", "zero_init", "rope_theta", "rope_factor", "rope_trained", "window"]
     silent += [field for field in ("bias", "norm_gain") if not getattr(c, field)]       # these are filled in
     wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in silent]
-    if family == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
-    if wrong: raise ValueError(f"no export: transformers' {family} has no {', '.join(wrong)}")
-    state, tensors = model.state_dict(), {}
-    for theirs, (parts, turned) in hf_names(c, family).items():
-        parts = [state[ours].cpu() if ours in state else torch.full(n, float("weight" in ours)) for ours, n in parts.items()]
-        tensors[theirs] = (torch.cat(parts).T.contiguous() if turned else torch.cat(parts)).to(dtype)
+    if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
+    if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")
+    if wrong: raise ValueError(f"no export: transformers' {name} has no {', '.join(wrong)}")
+    for theirs, (parts, shape, turned) in hf_places(c, family).items():
+        parts = [state[ours].cpu() if ours in state else torch.full(shape, float("weight" in ours)) for ours in parts]
+        # one part need not be copied, unless it is there twice: a file's tensors must not share memory
+        whole = torch.cat(parts) if len(parts) > 1 or c.mlp == "relu2" else parts[0]
+        tensors[theirs] = (whole.T if turned else whole).to(dtype).contiguous()
     st.torch.save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    for name, what in (("config.json", d), ("generation_config.json", dict(bos_token_id=begin, eos_token_id=end))):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as f: json.dump(what, f, indent=1)
-    return family
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f: json.dump(said, f, indent=1)
+    return name
 
 # ---------------------------------------------------------------------------- devices and checkpoints
 
@@ -638,7 +592,6 @@ def pick_device(name, local_rank=0):
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device=auto")
     return device
-
 
 def save_checkpoint(path, checkpoint):
     """torch.save that leaves the old file or the new one, never half a file. OSError says what to do."""
@@ -653,7 +606,6 @@ def save_checkpoint(path, checkpoint):
         with contextlib.suppress(OSError): os.unlink(temporary)
         raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}): free space or choose another --out_dir; "
                       "the last one saved stands") from None
-
 
 def load_checkpoint(path):
     """The dict that train.py saved (tensors and primitives), on the CPU. ValueError where there is none or it is damaged."""

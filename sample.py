@@ -6,7 +6,7 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --prompts=prompts.txt --logprobs > out.jsonl    # prompts of any lengths in one batch
     python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8 draws eight and keeps the likeliest
     python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts; --compile for long runs
-    python sample.py --interactive                                  # a conversation that stays in the cache
+    python sample.py --interactive                                  # a conversation that stays in the cache, behind --start
     python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder's: Llama 3, Qwen3
     python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 
@@ -26,11 +26,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
 import bpe, config
-from config import GPTConfig
-from model import GPT, KVCache, apply_rope, filter_logits, hf_config, load_checkpoint, load_hf, pick_device, save_hf
+from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf
 
 ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # Llama 3 wants every text to begin with the latter
 ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # GPT-2's and ours, Llama 3's, and of its and Qwen's answers
@@ -51,7 +49,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 4:     # for more, F.linear is faster
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else: y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        else: y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 class PackedLinear(nn.Module):
@@ -75,7 +73,7 @@ def place(model, device, dtype, quantize="none", pack=False):
 def find_checkpoint(cfg):
     """best.pt or else ckpt.pt of out_dir; without an out_dir of the newest run in out/."""
     folder = glob.escape(cfg.out_dir) or os.path.join("out", "*")
-    found = glob.glob(os.path.join(folder, "best.pt")) + glob.glob(os.path.join(folder, "ckpt.pt"))
+    found = [path for name in ("best.pt", "ckpt.pt") for path in glob.glob(os.path.join(folder, name))]
     if not found:
         raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
     newest = os.path.dirname(max(found, key=os.path.getmtime))
@@ -89,29 +87,24 @@ def load(cfg):
     """(model, tokenizer, a line about them) of out_dir, of the newest run, or, with init_from and no out_dir, of a Hugging Face
     folder; device, dtype, int8, length of context as configured. tokenizer.first: ids to begin with where there is no prompt."""
     import prepare                                              # here, for only the weights of others need it
-    device, documents = pick_device(cfg.device), 0
-    small = device.type != "cpu" or cfg.quantize == "int8"      # the CPU's int8 kernel multiplies with bfloat16
+    device, documents, int8 = pick_device(cfg.device), 0, cfg.quantize == "int8"
+    small = device.type != "cpu" or int8                        # the CPU's int8 kernel multiplies with bfloat16
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
-    folder = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
-    path = folder or find_checkpoint(cfg)
-    if folder: tok, shape = prepare.read_tokenizer(os.path.join(path, "tokenizer.json")), dataclasses.asdict(hf_config(path)[1])
+    path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
+    if path: tok, model = prepare.read_tokenizer(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)
     else:
+        path = find_checkpoint(cfg)
         checkpoint = load_checkpoint(path)
-        tok, shape = checkpoint.get("tokenizer"), checkpoint.get("config", {})
+        tok, documents = checkpoint.get("tokenizer"), checkpoint.get("meta", {}).get("documents", {}).get("train", 0)
         if not tok: raise ValueError(f"{path} holds no tokenizer, so its ids cannot become text: train again with train.py")
         tok = bpe.Tokenizer.gpt2() if tok == "gpt2" else bpe.Tokenizer.from_dict(tok)
-        documents = checkpoint.get("meta", {}).get("documents", {}).get("train", 0)
-    if cfg.rope_scaling != "none":
-        trained = shape.get("rope_trained") or shape["block_size"] / shape.get("rope_factor", 1)
-        shape |= dict(rope_scaling=cfg.rope_scaling, rope_factor=cfg.rope_factor, rope_trained=0,
-                      block_size=int(trained * cfg.rope_factor))
-    model = load_hf(path, device, dtype, GPTConfig(**shape)) if folder else GPT.from_checkpoint(checkpoint, path)
+        model = GPT.from_checkpoint(checkpoint, path)
+    if cfg.rope_scaling != "none": model.stretch(cfg.rope_scaling, cfg.rope_factor)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model only {model.config.vocab_size}")
     # trained on one text alone, a model has never seen what follows an end-of-text token: it begins with a line end instead
-    tok.first = documents != 1 and first_token(tok) or tok.encode("\n")
-    int8 = ", int8 weights" if cfg.quantize == "int8" else ""
-    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{int8}"
+    tok.first = (first_token(tok) if documents != 1 else []) or tok.encode("\n")
+    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' * int8}"
     return place(model, device, dtype, cfg.quantize, pack=not cfg.compile), tok, about
 
 def export(cfg):
@@ -119,10 +112,10 @@ def export(cfg):
     folder, dtype = os.path.abspath(cfg.export), "float32" if cfg.dtype == "auto" else cfg.dtype
     if os.path.exists(folder): raise ValueError(f"--export={cfg.export} exists: delete it or choose another folder")
     cfg = dataclasses.replace(cfg, device="cpu", dtype=dtype, quantize="none", compile=True)        # compile: so it is not packed
-    (model, tok, about), parent = load(cfg), os.path.dirname(folder)
+    model, tok, about = load(cfg)
     begin, end = (next((t for t in names if t in tok.special_tokens), None) for names in ((BEGIN, *ENDS), ENDS))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as work:
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as work:
         os.mkdir(whole := os.path.join(work, "whole"))
         family = save_hf(model, whole, getattr(torch, dtype), tok.special_tokens.get(begin), tok.special_tokens.get(end))
         tok.to_hf(os.path.join(whole, "tokenizer.json"))
@@ -184,15 +177,15 @@ def penalise(logits, texts, penalty):
 def extend(rows, logits, own, drafts, cfg):
     """Add to each row the token drawn from its logits (R, T, V), then as many more as its draft foretold. own: the logits without
     repetition penalty, for the log-probabilities. Returns [(r, row)] of those that have not finished."""
-    T, device = logits.shape[1], logits.device
-    u = torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows], device=device)     # (R, T)
+    T = logits.shape[1]
+    u = torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows], device=logits.device)      # (R, T)
     picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
     logp = own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)
-    for row, draft, *drawn in zip(rows, drafts, picked.tolist(), logp.tolist()):
-        for j, (token, p) in enumerate(zip(*drawn)):
+    for row, draft, tokens, nats in zip(rows, drafts, picked.tolist(), logp.tolist()):
+        for token, p, foretold in zip(tokens, nats, [*draft, None]):
             if row.finish: break
             row.add(token, p)
-            if draft[j:j + 1] != [token]: break         # what comes after was computed for another text
+            if token != foretold: break                 # what comes after was computed for another text
     return [(r, row) for r, row in enumerate(rows) if not row.finish]
 
 def branch(beams, logits, done, cfg):
@@ -334,9 +327,9 @@ def report(stats, device, say):
         + f"decode {stats['tokens']:,} at {rate:,.1f} tok/s, {stats['tokens'] / stats['steps']:.2f} a pass | weights and cache "
         f"read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
-def interact(model, tok, cfg, ends, stops, say):
-    """A conversation: each line typed goes, with its line end, behind what the cache holds, and the model continues."""
-    cache, row = new_cache(model, 1, model.config.block_size), Row(tok.first, cfg.seed - 1, tok, cfg)
+def interact(model, tok, cfg, begin, ends, stops, say):
+    """A conversation behind the ids of `begin`: each line typed goes, with its line end, into the cache, and is continued."""
+    cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
         try: line = tok.encode(input("> ") + "\n")
@@ -348,6 +341,9 @@ def interact(model, tok, cfg, ends, stops, say):
                 print(row.text[shown:], end="", flush=True)
                 shown = len(row.text)
         except KeyboardInterrupt: pass
+        except ValueError as e:                         # no room: the conversation goes on without this line
+            say(f"error: {e}")
+            row = before
         print()
 
 @torch.inference_mode()
@@ -396,29 +392,32 @@ def main(cfg):
     if 2 * cfg.sinks >= size: raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={size}")
     if cfg.interactive and cfg.num_beams > 1: raise ValueError("beams have no text before the end: no num_beams with interactive")
     say(f"{about} | {model.set_backend(training=False)}\n")
-    if cfg.interactive: return interact(model, tok, cfg, ends, stops, say)
-    beams, as_json, stats, shown = cfg.num_beams > 1, bool(cfg.prompts) or cfg.logprobs, Counter(), 0
+    if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops, say)
+    beams, as_json, stats, shown, done = cfg.num_beams > 1, bool(cfg.prompts) or cfg.logprobs, Counter(), 0, 0
     draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
     groups = [[Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for j in range(draws)] for i, p in enumerate(prompts)]
-    rows, page = sum(groups, []), lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
+    rows = [row for group in groups for row in group]
+    page = lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
     for at in range(0, len(rows), together):
-        for part in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=bool(cfg.compile)):
+        for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=bool(cfg.compile)):
             if as_json or beams or draws > cfg.num_samples: continue
             # stream the first row that has not finished; those behind it catch up in their turn
             new = page(rows[:1 + next((j for j, row in enumerate(rows) if not row.finish), len(rows))])[shown:]
             print(new, end="", flush=True)
             shown += len(new)
-        if beams: groups[at] = part
-    for i, (text, best) in enumerate(zip(texts, groups)):
-        if draws > cfg.num_samples: best = sorted(best, key=lambda row: -row.score(cfg.length_penalty))
-        best = best[:cfg.num_samples]
-        if cfg.visualize and i == 0: visualize(model, best[0], cfg.visualize)
-        if not as_json: print(page(best)[shown:])
-        for j, row in enumerate(best if as_json else ()):
-            data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
-                        logprob=sum(row.logprobs))
-            if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
-            print(json.dumps(data, ensure_ascii=False), flush=True)
+        if beams: groups[at] = found
+        while done < len(groups) and all(row.finish for row in groups[done]):       # each prompt's as soon as all have ended
+            best, text = groups[done], texts[done]
+            if draws > cfg.num_samples: best = sorted(best, key=lambda row: -row.score(cfg.length_penalty))
+            best = best[:cfg.num_samples]
+            if cfg.visualize and done == 0: visualize(model, best[0], cfg.visualize)
+            if not as_json: print(page(best)[shown:])
+            for j, row in enumerate(best if as_json else ()):
+                data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
+                            logprob=sum(row.logprobs))
+                if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
+                print(json.dumps(data, ensure_ascii=False), flush=True)
+            done += 1
     report(stats, model.transformer.wte.weight.device, say)
 
 if __name__ == "__main__":

@@ -515,8 +515,13 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # tensors and primitives only: what unpickles may run code
     with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
-    torch.save(dict(model={}, config={}), tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+    for odd in (dict(config={}), dict(config=5), dict(), dict(config=vars(model.config) | dict(n_head=3))):
+        torch.save(dict(model={}) | odd, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match="odd.pt: not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+        with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of this project"):
+            os.makedirs(tmp_path / "odd", exist_ok=True)
+            torch.save(dict(model={}, tokenizer=sample_TOK.to_dict()) | odd, tmp_path / "odd" / "ckpt.pt")
+            sample.load(config.Config(out_dir=str(tmp_path / "odd"), rope_scaling="ntk", rope_factor=2.0))
 
 
 # ---- Hugging Face folders
@@ -610,7 +615,7 @@ def test_model_to_transformers_peer(name, tmp_path):
 @pytest.mark.parametrize("kw, named", [(dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(pos="sinusoidal"), "pos='sinusoidal'"),
     (dict(mlp="gelu"), "mlp='gelu'"), (dict(norm="layernorm"), "norm='layernorm'"), (dict(bias=True), "bias=True"), (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"),
     (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"), (dict(CLASSIC, qk_norm=True), "qk_norm=True"),
-    (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34")])
+    (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"), (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
     with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
@@ -626,13 +631,15 @@ HF_BAD = {      # what is done to config.json, or to the files; what the one lin
     "rope factors": (dict(rope_scaling=dict(LLAMA3, high_freq_factor=2.0)), "high_freq_factor=2.0"),
     "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"), "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
     "odd width": (dict(hidden_size="32"), "config.json: "), "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
-    "wrong shape": (dict(intermediate_size=48), "does not fit its config.json: size mismatch for transformer.h.2.mlp.c_proj.weight: "
-                    "copying a param with shape torch.Size([32, 56]) from checkpoint, the shape in current model is torch.Size([32, 48])"),
+    "wrong shape": (dict(intermediate_size=48), "model.safetensors: model.layers.0.mlp.down_proj.weight is [32, 56], but by config.json [32, 48]"),
     "missing": (dict(num_hidden_layers=4), "lacks model.layers.3.input_layernorm.weight and 8 more tensors"),
     "extra": (dict(num_hidden_layers=2), "has model.layers.2.input_layernorm.weight, for which config.json has no place"),
     "tied": (dict(tie_word_embeddings=True), "model.embed_tokens.weight is unlike its twin: a tied head must be the embedding"),
     "gate": (dict(hidden_act="relu"), "model.layers.0.mlp.up_proj.weight is unlike its twin"),
-    "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"), "bad config": ("config.json", lambda p: p.write_text("{"), "config.json is damaged"),
+    "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"), "bad config": ("config.json", lambda p: p.write_text("{"), "config.json: Expecting"),
+    "odd index": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": ["a"]}'), "index.json: 'list' object has no"),
+    "odd shard": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": {"a": 5}}'), "index.json: can only concatenate str"),
+    "no factor": (dict(rope_scaling=dict(rope_type="linear")), "does not say 'factor'"),
     "no weights": ("model.safetensors", lambda p: p.unlink(), "model.safetensors is missing"),
     "header": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "model.safetensors is damaged"),
     "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]), "model.safetensors is damaged"),
@@ -658,6 +665,13 @@ def test_model_folder_errors_peer(name, hf_folder, tmp_path, monkeypatch):
     assert bad[-1] in str(e.value) and str(folder) in str(e.value) and "\n" not in str(e.value)
 
 
+def test_model_folder_of_gpt2_with_fewer_positions_than_its_file_peer(tmp_path):
+    hf_made("gpt2").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(n_positions=20)))
+    with pytest.raises(ValueError, match=r"transformer.wpe.weight is \[64, 32\], but by config.json \[20, 32\]"): model_py.GPT.load(str(tmp_path))
+
+
 def test_model_folder_never_holds_its_weights_twice_peer(hf_folder, monkeypatch):
     alive, real = [], model_py.hf_tensors
     def watched(folder):
@@ -668,6 +682,35 @@ def test_model_folder_never_holds_its_weights_twice_peer(hf_folder, monkeypatch)
     monkeypatch.setattr(model_py, "hf_tensors", watched)
     model = model_py.GPT.load(str(hf_folder))
     assert len(alive) == len(model.state_dict()) and sum(ref() is not None for ref in alive) == 0
+
+
+def test_model_export_copies_no_matrix_that_it_need_not_peer(tmp_path, monkeypatch):
+    st = pytest.importorskip("safetensors.torch", reason="not installed: pip install safetensors")
+    model, saved = tiny_gpt(mlp="swiglu", norm_gain=True), {}
+    monkeypatch.setattr(st, "save_file", lambda tensors, *args, **kw: saved.update(tensors))
+    model_py.save_hf(model, str(tmp_path))
+    assert {t.data_ptr() for t in saved.values()} == {p.data_ptr() for p in model.parameters()}
+
+
+PUBLISHED = {       # what the config.json of the hub says, and how many parameters its model card
+    "llama 3.1 8B": (8_030_261_248, """{"attention_bias": false, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 128256}"""),
+    "qwen3 0.6B": (596_049_920, """{"attention_bias": false, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+        "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}""")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_model_published_configs_have_their_published_sizes(name, tmp_path):
+    size, said = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(said)
+    shape = model_py.hf_config(str(tmp_path))[1]
+    with torch.device("meta"): assert model_py.GPT(shape).num_params() == size
+    assert (shape.rope_scaling, shape.trained_length) == (("llama3", 8192) if "8B" in name else ("none", 40960))
 
 
 def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
@@ -3403,6 +3446,24 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
     assert [l["text"] for l in sample_json(capsys, *args, "--batch_size=1")] == [l["text"] for l in lines]
 
 
+def test_sample_json_lines_are_not_lost_when_a_later_batch_is_interrupted(tmp_path, capsys, monkeypatch):
+    sample_checkpoint(tmp_path)
+    (tmp_path / "p.txt").write_bytes("the cat\r\nvu\r\non the mat\r\n".encode())          # as Windows writes it
+    argv, decode, calls = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"], sample.decode, itertools.count(1)
+    whole = sample_json(capsys, *argv)
+    assert [line["prompt"] for line in whole] == ["the cat", "vu", "on the mat"]
+    def interrupted(*args, **kw):
+        if next(calls) == 3: raise KeyboardInterrupt
+        return decode(*args, **kw)
+    for more in (["--batch_size=1"], ["--num_beams=2", "--temperature=0"], ["--batch_size=2", "--best_of=2"]):
+        monkeypatch.setattr(sample, "decode", interrupted)
+        calls = itertools.count(1)
+        with pytest.raises(KeyboardInterrupt): sample.main(config.load([*argv, *more]))
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        monkeypatch.setattr(sample, "decode", decode)
+        assert lines == sample_json(capsys, *argv, *more)[:2] and len(lines) == 2
+
+
 def test_sample_best_of_and_beams_from_the_command_line(tmp_path, capsys):
     out, texts = [f"--out_dir={tmp_path}", "--max_new_tokens=12"], ("the cat", "on the mat, the", "vu")
     sample_checkpoint(tmp_path)
@@ -3509,6 +3570,22 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
         sample_main(capsys, f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--past_context=error")
     after = fed[at[1] + 2][0]                       # the first token of the second answer: what the whole text so far calls for
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
+
+
+def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(tmp_path, monkeypatch, capsys):
+    sample_checkpoint(tmp_path)
+    rows, Row, argv = [], sample.Row, [f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0"]
+    monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
+    for more in ([], ["--past_context=error"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the mat\n" + "xyz " * 40 + "\nvu\n"))
+        rows.clear()
+        sample_main(capsys, *argv, *more, "--start=the cat sat. ")
+        _, first, too_long, last = rows
+        assert first.prompt == sample_TOK.encode("the cat sat. ") + sample_TOK.encode("the mat\n") and not too_long.tokens
+        assert last.prompt == first.ids + sample_TOK.encode("vu\n")
+        ids = torch.tensor([last.ids])
+        logits = sample.load(config.Config(out_dir=str(tmp_path)))[0](ids)[0]
+        assert logits[0, len(last.prompt) - 1:-1, :sample_TOK.vocab_size].argmax(-1).tolist() == last.tokens
 
 
 def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monkeypatch, capsys):

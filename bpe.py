@@ -28,9 +28,9 @@ GPT4_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s
 CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
                 r"|\s+(?!\S)|\s")
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CL100K_HF = CL100K_SPLIT.replace("{1,3}+", "{1,3}")    # the same, for Hugging Face's engine, where {1,3}+ is "once or more often"
-SAME_SPLIT = {QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT, CL100K_HF: CL100K_SPLIT,    # Llama 3's; then GPT-2's,
-              r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}   # as tiktoken writes it
+CL100K_HF = CL100K_SPLIT.replace("{1,3}+", "{1,3}")    # the same, for Hugging Face's engine: there {1,3}+ may repeat
+SAME_SPLIT = {CL100K_HF: CL100K_SPLIT, QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,  # Llama 3's; GPT-2's in tiktoken
+              r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
 CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
 BATCH = 1 << 23            # bytes sent to a worker process at once
@@ -152,7 +152,7 @@ def last_place(text):
     place = (before > NEWLINE) & (after != before) & ~((before == OTHER) & ((after == LETTER) | (after == NEWLINE)))
     place &= (right < 0x300) | (right >= 0x3000) & (right < 0x302A)     # nothing composes with these; nor is one half a character
     place[:3] = False                                                   # the text may begin with the rest of one
-    return offset[np.flatnonzero(place)[-1] + 1] if place.any() else 0
+    return offset.item(np.flatnonzero(place)[-1] + 1) if place.any() else 0
 
 def cut(blocks, _=None):
     """The parts, str or bytes, of one text -> pieces of about CHUNK bytes whose words together are the words of the whole, by any
@@ -668,7 +668,8 @@ class Tokenizer:
     def to_hf(self, path):
         """Write a Hugging Face tokenizer.json."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
-        regex = {"type": "Split", "pattern": {"Regex": CL100K_HF if self.pattern == CL100K_SPLIT else self.pattern}, "behavior": "Isolated", "invert": False}
+        pattern = CL100K_HF if self.pattern == CL100K_SPLIT else self.pattern
+        regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         write_json(path, {
             "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
             "added_tokens": [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
@@ -725,13 +726,16 @@ def read(path, parse):
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
 
-def write_json(path, d):
-    """Atomic: the whole file or none."""
-    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as f:
-        f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False))
+def write(path, save):
+    """Whole or not at all: save(file) fills a temporary file, which becomes `path` once it is safely on the disk."""
+    with open(f"{path}.{os.getpid()}", "wb") as f:
+        save(f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(f.name, path)
+
+def write_json(path, d):
+    write(path, lambda f: f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False).encode()))
 
 # ---- Command line -------------------------------------------------------------------------------------------------------------
 

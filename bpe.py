@@ -123,8 +123,7 @@ def split(texts, pattern):
     edge = np.searchsorted(offset, edges)
     c = classes(code)
     c[edge] = EDGE
-    if pattern == GPT2_SPLIT:
-        start = split_gpt2(c, code)
+    if pattern == GPT2_SPLIT: start = split_gpt2(c, code)
     else:
         start = split_gpt4(c, code, trailing=pattern == CL100K_SPLIT, digits=1 if pattern == QWEN_SPLIT else 3)
     start[edge] = start[edge[:-1] + 1] = True
@@ -246,10 +245,8 @@ def in_order(function, jobs, workers):
         with ProcessPoolExecutor(workers, context, start_worker) as pool:
             for job in jobs:
                 waiting.append(pool.submit(function, job))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                if len(waiting) > 2 * workers: yield waiting.popleft().result()
+            while waiting: yield waiting.popleft().result()
     except BrokenProcessPool:
         raise OSError("a worker process died, for want of memory? Run again with --workers=1") from None
 
@@ -265,8 +262,7 @@ def count_parallel(pieces, pattern, workers, add=lambda n: None):
     """The same for any number of pieces."""
     total = {}
     for counts in in_order(functools.partial(count_words, pattern=pattern), groups(pieces, BATCH), workers):
-        for word, count in counts.items():
-            total[word] = total.get(word, 0) + count
+        for word, count in counts.items(): total[word] = total.get(word, 0) + count
         add(sum(map(operator.mul, map(len, counts), counts.values())))
     return total
 
@@ -298,8 +294,7 @@ class Pairs:
         """Enter the pairs that start at these positions, all new; -> their numbers."""
         right = self.sym[self.nxt[at]]
         at, right = at[right >= 0], right[right >= 0]
-        if not len(at):
-            return at
+        if not len(at): return at
         key = self.sym[at].astype(np.int64) << 32 | right
         # of bytes there are few pairs: a radix sort
         order = np.argsort(key) if self.n else np.argsort((key >> 24 | key & 255).astype(np.uint16), kind="stable")
@@ -355,8 +350,7 @@ def learn_merges(words, n_merges, add=lambda n: None):
             hot = np.flatnonzero(count >= least)
             heap = list(zip((-count[hot]).tolist(), pairs.key[hot].tolist(), hot.tolist()))
             heapq.heapify(heap)
-            if not heap:
-                break  # every word is one token
+            if not heap: break  # every word is one token
         batch, lefts, rights = [], set(), set()
         while heap and len(merges) + len(batch) < n_merges:
             minus, key, p = heap[0]
@@ -364,14 +358,12 @@ def learn_merges(words, n_merges, add=lambda n: None):
             if -minus != count:
                 heapq.heapreplace(heap, (-count, key, p)) if count >= least else heapq.heappop(heap)
                 continue
-            if left in rights or right in lefts or left == right and batch:
-                break
+            if left in rights or right in lefts or left == right and batch: break
             heapq.heappop(heap)
             batch.append((p, (left, right)))
             lefts.add(left)
             rights.add(right)
-            if left == right:
-                break
+            if left == right: break
         if batch:
             taken, made = zip(*batch)
             new = pairs.merge(np.array(taken), 256 + len(merges))
@@ -441,8 +433,7 @@ class Tokenizer:
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
                 parts = [[t] for t in plain._parts(doc, plain.special_tokens)[::2]] if isinstance(doc, (str, bytes)) else [doc]
-                for part in parts:
-                    yield from cut(part)
+                for part in parts: yield from cut(part)
         if n_merges:
             words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), show("MB counted", n_bytes, 1e6))
             merges = learn_merges(words, n_merges, show("merges", n_merges))
@@ -562,8 +553,7 @@ class Tokenizer:
 
     def encode_iterable(self, lines):
         """Parts of one text (str or bytes; an open file, say) -> its ids one by one, as of the whole text, in bounded memory."""
-        for ids in self._encode(cut(lines)):
-            yield from ids.tolist()
+        for ids in self._encode(cut(lines)): yield from ids.tolist()
 
     def decode_bytes(self, ids):
         """ids (any iterable of int) -> bytes. Raises ValueError for an id that is no token."""
@@ -580,8 +570,7 @@ class Tokenizer:
         """Yields text as ids arrive, holding back the bytes of a character until it is whole."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for data, last in itertools.chain(((self.decode_bytes([int(i)]), False) for i in ids), [(b"", True)]):
-            if text := decoder.decode(data, last):
-                yield text
+            if text := decoder.decode(data, last): yield text
 
     # Files. The file's own form is JSON of to_dict(); a checkpoint may carry the dict itself.
 
@@ -721,8 +710,7 @@ def to_bytes(name):
 def read(path, parse):
     """parse(the text of the file); what is wrong with it becomes a ValueError that names the file."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return parse(f.read())
+        with open(path, encoding="utf-8") as f: return parse(f.read())
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
 
@@ -771,15 +759,11 @@ def main(argv=None):
         pattern, special = GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT, [s for s in a.special.split(",") if s]
         tok = Tokenizer.train(docs, a.vocab_size, pattern, special, a.workers, verbose=True, n_bytes=total)
         tok.save(a.out)
-        with open(a.files[0], "rb") as f:
-            sample = f.read(1 << 20)
+        with open(a.files[0], "rb") as f: sample = f.read(1 << 20)
         ratio, seconds = len(sample) / max(1, len(tok.encode_batch([sample])[0])), time.time() - began
         print(f"{a.out}: {len(tok.merges):,} merges, vocab_size {tok.vocab_size:,}; {total / 1e6:.1f} MB in {seconds:.2f} s; "
               f"{ratio:.2f} bytes per token")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted, nothing written")
+    except (ValueError, OSError) as e: sys.exit(f"error: {e}")
+    except KeyboardInterrupt: sys.exit("error: interrupted, nothing written")
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": main()

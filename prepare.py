@@ -18,8 +18,6 @@ from os.path import basename, exists, join
 import numpy as np
 import bpe, config
 from bpe import progress, write
-try: import fcntl
-except ImportError: fcntl = None        # Windows
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -258,19 +256,18 @@ def choose(rows, val_fraction):
         limit = np.clip(np.uint64(val_fraction * 2 ** 64), keys[free].min() + np.uint64(1), keys[free].max())
         fate[free] = keys[free] < limit                     # VAL is 1
     if not {TRAIN, VAL} <= set(fate.tolist()):
-        raise ValueError("one document does not make two splits: give more, or a single .txt file that is "
-                         f"long enough for val_fraction={val_fraction}")
+        raise ValueError(f"one document does not make two splits: give more, or one .txt file, long enough for {val_fraction=}")
     return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
 
 def encode_unit(job):
-    """(unit, keys and fates of its documents, tokenizer's path, number of FILES) -> what it adds to FILES: the ids of both
-    splits, and which of them count."""
-    unit, keys, fates, path, n_files = job
+    """(unit, rows of its documents, tokenizer's path, how many of FILES) -> what it adds to them: the ids of both splits, and
+    which of them count."""
+    unit, rows, path, n_files = job
     tok, docs = load_tokenizer(path), list(documents(unit))
-    if [key_of(span, parts) for span, _, parts in docs] != keys.tolist():
+    if [key_of(span, parts) for span, _, parts in docs] != rows["key"].tolist():
         raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
     kept = [(text, fate, counts, counts and span.last and span.kind in ("text", *MANY))     # a single text needs no end-of-text
-            for (span, _, parts), fate in zip(docs, fates) if fate != DROP for text, counts in parts]
+            for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP for text, counts in parts]
     texts, (fate, counts, ends) = [row[0] for row in kept], np.array([row[1:] for row in kept], np.uint8).reshape(-1, 3).T
     encoded = [np.frombuffer(text, "<u2") for text in texts] if unit[0].kind == "tokens" else tok.encode_batch(texts)
     end = np.array([tok.special_tokens.get(bpe.ENDOFTEXT, 0)], "<u2")
@@ -289,7 +286,7 @@ def write_bins(work, encode, jobs, names):
             done, sizes = units, saved                                      # else killed while the files got their names
     if done: print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
     files, saved = [open(path, "r+b" if exists(path) else "w+b") for path in paths], time.time()
-    for f, size in zip(files, sizes): f.seek(size)
+    for f, size in zip(files, sizes): f.truncate(f.seek(size))
     for done, arrays in enumerate(encode(jobs[done:]), done + 1):
         for f, array in zip(files, arrays): f.write(array)
         if done == len(jobs) or time.time() - saved > SAVE:
@@ -298,9 +295,7 @@ def write_bins(work, encode, jobs, names):
                 os.fsync(f.fileno())
             sizes, saved = [f.tell() for f in files], time.time()
             bpe.write_json(state, [done, sizes])
-    for f in files:
-        f.truncate()
-        f.close()
+    for f in files: f.close()
 
 def count_tokens(path, tok):
     """The numbers of documents and of bytes in a bin."""
@@ -332,8 +327,7 @@ def verify(cfg, deep=False):
     with other knobs than cfg's, or its bins are not whole. deep: compares their sha256, too."""
     folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
     if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
-    try:
-        with open(join(folder, "meta.json"), encoding="utf-8") as f: meta = json.load(f)
+    try: meta = bpe.read(join(folder, "meta.json"), json.loads)
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
         found, file = meta["knobs"].get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
@@ -349,36 +343,27 @@ def verify(cfg, deep=False):
 def make_tokenizer(cfg, jobs):
     """GPT-2's tokenizer, or one trained on the training split."""
     if cfg.tokenizer == "gpt2": return bpe.Tokenizer.gpt2()
-    docs = (doc for unit, _, fates, *_ in jobs for doc, fate in zip(documents(unit), fates) if fate == TRAIN)
+    docs = (doc for unit, rows, *_ in jobs for doc, fate in zip(documents(unit), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
     special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
     return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
 
-@contextlib.contextmanager
-def alone(folder):
-    """One run at a time in a folder, which this makes; others wait. (Windows has no flock: there the user must see to it.)"""
-    os.makedirs(folder, exist_ok=True)
-    lock = fcntl and os.open(folder, os.O_RDONLY)
-    try:
-        if fcntl:
-            try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process prepares {folder}: waiting for it", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        if fcntl: os.close(lock)
-        with contextlib.suppress(OSError): os.removedirs(folder)            # if it is still empty
+def lock(dataset):
+    """-> a file that, while it is open, keeps other runs on this dataset waiting here."""
+    os.makedirs("data", exist_ok=True)
+    file = open(join("data", f".{dataset}.lock"), "w")
+    with contextlib.suppress(ImportError):                  # Windows has no such locks
+        import fcntl
+        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"data/{dataset} is being prepared by another run: waiting for it", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    return file
 
 def main(cfg):
-    cfg = own_tokenizer(cfg)
-    meta = {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
-    with alone(join("data", cfg.dataset)): build(cfg, join("data", cfg.dataset), meta)
-
-def build(cfg, folder, meta):
-    """Fill data/<dataset>. meta: the first entries of its meta.json."""
-    start = time.time()
+    start, cfg = time.time(), own_tokenizer(cfg)
+    folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
     given = None if cfg.tokenizer in ("bpe", "gpt2") else read_tokenizer(cfg.tokenizer)
     parts = itertools.chain(*map(cut, sources(cfg, folder)))
     units = list(bpe.groups(parts, UNIT, lambda span: span.stop - span.start))
@@ -392,11 +377,12 @@ def build(cfg, folder, meta):
     rows, forms = np.concatenate(found), set().union(*forms)
     if not len(rows): raise ValueError(f"nothing to read: {meta['source']} has nothing but empty lines")
     if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts")
-    fates, meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
-    if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
+    rows["fate"], meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
+    if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
     print(f"{meta['source']}: {size:,} bytes in {len({span.path for unit in units for span in unit}):,} files, dropped "
           f"{meta['duplicates']:,} duplicate and {meta['empty']:,} empty documents", flush=True)
+    locked = lock(cfg.dataset)
     if prepared(cfg):
         try:
             if verify(cfg).get("text_hash") == meta["text_hash"]: return print(f"{folder} is prepared already, nothing to do")
@@ -405,8 +391,7 @@ def build(cfg, folder, meta):
 
     work = join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
     path, names = join(work, "gpt2.json" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
-    ends = np.cumsum(list(map(len, found)))
-    jobs = [(*job, path, len(names)) for job in zip(units, np.split(rows["key"], ends), np.split(fates, ends))]
+    jobs = [(unit, part, path, len(names)) for unit, part in zip(units, np.split(rows, np.cumsum(list(map(len, found)))))]
     os.makedirs(work, exist_ok=True)
     need_space(work, size * (2 if cfg.vocab_size < 1024 else 1))            # an id is two bytes; a token, two of text or more
     if not exists(path): (given or make_tokenizer(cfg, jobs)).save(path)
@@ -416,7 +401,7 @@ def build(cfg, folder, meta):
     if eot is None and units[0][0].kind != "single":
         raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
     write_bins(work, functools.partial(every, "encode", encode_unit), jobs, names)
-    def count(key): return {name: int(rows[key][fates == split].sum()) for split, name in enumerate(SPLITS)}
+    def count(key): return {name: int(rows[key][rows["fate"] == split].sum()) for split, name in enumerate(SPLITS)}
     meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),
              "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer_hash": tok.hash,
              "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {n: sha256(join(work, n)) for n in names}}
@@ -431,10 +416,9 @@ def build(cfg, folder, meta):
     for name in (*FILES, "tokenizer.json", "meta.json"):
         if exists(join(work, name)): os.replace(join(work, name), join(folder, name))
     for old in glob.glob(join(folder, ".partial-*")): shutil.rmtree(old)
+    locked.close()
     counts = [f"{split} {meta['tokens'][split]:,} tokens of {meta['documents'][split]:,} documents" for split in SPLITS]
     print(f"{folder}: {', '.join(counts)}, {meta['bytes']['train'] / meta['tokens']['train']:.2f} bytes per token, "
           f"in {time.time() - start:.1f} s")
 
-
-if __name__ == "__main__":
-    config.run(main)
+if __name__ == "__main__": config.run(main)

@@ -29,7 +29,8 @@ CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| 
                 r"|\s+(?!\S)|\s")
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CL100K_HF = CL100K_SPLIT.replace("{1,3}+", "{1,3}")    # the same, for Hugging Face's engine: there {1,3}+ may repeat
-SAME_SPLIT = {CL100K_HF: CL100K_SPLIT, QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,  # Llama 3's; GPT-2's in tiktoken
+SAME_SPLIT = {CL100K_HF: CL100K_SPLIT,    # and Llama 3's; and GPT-2's, as tiktoken writes it
+              QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,
               r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
 CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
@@ -124,16 +125,14 @@ def split(texts, pattern):
     c = classes(code)
     c[edge] = EDGE
     if pattern == GPT2_SPLIT: start = split_gpt2(c, code)
-    else:
-        start = split_gpt4(c, code, trailing=pattern == CL100K_SPLIT, digits=1 if pattern == QWEN_SPLIT else 3)
+    else: start = split_gpt4(c, code, trailing=pattern == CL100K_SPLIT, digits=1 if pattern == QWEN_SPLIT else 3)
     start[edge] = start[edge[:-1] + 1] = True
     starts = offset[np.flatnonzero(start)]
     drop = np.searchsorted(starts, edges)
     return raw, np.delete(starts, drop), np.delete(np.diff(starts, append=len(raw)), drop), drop - np.arange(len(drop))
 
 def as_bytes(text):
-    try:
-        return text.encode() if isinstance(text, str) else bytes(text)
+    try: return text.encode() if isinstance(text, str) else bytes(text)
     except UnicodeEncodeError:   # lone surrogates
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
@@ -377,7 +376,7 @@ def learn_merges(words, n_merges, add=lambda n: None):
 # ---- The tokenizer ------------------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache); pickles.
+    """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache).
 
     merges: list of (left id, right id); merge i makes the token 256 + i. Instead, tokens: dict bytes -> id, a vocabulary made
     elsewhere; then any two neighbours that are a token together may merge, lowest id first, and a word that is a token is that
@@ -402,8 +401,8 @@ class Tokenizer:
         self._tokens, self.special_tokens = tokens, special_tokens
         self.vocab = {i: token for token, i in tokens.items()} | {i: as_bytes(t) for t, i in special_tokens.items()}
         self.vocab_size = max(self.vocab) + 1
-        ids = [*(vocab if self._own else tokens.values()), *special_tokens.values()]
-        if len(self.vocab) != len(ids) or len(tokens) + len(special_tokens) != len(ids) or min(ids) < 0 or "" in special_tokens \
+        size = len(vocab if self._own else tokens) + len(special_tokens)    # of merges, two may make the same token
+        if not len(self.vocab) == len(tokens) + len(special_tokens) == size or min(self.vocab) < 0 or "" in special_tokens \
                 or not all(bytes([b]) in tokens for b in range(256)):
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
         self._cache = None
@@ -426,8 +425,7 @@ class Tokenizer:
         verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError for vocab_size
         < 256 or another pattern, OSError if a worker dies.
         """
-        if vocab_size < 256:
-            raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
+        if vocab_size < 256: raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
         n_merges, merges = max(0, vocab_size - 256 - len(plain.special_tokens)), []
         def pieces():
@@ -557,10 +555,8 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """ids (any iterable of int) -> bytes. Raises ValueError for an id that is no token."""
-        try:
-            return b"".join([self.vocab[i] for i in (ids.tolist() if hasattr(ids, "tolist") else ids)])
-        except KeyError as e:
-            raise ValueError(f"token id {e.args[0]} is not in the vocabulary of {self.vocab_size}") from None
+        try: return b"".join([self.vocab[i] for i in (ids.tolist() if hasattr(ids, "tolist") else ids)])
+        except KeyError as e: raise ValueError(f"token id {e.args[0]} is not in the vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids):
         """ids -> str; bytes that are not UTF-8 become U+FFFD."""
@@ -595,8 +591,7 @@ class Tokenizer:
             raise ValueError(f"damaged tokenizer: its hash is {tok.hash[:12]}, it says {str(d['hash'])[:12]}")
         return tok
 
-    def save(self, path):
-        write_json(path, self.to_dict())
+    def save(self, path): write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path):
@@ -605,15 +600,13 @@ class Tokenizer:
 
     def to_tiktoken(self):
         """-> tiktoken.Encoding with the same vocabulary, pattern and special tokens."""
-        if self.normalizer:
-            raise ValueError("tiktoken does not normalize to NFC: this tokenizer cannot become one of its")
+        if self.normalizer: raise ValueError("tiktoken does not normalize to NFC: this tokenizer cannot become one of its")
         return self._engine
 
     @classmethod
     def from_tiktoken(cls, source, pattern=GPT2_SPLIT, special_tokens=()):
         """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line)."""
-        if hasattr(source, "_mergeable_ranks"):
-            return cls([], source._pat_str, source._special_tokens, source._mergeable_ranks)
+        if hasattr(source, "_mergeable_ranks"): return cls([], source._pat_str, source._special_tokens, source._mergeable_ranks)
         return read(source, lambda text: cls([], pattern, special_tokens, {
             base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, text.splitlines())}))
 
@@ -621,8 +614,7 @@ class Tokenizer:
     def gpt2(cls):
         """GPT-2's vocabulary, as tiktoken downloads it or remembers it. Raises ValueError if it can do neither."""
         import tiktoken
-        try:
-            return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
+        try: return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
         except OSError as e:    # what requests raises is an OSError
             raise ValueError(f"cannot get GPT-2's vocabulary ({type(e).__name__}): connect once, or read its published files "
                              "with Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
@@ -701,11 +693,8 @@ SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # LETTERS: what
 LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 
-def letters(token):
-    return "".join(map(LETTERS.get, token))
-
-def to_bytes(name):
-    return bytes(map(BYTES.__getitem__, name))
+def letters(token): return "".join(map(LETTERS.get, token))
+def to_bytes(name): return bytes(map(BYTES.__getitem__, name))
 
 def read(path, parse):
     """parse(the text of the file); what is wrong with it becomes a ValueError that names the file."""

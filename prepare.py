@@ -149,12 +149,12 @@ def sources(cfg, folder):
         paths = [join(folder, f"TinyStoriesV2-GPT4-{name}.txt") for name in ("valid", "train")]
         for path in paths: fetch(TINYSTORIES + basename(path), path)
         return [span(paths[0], "stories", VAL), span(paths[1], "stories", TRAIN)]
-    paths = []
-    if cfg.dataset == "stdlib": paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP)
-    elif cfg.dataset == "shakespeare":
+    paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if cfg.dataset == "stdlib" else []
+    if cfg.dataset == "shakespeare":
         paths = [join(folder, "input.txt")]
         fetch(SHAKESPEARE, paths[0], SHAKESPEARE_SHA)
-    elif not cfg.input: raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
+    elif not paths and not cfg.input:
+        raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
     for item in map(str.strip, cfg.input.split(",") if cfg.input else ()):
         if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
         found = walk(item) if os.path.isdir(item) else [item] * item.endswith(ENDINGS)
@@ -172,10 +172,7 @@ def sources(cfg, folder):
 def cut(span):
     """Yield the span in parts of about UNIT bytes; longer where there is no place to cut."""
     for at in range(span.start + UNIT, span.stop - UNIT, UNIT):
-        with open(span.path, "rb") as f:
-            f.seek(at)
-            place = PLACE[span.kind](f.read(min(UNIT, 1 << 16)))
-        if place:
+        if place := PLACE[span.kind](np.fromfile(span.path, np.uint8, min(UNIT, 1 << 16), offset=at).tobytes()):
             yield span._replace(stop=at + place, last=span.kind in MANY)
             span = span._replace(start=at + place)
     yield span

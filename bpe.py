@@ -12,7 +12,7 @@ Fast, because words are found, looked up and counted with array operations on a 
 time wherever this provably equals one at a time (`learn_merges`). The encoder merges a word once, however often it occurs, and
 all new words of a batch together. Ids equal tiktoken's, merges rustbpe's: between equally frequent pairs the smallest (left id,
 right id) wins. A byte that is not valid UTF-8 is kept, as a character that is neither letter, number nor space:
-decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become U+FFFD, as in tiktoken.
+decode_bytes(encode(b)) == b for any bytes, unless a normalizer is set. In a str, lone surrogates become U+FFFD, as in tiktoken.
 
 References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019 (GPT-2: bytes, split pattern, merges file);
 tiktoken (GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
@@ -144,8 +144,8 @@ def last_place(text):
     pattern finds the words of the whole in its parts, and the normal form C of the whole is that of the parts."""
     code, offset = code_points(text)
     c = classes(code)
-    # No pattern looks back. None ends a word in white space without looking on, and across a change of class a word goes on only
-    # after white space, and from punctuation to letters and newlines.
+    # No pattern looks back, and only white space looks ahead. Elsewhere a word goes on into another class only from punctuation,
+    # to letters and newlines.
     before, after, right = c[:-1], c[1:], code[1:]
     place = (before > NEWLINE) & (after != before) & ~((before == OTHER) & ((after == LETTER) | (after == NEWLINE)))
     place &= (right < 0x300) | (right >= 0x3000) & (right < 0x302A)     # nothing composes with these; nor is one half a character

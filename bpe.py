@@ -146,9 +146,10 @@ def last_place(text):
     c = classes(code)
     # No pattern looks back, and only white space looks ahead. Elsewhere a word goes on into another class only from punctuation,
     # to letters and newlines.
-    before, after, right = c[:-1], c[1:], code[1:]
+    before, after, left, right = c[:-1], c[1:], code[:-1], code[1:]
     place = (before > NEWLINE) & (after != before) & ~((before == OTHER) & ((after == LETTER) | (after == NEWLINE)))
     place &= (right < 0x300) | (right >= 0x3000) & (right < 0x302A)     # nothing composes with these; nor is one half a character
+    place &= (after <= WHITE) | (left < 0x900) | (left >= 0x3000) & (left < 0xD800)     # others it may take apart, such as U+0958
     place[:3] = False                                                   # the text may begin with the rest of one
     return offset.item(np.flatnonzero(place)[-1] + 1) if place.any() else 0
 

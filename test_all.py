@@ -836,7 +836,7 @@ def test_bpe_chunk_boundaries_everywhere(monkeypatch):
 def test_bpe_cuts_text_only_between_words():
     """At every place where a text may be cut: the two sides give the ids of the whole, whatever the split pattern and normal form."""
     r, places = random.Random(0), 0
-    parts = ["a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000",
+    parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000",
              "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c", "\U0001f600", "\ufeff"]
     parts += 4 * [" ", "\n"]
     text = "".join(r.choice(parts) for _ in range(6000)).encode()
@@ -850,6 +850,7 @@ def test_bpe_cuts_text_only_between_words():
             for place in {at + found for at, found in windows if found}:
                 assert tok.encode(piece[:place]) + tok.encode(piece[place:]) == ids, (pattern, piece[:place], piece[place:])
                 assert bpe.nfc(piece[:place]) + bpe.nfc(piece[place:]) == bpe.nfc(piece)
+                assert tok.encode(bpe.nfc(piece[:place])) + tok.encode(bpe.nfc(piece[place:])) == tok.encode(bpe.nfc(piece))
                 places += 1
     assert places > 1000
 

@@ -167,7 +167,7 @@ def tokenizer_contender(job, name, path, vocab_size, vocab, started):
     """One training or encoding, in a process of its own: prints seconds, peak MB, tokens and a digest of the result as JSON."""
     module, size, result, ids, f = importlib.import_module(name), int(vocab_size), [], [], open(path, "rb")
     blocks = iter(lambda: f.read(1 << 20), b"")
-    pieces = (piece.decode() for piece in bpe.cut(blocks, bpe.GPT2_SPLIT))      # their words are the words of the whole file
+    pieces = (piece.decode() for piece in bpe.cut(blocks))      # their words are the words of the whole file
     if job == "encode":
         ours = bpe.Tokenizer.load(vocab)
         ours.encode("a")        # what tiktoken makes at its start, ours makes when first used

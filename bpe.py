@@ -12,14 +12,14 @@ Fast, because words are found, looked up and counted with array operations on a 
 time wherever this provably equals one at a time (`learn_merges`). The encoder merges a word once, however often it occurs, and
 all new words of a batch together. Ids equal tiktoken's, merges rustbpe's: between equally frequent pairs the smallest (left id,
 right id) wins. A byte that is not valid UTF-8 is kept, as a character that is neither letter, number nor space:
-decode_bytes(encode(b)) == b for any bytes. In a str, lone surrogates become U+FFFD, as in tiktoken.
+decode_bytes(encode(b)) == b for any bytes, unless a normalizer is set. In a str, lone surrogates become U+FFFD, as in tiktoken.
 
 References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019 (GPT-2: bytes, split pattern, merges file);
 tiktoken (GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
 """
 # Notation: a word is what the pattern cuts out of the text; starts and lens are the words' offsets and lengths in bytes.
-import base64, codecs, collections, functools, hashlib, heapq, itertools, json, operator, os, re, signal, sys, threading, time
-import unicodedata
+import base64, codecs, collections, functools, hashlib, heapq, itertools, json, operator, os, re, signal, sys, threading, time, \
+    unicodedata
 import numpy as np
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -28,7 +28,9 @@ GPT4_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s
 CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
                 r"|\s+(?!\S)|\s")
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SAME_SPLIT = {QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,     # Llama 3's; and GPT-2's, as tiktoken writes it
+CL100K_HF = CL100K_SPLIT.replace("{1,3}+", "{1,3}")    # the same, for Hugging Face's engine: there {1,3}+ may repeat
+SAME_SPLIT = {CL100K_HF: CL100K_SPLIT,    # and Llama 3's; and GPT-2's, as tiktoken writes it
+              QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,
               r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
 CHUNK = 1 << 18            # bytes split at once: their arrays stay in the cache
@@ -46,7 +48,6 @@ CLASS = np.full(0x110000, UNKNOWN, np.uint8)   # of code points, those beyond AS
 CLASS[:128] = [SPACE if c == " " else NEWLINE if c in "\r\n" else WHITE if c in "\t\v\f" else
                LETTER if c.isalpha() else NUMBER if c.isdigit() else OTHER for c in map(chr, range(128))]
 CLASS[0xD800:0xE000] = OTHER                   # stand for bytes that are not UTF-8
-VISIBLE_SPACE_VISIBLE = re.compile(rb".*[!-~]( )[!-~]", re.S)
 
 def classes(code):
     """Class of each code point. New ones are asked of tiktoken's own engine: other Unicode versions differ in 17,000 of them."""
@@ -63,14 +64,22 @@ def classes(code):
         found = CLASS.take(code)
     return found
 
+def code_points(raw):
+    """bytes -> the code point of each character, and its offset. A byte that is not UTF-8 is one too, at 0xDC00 and up."""
+    if raw.isascii(): return np.frombuffer(raw, np.uint8), np.arange(len(raw))
+    code = np.frombuffer(raw.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass"), "<u4")
+    size = 1 + (code >= 0x80).view(np.uint8) + (code >= 0x800) + (code >= 0x10000)
+    size[(code >= 0xDC80) & (code < 0xDD00)] = 1
+    return code, np.cumsum(size, dtype=np.int64) - size
+
 def contractions(start, code, fold):
     """Where 's 'd 'm 't 'll 've 're stand at the start of a word -> (positions of the apostrophe, positions after the last
     letter). fold: ignore case, and then U+017F, the long s, is an s."""
     at = np.flatnonzero((code == ord("'")) & start)
-    a, b = (code[np.minimum(at + i, len(code) - 1)].astype(np.int64) for i in (1, 2))
-    if fold:
-        a, b = np.where(a == 0x17F, ord("s"), a | 0x20), b | 0x20
-    one, two = np.isin(a, list(b"sdmt")), np.isin(a << 32 | b, [ord(x) << 32 | ord(y) for x, y in ("ll", "ve", "re")])
+    a, b = (code[np.minimum(at + i, len(code) - 1)] for i in (1, 2))
+    if fold: a, b = np.where(a == 0x17F, ord("s"), a | 0x20), b | 0x20
+    one = np.logical_or.reduce([a == ord(x) for x in "sdmt"])
+    two = np.logical_or.reduce([(a == ord(x)) & (b == ord(y)) for x, y in ("ll", "ve", "re")])
     return at[one | two], np.where(one, at + 2, at + 3)[one | two]
 
 def split_gpt2(c, code):
@@ -111,74 +120,63 @@ def split(texts, pattern):
     """list of bytes -> (their bytes in one piece, starts and lens of the words, number of words up to the end of each text)."""
     raw = b"".join([part for text in texts for part in (text, b"\n")])
     edges = np.cumsum([len(text) + 1 for text in texts]) - 1   # the "\n" put in after each text: they belong to no word
-    if raw.isascii():
-        code, offset, edge = np.frombuffer(raw, np.uint8), np.arange(len(raw)), edges
-    else:
-        code = np.frombuffer(raw.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass"), "<u4")
-        size = 1 + (code >= 0x80).view(np.uint8) + (code >= 0x800) + (code >= 0x10000)
-        size[(code >= 0xDC80) & (code < 0xDD00)] = 1   # a byte that is not UTF-8
-        offset = np.cumsum(size, dtype=np.int64) - size
-        edge = np.searchsorted(offset, edges)
+    code, offset = code_points(raw)
+    edge = np.searchsorted(offset, edges)
     c = classes(code)
     c[edge] = EDGE
-    if pattern == GPT2_SPLIT:
-        start = split_gpt2(c, code)
-    else:
-        start = split_gpt4(c, code, trailing=pattern == CL100K_SPLIT, digits=1 if pattern == QWEN_SPLIT else 3)
+    if pattern == GPT2_SPLIT: start = split_gpt2(c, code)
+    else: start = split_gpt4(c, code, trailing=pattern == CL100K_SPLIT, digits=1 if pattern == QWEN_SPLIT else 3)
     start[edge] = start[edge[:-1] + 1] = True
     starts = offset[np.flatnonzero(start)]
     drop = np.searchsorted(starts, edges)
     return raw, np.delete(starts, drop), np.delete(np.diff(starts, append=len(raw)), drop), drop - np.arange(len(drop))
 
 def as_bytes(text):
-    try:
-        return text.encode() if isinstance(text, str) else bytes(text)
+    try: return text.encode() if isinstance(text, str) else bytes(text)
     except UnicodeEncodeError:   # lone surrogates
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-def normalized(blocks):
-    """The parts of one text, in Unicode's normal form C, up to the last newline seen: nothing composes with a newline."""
-    held = b""
-    for block in itertools.chain(map(as_bytes, blocks), [None]):
-        text, newline, held = (held, b"", b"") if block is None else (held + block).rpartition(b"\n")
-        yield unicodedata.normalize("NFC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape") + newline
+def nfc(text):
+    return unicodedata.normalize("NFC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
-def cut(blocks, pattern, normalizer=None):
-    """The parts, str or bytes, of one text -> pieces of about CHUNK bytes whose words together are the words of the whole.
+def last_place(text):
+    """bytes -> the offset of the last place in them where a text may be cut whatever stands around, or 0 if there is none: every
+    pattern finds the words of the whole in its parts, and the normal form C of the whole is that of the parts."""
+    code, offset = code_points(text)
+    c = classes(code)
+    # No pattern looks back, and only white space looks ahead. Elsewhere a word goes on into another class only from punctuation,
+    # to letters and newlines.
+    before, after, left, right = c[:-1], c[1:], code[:-1], code[1:]
+    place = (before > NEWLINE) & (after != before) & ~((before == OTHER) & ((after == LETTER) | (after == NEWLINE)))
+    place &= (right < 0x300) | (right >= 0x3000) & (right < 0x302A)     # nothing composes with these; nor is one half a character
+    place &= (after <= WHITE) | (left < 0x900) | (left >= 0x3000) & (left < 0xD800)     # others it may take apart, such as U+0958
+    place[:3] = False                                                   # the text may begin with the rest of one
+    return offset.item(np.flatnonzero(place)[-1] + 1) if place.any() else 0
 
-    No pattern looks back, so any word start will do before which no white space stands (that looks ahead) and after which enough
-    text follows for it to be certain. A space between two visible ASCII characters is such a place; without one near the end,
-    ask `split`.
-    """
+def cut(blocks):
+    """The parts, str or bytes, of one text -> pieces of about CHUNK bytes whose words together are the words of the whole, by any
+    pattern. Longer only where there is no place to cut: inside a word, white space, lines of nothing but punctuation."""
     held, want = bytearray(), CHUNK
-    for block in normalized(blocks) if normalizer else map(as_bytes, blocks):
+    for block in map(as_bytes, blocks):
         for i in range(0, len(block), CHUNK):
             held += block[i:i + CHUNK]
-            if len(held) < want:
-                continue
-            if space := VISIBLE_SPACE_VISIBLE.match(held, max(0, len(held) - 1024)):
-                at = space.start(1)
-            else:
-                starts = split([bytes(held)], pattern)[1]
-                starts = starts[(starts > 0) & (starts < len(held) - 8)].tolist()
-                at = next((i for i in reversed(starts) if not held[max(0, i - 4):i].decode("utf-8", "ignore")[-1:].isspace()), 0)
-            if at:
+            if len(held) < want: continue
+            tail = bytes(held[-1024:])
+            if place := last_place(tail):
+                at = len(held) - len(tail) + place
                 yield bytes(held[:at])
                 del held[:at]
-            want = max(CHUNK, len(held) + 1) if at else 2 * len(held)   # no place: not to look too often keeps the time linear
+            want = len(held) + CHUNK
     yield bytes(held)
 
-def groups(pieces, size):
-    """Lists of consecutive pieces, about `size` bytes each."""
-    group, n = [], 0
-    for piece in pieces:
-        group.append(piece)
-        n += len(piece) + 1
-        if n >= size:
-            yield group
-            group, n = [], 0
-    if group:
-        yield group
+def groups(items, size, length=len):
+    """Lists of consecutive items, about `size` bytes each."""
+    total = 0
+    def number(item):
+        nonlocal total
+        total += length(item) + 1       # of empty ones there must not be too many, either
+        return total // size
+    for _, group in itertools.groupby(items, number): yield list(group)
 
 # ---- Words to numbers ---------------------------------------------------------------------------------------------------------
 
@@ -188,8 +186,7 @@ KEEP = np.array([(1 << 8 * i) - 1 for i in range(9)], U)   # KEEP[i] keeps the f
 
 def word_keys(raw, starts, lens):
     """A uint64 for every word. Up to 7 bytes it is the word itself, its length in the top byte; a longer word gets a 63-bit hash
-    under multipliers drawn at random by each process: among a million distinct words two collide with probability 1e-7, whatever
-    the text."""
+    under multipliers drawn at random by each process: among a million distinct words two collide with a probability of 1e-7."""
     eight = np.ndarray(len(raw), "<u8", raw + bytes(7), strides=(1,))    # the 8 bytes from any offset
     keys = eight[starts] & KEEP[np.minimum(lens, 8)] | lens.astype(U) << U(56)
     go, i = np.flatnonzero(lens > 7), 0
@@ -227,7 +224,7 @@ class Words(dict):
         return numbers
 
 def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's to handle; and a killed parent cannot say goodbye:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker at once; the parent says so. And should it be killed:
     import multiprocessing
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -248,10 +245,8 @@ def in_order(function, jobs, workers):
         with ProcessPoolExecutor(workers, context, start_worker) as pool:
             for job in jobs:
                 waiting.append(pool.submit(function, job))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                if len(waiting) > 2 * workers: yield waiting.popleft().result()
+            while waiting: yield waiting.popleft().result()
     except BrokenProcessPool:
         raise OSError("a worker process died, for want of memory? Run again with --workers=1") from None
 
@@ -267,8 +262,7 @@ def count_parallel(pieces, pattern, workers, add=lambda n: None):
     """The same for any number of pieces."""
     total = {}
     for counts in in_order(functools.partial(count_words, pattern=pattern), groups(pieces, BATCH), workers):
-        for word, count in counts.items():
-            total[word] = total.get(word, 0) + count
+        for word, count in counts.items(): total[word] = total.get(word, 0) + count
         add(sum(map(operator.mul, map(len, counts), counts.values())))
     return total
 
@@ -300,8 +294,7 @@ class Pairs:
         """Enter the pairs that start at these positions, all new; -> their numbers."""
         right = self.sym[self.nxt[at]]
         at, right = at[right >= 0], right[right >= 0]
-        if not len(at):
-            return at
+        if not len(at): return at
         key = self.sym[at].astype(np.int64) << 32 | right
         # of bytes there are few pairs: a radix sort
         order = np.argsort(key) if self.n else np.argsort((key >> 24 | key & 255).astype(np.uint16), kind="stable")
@@ -357,8 +350,7 @@ def learn_merges(words, n_merges, add=lambda n: None):
             hot = np.flatnonzero(count >= least)
             heap = list(zip((-count[hot]).tolist(), pairs.key[hot].tolist(), hot.tolist()))
             heapq.heapify(heap)
-            if not heap:
-                break  # every word is one token
+            if not heap: break  # every word is one token
         batch, lefts, rights = [], set(), set()
         while heap and len(merges) + len(batch) < n_merges:
             minus, key, p = heap[0]
@@ -366,14 +358,12 @@ def learn_merges(words, n_merges, add=lambda n: None):
             if -minus != count:
                 heapq.heapreplace(heap, (-count, key, p)) if count >= least else heapq.heappop(heap)
                 continue
-            if left in rights or right in lefts or left == right and batch:
-                break
+            if left in rights or right in lefts or left == right and batch: break
             heapq.heappop(heap)
             batch.append((p, (left, right)))
             lefts.add(left)
             rights.add(right)
-            if left == right:
-                break
+            if left == right: break
         if batch:
             taken, made = zip(*batch)
             new = pairs.merge(np.array(taken), 256 + len(merges))
@@ -387,7 +377,7 @@ def learn_merges(words, n_merges, add=lambda n: None):
 # ---- The tokenizer ------------------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache); pickles.
+    """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache).
 
     merges: list of (left id, right id); merge i makes the token 256 + i. Instead, tokens: dict bytes -> id, a vocabulary made
     elsewhere; then any two neighbours that are a token together may merge, lowest id first, and a word that is a token is that
@@ -412,11 +402,11 @@ class Tokenizer:
         self._tokens, self.special_tokens = tokens, special_tokens
         self.vocab = {i: token for token, i in tokens.items()} | {i: as_bytes(t) for t, i in special_tokens.items()}
         self.vocab_size = max(self.vocab) + 1
-        ids = [*(vocab if self._own else tokens.values()), *special_tokens.values()]
-        if len(self.vocab) != len(ids) or len(tokens) + len(special_tokens) != len(ids) or min(ids) < 0 or "" in special_tokens \
+        size = len(vocab if self._own else tokens) + len(special_tokens)    # of merges, two may make the same token
+        if not len(self.vocab) == len(tokens) + len(special_tokens) == size or min(self.vocab) < 0 or "" in special_tokens \
                 or not all(bytes([b]) in tokens for b in range(256)):
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
-        self._forget()
+        self._cache = None
 
     @functools.cached_property
     def merges(self):
@@ -436,15 +426,13 @@ class Tokenizer:
         verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError for vocab_size
         < 256 or another pattern, OSError if a worker dies.
         """
-        if vocab_size < 256:
-            raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
+        if vocab_size < 256: raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
         n_merges, merges = max(0, vocab_size - 256 - len(plain.special_tokens)), []
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
                 parts = [[t] for t in plain._parts(doc, plain.special_tokens)[::2]] if isinstance(doc, (str, bytes)) else [doc]
-                for part in parts:
-                    yield from cut(part, plain.pattern)
+                for part in parts: yield from cut(part)
         if n_merges:
             words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), show("MB counted", n_bytes, 1e6))
             merges = learn_merges(words, n_merges, show("merges", n_merges))
@@ -460,17 +448,23 @@ class Tokenizer:
 
     @functools.cached_property
     def _pairs(self):
-        """Pairs of ids that merge (left << 32 | right), in rising order, and what they make; at the end one that never occurs.
-        And the ids of the 256 bytes, and what each two of them make, or NONE."""
-        pairs = np.array(self.merges, np.int64).reshape(-1, 2)
-        made = [self._tokens[self.vocab[left] + self.vocab[right]] for left, right in self.merges]
-        key = pairs[:, 0] << 32 | pairs[:, 1]
+        """Pairs of ids that merge (left << 32 | right), in rising order, and what they make; at the end one that never occurs."""
+        key = np.array([left << 32 | right for left, right in self.merges], np.int64)
+        made = np.array([self._tokens[self.vocab[left] + self.vocab[right]] for left, right in self.merges], np.int64)
         order = np.argsort(key)
-        byte, of_bytes = np.array([self._tokens[bytes([b])] for b in range(256)]), np.full((256, 256), NONE)
-        for left, right in self.merges:
-            if len(self.vocab[left]) == len(self.vocab[right]) == 1:
-                of_bytes[self.vocab[left][0], self.vocab[right][0]] = self._tokens[self.vocab[left] + self.vocab[right]]
-        return np.append(key[order], -1), np.append(np.array(made, np.int64)[order], NONE), byte, of_bytes
+        return np.append(key[order], -1), np.append(made[order], NONE)
+
+    def _makes(self, left, right):
+        """Arrays of ids -> what each two merge into, or NONE."""
+        (keys, made), key = self._pairs, left << 32 | right
+        found = np.searchsorted(keys[:-1], key)
+        return np.where(keys[found] == key, made[found], NONE)
+
+    @functools.cached_property
+    def _bytes(self):
+        """The ids of the 256 bytes, and what each two of them make: for the first look at a word faster than a search."""
+        ids = np.array([self._tokens[bytes([b])] for b in range(256)])
+        return ids, self._makes(ids[:, None], ids)
 
     def _merge(self, words):
         """
@@ -478,60 +472,54 @@ class Tokenizer:
         A word that is a token is that token. All others merge at once: in each round every word the first of those of its pairs
         that make the lowest id, until no pair of it is a token.
         """
-        found = list(map(self._tokens.get, words))
-        ready = [(i, token) for i, token in enumerate(found) if token is not None]
-        for i in [i for i, text in enumerate(words) if len(text) > LONG and found[i] is None]:
-            ready += [(i, token) for token in self._engine._encode_single_piece(words[i])]  # rounds would take quadratic time
-        who = np.array([i for i, text in enumerate(words) if found[i] is None and len(text) <= LONG], np.int64)
-        owner, ids = np.array(ready, np.int64).reshape(-1, 2).T
-        done, (keys, made, byte, of_bytes) = [(owner, ids)], self._pairs
-
-        size, text = np.array([len(words[i]) for i in who], np.int64), b"".join([words[i] for i in who])
-        text = np.frombuffer(text, np.uint8)
-        def makes(at):      # what the ids at `at` make with the next, NONE where they do not merge
-            key = ids[at] << 32 | ids.take(at + 1, mode="clip")
-            found = np.searchsorted(keys[:-1], key)
-            return np.where(keys[found] == key, made[found], NONE)
-        ids, pair = byte[text], of_bytes[text, np.append(text[1:], 0)]
-        pair[np.cumsum(size) - 1] = NONE        # the last of a word has no next
+        ready, rest = [], []
+        for i, word in enumerate(words):
+            if (token := self._tokens.get(word)) is not None: ready.append((i, token))
+            elif len(word) <= LONG: rest.append(i)
+            else: ready += [(i, t) for t in self._engine._encode_single_piece(word)]    # rounds would take quadratic time
+        done = [np.array(ready, np.int64).reshape(-1, 2).T]                             # (words, ids) that are final
+        who, size = np.array(rest, np.int64), np.array([len(words[i]) for i in rest], np.int64)
+        text, (byte, of_bytes) = np.frombuffer(b"".join([words[i] for i in rest]), np.uint8), self._bytes
+        ids, pair = byte[text], of_bytes[text, np.append(text[1:], 0)]      # pair: what an id makes with the next
+        pair[np.cumsum(size) - 1] = NONE                                    # the last of a word has no next
         while len(who):
             begin = np.cumsum(size) - size
             best = np.minimum.reduceat(pair << 32 | np.arange(len(pair)), begin)
-            live = best < NONE << 32                                # words that can merge; the others are done
+            live = best < NONE << 32                                        # words that can merge; the others are done
             over, at = np.repeat(~live, size), best[live] & 0xFFFFFFFF
             done.append((np.repeat(who[~live], size[~live]), ids[over]))
             ids[at], stay, offset = pair[at], ~over, at - begin[live]
             stay[at + 1] = False
             who, size, ids, pair = who[live], size[live] - 1, ids[stay], pair[stay]
-            at = np.cumsum(size) - size + offset
-            pair[at] = np.where(offset < size - 1, makes(at), NONE)     # only the pairs on both sides of a merge are new
-            before = at[offset > 0] - 1
-            pair[before] = makes(before)
+            at = np.cumsum(size) - size + offset                            # only the pairs on both sides of a merge are new
+            left, right = at[offset > 0] - 1, at[offset < size - 1]
+            pair[at] = NONE
+            pair[left], pair[right] = self._makes(ids[left], ids[left + 1]), self._makes(ids[right], ids[right + 1])
         owner, ids = map(np.concatenate, zip(*done))
         return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(words))
 
     def _encode(self, pieces):
-        """Pieces of text -> an array of ids for each, in order. Word i of the cache has the ids _ids[_start[i]:_start[i + 1]]."""
-        for batch in groups(pieces, 32 * CHUNK):
-            if len(self._words) > CACHE or len(self._ids) > 8 * CACHE:
-                self._forget()
-            chunks, known = [], len(self._words)
-            for group in groups(batch, CHUNK):
-                *words, ends = split(group, self.pattern)
-                chunks.append((self._words.number(*words), ends))
-            new = list(itertools.islice(reversed(self._words), len(self._words) - known))[::-1]
-            ids, sizes = self._merge(new)                   # once, however often it occurs
-            self._ids = np.append(self._ids, ids.astype(self._ids.dtype))
-            self._start = np.append(self._start, self._start[-1] + np.cumsum(sizes))
-            for numbers, ends in chunks:
-                start, size = self._start[numbers], self._start[numbers + 1] - self._start[numbers]
-                end = np.cumsum(size)
-                ids = self._ids[np.repeat(start - (end - size), size) + np.arange(size.sum())]
-                yield from np.split(ids, np.append(0, end)[ends[:-1]])
+        """Pieces of text -> an array of ids for each, in order.
 
-    def _forget(self):
-        self._words, self._start = Words(), np.zeros(1, np.int64)
-        self._ids = np.zeros(0, np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        The cache is (words, start, ids): word i has ids[start[i]:start[i + 1]]. It is put back when a batch is in it whole, so
+        an interrupt loses it, and nothing that is encoded between two ids of an unfinished text spoils them.
+        """
+        for batch in groups(map(nfc, pieces) if self.normalizer else pieces, 32 * CHUNK):
+            narrow = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+            words, start, ids = self._cache or (Words(), np.zeros(1, np.int64), np.zeros(0, narrow))
+            self._cache, known, chunks = None, len(words), []
+            for group in groups(batch, CHUNK):
+                *found, ends = split(group, self.pattern)
+                chunks.append((words.number(*found), ends))
+            if new := list(itertools.islice(reversed(words), len(words) - known))[::-1]:    # once, however often they occur
+                more, sizes = self._merge(new)
+                start, ids = np.append(start, start[-1] + np.cumsum(sizes)), np.append(ids, more.astype(narrow))
+            if len(words) <= CACHE and len(ids) <= 8 * CACHE: self._cache = words, start, ids
+            for numbers, ends in chunks:
+                first, size = start[numbers], start[numbers + 1] - start[numbers]
+                end = np.cumsum(size)
+                found = ids[np.repeat(first - (end - size), size) + np.arange(size.sum())]
+                yield from np.split(found, np.append(0, end)[ends[:-1]])
 
     def _parts(self, text, special):
         """[ordinary, special token, ordinary, ...] as bytes."""
@@ -556,7 +544,7 @@ class Tokenizer:
         def pieces():
             for text in texts:
                 sizes.append(0)
-                for piece in cut([text], self.pattern, self.normalizer):
+                for piece in cut([text]):
                     sizes[-1] += 1
                     yield piece
         arrays = iter(list(self._encode(pieces())))
@@ -564,15 +552,12 @@ class Tokenizer:
 
     def encode_iterable(self, lines):
         """Parts of one text (str or bytes; an open file, say) -> its ids one by one, as of the whole text, in bounded memory."""
-        for ids in self._encode(cut(lines, self.pattern, self.normalizer)):
-            yield from ids.tolist()
+        for ids in self._encode(cut(lines)): yield from ids.tolist()
 
     def decode_bytes(self, ids):
         """ids (any iterable of int) -> bytes. Raises ValueError for an id that is no token."""
-        try:
-            return b"".join([self.vocab[i] for i in (ids.tolist() if hasattr(ids, "tolist") else ids)])
-        except KeyError as e:
-            raise ValueError(f"token id {e.args[0]} is not in the vocabulary of {self.vocab_size}") from None
+        try: return b"".join([self.vocab[i] for i in (ids.tolist() if hasattr(ids, "tolist") else ids)])
+        except KeyError as e: raise ValueError(f"token id {e.args[0]} is not in the vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids):
         """ids -> str; bytes that are not UTF-8 become U+FFFD."""
@@ -582,8 +567,7 @@ class Tokenizer:
         """Yields text as ids arrive, holding back the bytes of a character until it is whole."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for data, last in itertools.chain(((self.decode_bytes([int(i)]), False) for i in ids), [(b"", True)]):
-            if text := decoder.decode(data, last):
-                yield text
+            if text := decoder.decode(data, last): yield text
 
     # Files. The file's own form is JSON of to_dict(); a checkpoint may carry the dict itself.
 
@@ -608,11 +592,7 @@ class Tokenizer:
             raise ValueError(f"damaged tokenizer: its hash is {tok.hash[:12]}, it says {str(d['hash'])[:12]}")
         return tok
 
-    def __reduce__(self):
-        return Tokenizer.from_dict, (self.to_dict(),)
-
-    def save(self, path):
-        write_json(path, self.to_dict())
+    def save(self, path): write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path):
@@ -621,15 +601,13 @@ class Tokenizer:
 
     def to_tiktoken(self):
         """-> tiktoken.Encoding with the same vocabulary, pattern and special tokens."""
-        if self.normalizer:
-            raise ValueError("tiktoken does not normalize to NFC: this tokenizer cannot become one of its")
+        if self.normalizer: raise ValueError("tiktoken does not normalize to NFC: this tokenizer cannot become one of its")
         return self._engine
 
     @classmethod
     def from_tiktoken(cls, source, pattern=GPT2_SPLIT, special_tokens=()):
         """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line)."""
-        if hasattr(source, "_mergeable_ranks"):
-            return cls([], source._pat_str, source._special_tokens, source._mergeable_ranks)
+        if hasattr(source, "_mergeable_ranks"): return cls([], source._pat_str, source._special_tokens, source._mergeable_ranks)
         return read(source, lambda text: cls([], pattern, special_tokens, {
             base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, text.splitlines())}))
 
@@ -637,8 +615,7 @@ class Tokenizer:
     def gpt2(cls):
         """GPT-2's vocabulary, as tiktoken downloads it or remembers it. Raises ValueError if it can do neither."""
         import tiktoken
-        try:
-            return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
+        try: return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
         except OSError as e:    # what requests raises is an OSError
             raise ValueError(f"cannot get GPT-2's vocabulary ({type(e).__name__}): connect once, or read its published files "
                              "with Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
@@ -673,7 +650,8 @@ class Tokenizer:
     def to_hf(self, path):
         """Write a Hugging Face tokenizer.json."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
-        regex = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        pattern = CL100K_HF if self.pattern == CL100K_SPLIT else self.pattern
+        regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         write_json(path, {
             "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
             "added_tokens": [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
@@ -716,27 +694,26 @@ SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # LETTERS: what
 LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 
-def letters(token):
-    return "".join(map(LETTERS.get, token))
-
-def to_bytes(name):
-    return bytes(map(BYTES.__getitem__, name))
+def letters(token): return "".join(map(LETTERS.get, token))
+def to_bytes(name): return bytes(map(BYTES.__getitem__, name))
 
 def read(path, parse):
     """parse(the text of the file); what is wrong with it becomes a ValueError that names the file."""
     try:
-        with open(path, encoding="utf-8") as f:
-            return parse(f.read())
+        with open(path, encoding="utf-8") as f: return parse(f.read())
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
 
-def write_json(path, d):
-    """Atomic: the whole file or none."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False))
+def write(path, save):
+    """Whole or not at all: save(file) fills a temporary file, which becomes `path` once it is safely on the disk."""
+    with open(f"{path}.{os.getpid()}", "wb") as f:
+        save(f)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    os.replace(f.name, path)
+
+def write_json(path, d):
+    write(path, lambda f: f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False).encode()))
 
 # ---- Command line -------------------------------------------------------------------------------------------------------------
 
@@ -772,15 +749,11 @@ def main(argv=None):
         pattern, special = GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT, [s for s in a.special.split(",") if s]
         tok = Tokenizer.train(docs, a.vocab_size, pattern, special, a.workers, verbose=True, n_bytes=total)
         tok.save(a.out)
-        with open(a.files[0], "rb") as f:
-            sample = f.read(1 << 20)
+        with open(a.files[0], "rb") as f: sample = f.read(1 << 20)
         ratio, seconds = len(sample) / max(1, len(tok.encode_batch([sample])[0])), time.time() - began
         print(f"{a.out}: {len(tok.merges):,} merges, vocab_size {tok.vocab_size:,}; {total / 1e6:.1f} MB in {seconds:.2f} s; "
               f"{ratio:.2f} bytes per token")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted, nothing written")
+    except (ValueError, OSError) as e: sys.exit(f"error: {e}")
+    except KeyboardInterrupt: sys.exit("error: interrupted, nothing written")
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": main()

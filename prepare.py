@@ -13,11 +13,11 @@ finds duplicates and chooses the validation split. The tokenizer learns from the
 unit onto the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json says how far they are: a killed run goes
 on from there. The output depends on text and knobs, on nothing else.
 """
-import collections, dataclasses, functools, glob, hashlib, itertools, json, mmap, os, re, shutil, sys, sysconfig, time
+import collections, contextlib, dataclasses, functools, glob, hashlib, itertools, json, os, re, shutil, sys, sysconfig, time
 from os.path import basename, exists, join
 import numpy as np
 import bpe, config
-from bpe import progress
+from bpe import progress, write
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -39,14 +39,6 @@ def size_of(path): return os.path.getsize(path) if exists(path) else 0
 
 def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-def write(path, save):
-    """Whole or not at all: save(file) fills a temporary file, which becomes `path` once it is safely on the disk."""
-    with open(f"{path}.{os.getpid()}", "wb") as f:
-        save(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f.name, path)
 
 def need_space(folder, size):
     free = shutil.disk_usage(folder).free
@@ -127,20 +119,17 @@ def check_vocab(cfg, size):
 Span = collections.namedtuple("Span", "path start stop kind fate last")
 MANY = ("jsonl", "stories")
 
-# Where a text may be cut, so that every split pattern gives the same words as uncut: between two visible characters (in UTF-8),
-# after a line end or before a space; and, since Chinese has no spaces, between an ideograph and a full stop.
-VISIBLE = rb"(?: [!-~] | [\xc3-\xdf][\x80-\xbf] | (?!\xe3\x80\x80)[\xe3-\xef][\x80-\xbf]{2} )"
-TEXT = re.compile(b"(?x)" + VISIBLE + rb"(?: \n (?=" + VISIBLE + rb") | (?=\x20" + VISIBLE + rb") )"
-                  rb"| [\xe5-\xe8][\x80-\xbf]{2} (?=\xe3\x80\x82)")
-CUT = {"text": TEXT, "single": TEXT, "jsonl": re.compile(rb"\n"), "stories": re.compile(rb"\n<\|endoftext\|>\r?\n"),
-       "tokens": re.compile(b"")}
+# What `cut` looks for in a window of such a file: a place to cut it, 0 if there is none.
+PLACE = {"text": lambda window: bpe.last_place(window[:1024]), "single": lambda window: bpe.last_place(window[:1024]),
+         "jsonl": lambda window: window.find(b"\n") + 1, "tokens": lambda window: 2,
+         "stories": lambda window: (m := re.search(rb"\n<\|endoftext\|>\r?\n", window)) and m.end()}
 
 def walk(root, endings=ENDINGS, skip=()):
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [d for d in folders if not d.startswith((".", "__pycache__")) and d not in skip]
-        found += [join(folder, n) for n in names if n.endswith(endings) and not n.startswith(".")]
-    return sorted(found)
+        found += [join(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
+    return sorted(filter(os.path.isfile, found))        # no pipes, no links to nowhere
 
 def sources(cfg, folder):
     """Spans that cover the files to read, in order; what is missing is downloaded."""
@@ -160,12 +149,12 @@ def sources(cfg, folder):
         paths = [join(folder, f"TinyStoriesV2-GPT4-{name}.txt") for name in ("valid", "train")]
         for path in paths: fetch(TINYSTORIES + basename(path), path)
         return [span(paths[0], "stories", VAL), span(paths[1], "stories", TRAIN)]
-    paths = []
-    if cfg.dataset == "stdlib": paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP)
-    elif cfg.dataset == "shakespeare":
+    paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if cfg.dataset == "stdlib" else []
+    if cfg.dataset == "shakespeare":
         paths = [join(folder, "input.txt")]
         fetch(SHAKESPEARE, paths[0], SHAKESPEARE_SHA)
-    elif not cfg.input: raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
+    elif not paths and not cfg.input:
+        raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
     for item in map(str.strip, cfg.input.split(",") if cfg.input else ()):
         if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
         found = walk(item) if os.path.isdir(item) else [item] * item.endswith(ENDINGS)
@@ -182,19 +171,11 @@ def sources(cfg, folder):
 
 def cut(span):
     """Yield the span in parts of about UNIT bytes; longer where there is no place to cut."""
-    if places := range(span.start + UNIT, span.stop - UNIT, UNIT):
-        with open(span.path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            for place in places:
-                if found := CUT[span.kind].search(text, place, place + UNIT):
-                    yield span._replace(stop=found.end(), last=span.kind in MANY)
-                    span = span._replace(start=found.end())
+    for at in range(span.start + UNIT, span.stop - UNIT, UNIT):
+        if place := PLACE[span.kind](np.fromfile(span.path, np.uint8, min(UNIT, 1 << 16), offset=at).tobytes()):
+            yield span._replace(stop=at + place, last=span.kind in MANY)
+            span = span._replace(start=at + place)
     yield span
-
-def make_units(spans):
-    """Lists of spans, about UNIT bytes each."""
-    spans = [part for span in spans for part in cut(span)]
-    unit = np.cumsum([span.stop - span.start for span in spans]) // UNIT
-    return [[span for span, _ in group] for _, group in itertools.groupby(zip(spans, unit), lambda pair: pair[1])]
 
 def parse(item):
     """The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an
@@ -226,7 +207,6 @@ def documents(unit):
         with open(span.path, "rb") as f:
             f.seek(span.start)
             data = f.read(span.stop - span.start)
-        if len(data) < span.stop - span.start: raise ValueError(f"{span.path} changed while it was being read: run again")
         if span.kind not in MANY: yield span, "text", [(data, True)]
         elif span.kind == "stories":
             stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
@@ -235,9 +215,9 @@ def documents(unit):
             for n, line in enumerate(data.split(b"\n"), 1):
                 if not line.strip(): continue
                 try:
-                    form, parts = parse(json.loads(line.decode("utf-8", "surrogateescape")))
+                    form, parts = parse(json.loads(line.decode("utf-8-sig", "surrogateescape")))
                     parts = [(to_bytes(text), counts) for text, counts in parts]
-                except (ValueError, LookupError, TypeError, AttributeError):
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     with open(span.path, "rb") as f:
                         n += sum(f.read(min(UNIT, span.start - i)).count(b"\n") for i in range(0, span.start, UNIT))
                     raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", prompt and '
@@ -245,16 +225,19 @@ def documents(unit):
                 yield span, form, parts
 
 # ---- documents -> splits -> token ids ------------------------------------------------------------------------------------
+def key_of(span, parts):
+    """64 bits of the sha256 of a document, of a part of a long one together with where it stands."""
+    digest = hashlib.sha256((0 if span.kind in MANY else span.start).to_bytes(8, "little"))
+    for text, _ in parts: digest.update(text)
+    return int.from_bytes(digest.digest()[:8], "little")
+
 def read_unit(unit):
-    """-> a row for each document, or part of one, and the set of their forms. key: 64 bits of the sha256 of the text and of where
-    it stands in a long one; size: bytes; counts: bytes to learn."""
-    rows, forms = [], set()
-    for span, form, parts in documents(unit):
-        text, at = b"".join(text for text, _ in parts), 0 if span.kind in MANY else span.start
-        key = int.from_bytes(hashlib.sha256(at.to_bytes(8, "little") + text).digest()[:8], "little")
-        rows.append((key, len(text), sum(len(text) for text, counts in parts if counts), span.fate, span.last))
-        forms.add(form)
-    return np.array(rows, [("key", "<u8"), ("size", "<u8"), ("counts", "<u8"), ("fate", "u1"), ("last", "?")]), forms
+    """-> a row for each document, or part of one (size: bytes; counts: bytes to learn), and the set of their forms."""
+    docs = list(documents(unit))
+    rows = [(key_of(span, parts), sum(len(text) for text, _ in parts), sum(len(text) for text, counts in parts if counts),
+             span.fate, span.last) for span, _, parts in docs]
+    kinds = [("key", "<u8"), ("size", "<u8"), ("counts", "<u8"), ("fate", "u1"), ("last", "?")]
+    return np.array(rows, kinds), {form for _, form, _ in docs}
 
 def choose(rows, val_fraction):
     """TRAIN, VAL or DROP for each row; the numbers of duplicate and of empty documents. A document's split hangs on its own key,
@@ -270,33 +253,37 @@ def choose(rows, val_fraction):
         limit = np.clip(np.uint64(val_fraction * 2 ** 64), keys[free].min() + np.uint64(1), keys[free].max())
         fate[free] = keys[free] < limit                     # VAL is 1
     if not {TRAIN, VAL} <= set(fate.tolist()):
-        raise ValueError("one document does not make two splits: give more, or a single .txt file")
+        raise ValueError(f"one document does not make two splits: give more, or one .txt file, long enough for {val_fraction=}")
     return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
 
 def encode_unit(job):
-    """(unit, fates of its documents, tokenizer's path) -> what it adds to FILES: ids of both splits, and which of them count."""
-    unit, fates, path = job
+    """(unit, rows of its documents, tokenizer's path, how many of FILES) -> what it adds to them: the ids of both splits, and
+    which of them count."""
+    unit, rows, path, n_files = job
     tok, docs = load_tokenizer(path), list(documents(unit))
-    if len(docs) != len(fates): raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
+    if [key_of(span, parts) for span, _, parts in docs] != rows["key"].tolist():
+        raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
     kept = [(text, fate, counts, counts and span.last and span.kind in ("text", *MANY))     # a single text needs no end-of-text
-            for (span, _, parts), fate in zip(docs, fates) if fate != DROP for text, counts in parts]
+            for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP for text, counts in parts]
     texts, (fate, counts, ends) = [row[0] for row in kept], np.array([row[1:] for row in kept], np.uint8).reshape(-1, 3).T
     encoded = [np.frombuffer(text, "<u2") for text in texts] if unit[0].kind == "tokens" else tok.encode_batch(texts)
     end = np.array([tok.special_tokens.get(bpe.ENDOFTEXT, 0)], "<u2")
     ids = np.concatenate([end[:0], *itertools.chain(*((ids, end[:n]) for ids, n in zip(encoded, ends)))])
     n = np.array([len(ids) for ids in encoded], int) + ends
-    split, mask = np.repeat(fate, n), np.repeat(counts, n)
-    return [array[split == s] for array in (ids.astype("<u2", copy=False), mask) for s in (TRAIN, VAL)]
+    arrays, split = [ids.astype("<u2", copy=False), *([np.repeat(counts, n)] if n_files > 2 else [])], np.repeat(fate, n)
+    return [array[split == s] for array in arrays for s in (TRAIN, VAL)]
 
 def write_bins(work, encode, jobs, names):
-    """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. Every byte has its place: another
-    run at the same time does no harm. state.json says how far they are, and never more than is safely on the disk."""
-    paths, state = [join(work, name) for name in names], join(work, "state.json")
-    done, sizes = bpe.read(state, json.loads) if exists(state) else (0, [0] * len(names))
-    if any(map(int.__lt__, map(size_of, paths), sizes)): done, sizes = 0, [0] * len(names)  # killed while they got their names
+    """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. state.json says how far they are,
+    and never more than is safely on the disk."""
+    paths, state, done, sizes = [join(work, name) for name in names], join(work, "state.json"), 0, [0] * len(names)
+    with contextlib.suppress(OSError, ValueError, TypeError):               # there is none, or it is damaged: from the start
+        units, saved = bpe.read(state, json.loads)
+        if 0 < units <= len(jobs) and all(0 <= size <= size_of(path) for path, size in zip(paths, saved, strict=True)):
+            done, sizes = units, saved                                      # else killed while the files got their names
     if done: print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
     files, saved = [open(path, "r+b" if exists(path) else "w+b") for path in paths], time.time()
-    for f, size in zip(files, sizes): f.seek(size)
+    for f, size in zip(files, sizes): f.truncate(f.seek(size))
     for done, arrays in enumerate(encode(jobs[done:]), done + 1):
         for f, array in zip(files, arrays): f.write(array)
         if done == len(jobs) or time.time() - saved > SAVE:
@@ -304,10 +291,8 @@ def write_bins(work, encode, jobs, names):
                 f.flush()
                 os.fsync(f.fileno())
             sizes, saved = [f.tell() for f in files], time.time()
-            write(state, lambda f: f.write(json.dumps([done, sizes]).encode()))
-    for f in files:
-        f.truncate()
-        f.close()
+            bpe.write_json(state, [done, sizes])
+    for f in files: f.close()
 
 def count_tokens(path, tok):
     """The numbers of documents and of bytes in a bin."""
@@ -339,8 +324,7 @@ def verify(cfg, deep=False):
     with other knobs than cfg's, or its bins are not whole. deep: compares their sha256, too."""
     folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
     if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
-    try:
-        with open(join(folder, "meta.json"), encoding="utf-8") as f: meta = json.load(f)
+    try: meta = bpe.read(join(folder, "meta.json"), json.loads)
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
         found, file = meta["knobs"].get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
@@ -356,17 +340,30 @@ def verify(cfg, deep=False):
 def make_tokenizer(cfg, jobs):
     """GPT-2's tokenizer, or one trained on the training split."""
     if cfg.tokenizer == "gpt2": return bpe.Tokenizer.gpt2()
-    docs = (doc for unit, fates, _ in jobs for doc, fate in zip(documents(unit), fates) if fate == TRAIN)
+    docs = (doc for unit, rows, *_ in jobs for doc, fate in zip(documents(unit), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
     special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
     return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
 
+def lock(dataset):
+    """-> a file that, while it is open, keeps other runs on this dataset waiting here."""
+    os.makedirs("data", exist_ok=True)
+    file = open(join("data", f".{dataset}.lock"), "w")
+    with contextlib.suppress(ImportError):                  # Windows has no such locks
+        import fcntl
+        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"data/{dataset} is being prepared by another run: waiting for it", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    return file
+
 def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
     folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
     given = None if cfg.tokenizer in ("bpe", "gpt2") else read_tokenizer(cfg.tokenizer)
-    units = make_units(sources(cfg, folder))
+    parts = itertools.chain(*map(cut, sources(cfg, folder)))
+    units = list(bpe.groups(parts, UNIT, lambda span: span.stop - span.start))
     size = sum(span.stop - span.start for unit in units for span in unit)
     def every(label, function, jobs):                       # function(job) for each job, in order, from all cores
         add = progress(label, size * len(jobs) / len(units))
@@ -375,12 +372,14 @@ def main(cfg):
             yield result
     found, forms = zip(*every("read", read_unit, units))
     rows, forms = np.concatenate(found), set().union(*forms)
+    if not len(rows): raise ValueError(f"nothing to read: {meta['source']} has nothing but empty lines")
     if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts")
-    fates, meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
-    if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
+    rows["fate"], meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
+    if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
     print(f"{meta['source']}: {size:,} bytes in {len({span.path for unit in units for span in unit}):,} files, dropped "
           f"{meta['duplicates']:,} duplicate and {meta['empty']:,} empty documents", flush=True)
+    locked = lock(cfg.dataset)
     if prepared(cfg):
         try:
             if verify(cfg).get("text_hash") == meta["text_hash"]: return print(f"{folder} is prepared already, nothing to do")
@@ -389,7 +388,7 @@ def main(cfg):
 
     work = join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
     path, names = join(work, "gpt2.json" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
-    jobs = list(zip(units, np.split(fates, np.cumsum(list(map(len, found)))), itertools.repeat(path)))
+    jobs = [(unit, part, path, len(names)) for unit, part in zip(units, np.split(rows, np.cumsum(list(map(len, found)))))]
     os.makedirs(work, exist_ok=True)
     need_space(work, size * (2 if cfg.vocab_size < 1024 else 1))            # an id is two bytes; a token, two of text or more
     if not exists(path): (given or make_tokenizer(cfg, jobs)).save(path)
@@ -399,7 +398,7 @@ def main(cfg):
     if eot is None and units[0][0].kind != "single":
         raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
     write_bins(work, functools.partial(every, "encode", encode_unit), jobs, names)
-    def count(key): return {name: int(rows[key][fates == split].sum()) for split, name in enumerate(SPLITS)}
+    def count(key): return {name: int(rows[key][rows["fate"] == split].sum()) for split, name in enumerate(SPLITS)}
     meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),
              "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer_hash": tok.hash,
              "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {n: sha256(join(work, n)) for n in names}}
@@ -414,10 +413,9 @@ def main(cfg):
     for name in (*FILES, "tokenizer.json", "meta.json"):
         if exists(join(work, name)): os.replace(join(work, name), join(folder, name))
     for old in glob.glob(join(folder, ".partial-*")): shutil.rmtree(old)
+    locked.close()
     counts = [f"{split} {meta['tokens'][split]:,} tokens of {meta['documents'][split]:,} documents" for split in SPLITS]
     print(f"{folder}: {', '.join(counts)}, {meta['bytes']['train'] / meta['tokens']['train']:.2f} bytes per token, "
           f"in {time.time() - start:.1f} s")
 
-
-if __name__ == "__main__":
-    config.run(main)
+if __name__ == "__main__": config.run(main)

@@ -921,8 +921,30 @@ def test_bpe_chunk_boundaries_everywhere(monkeypatch):
                 for text, ids in zip(texts, expect):
                     parts = [text[i:i + 3] for i in range(0, len(text), 3)]
                     assert list(tok.encode_iterable(parts)) == ids
-                    assert b"".join(bpe.cut(parts, tok.pattern)) == text
+                    assert b"".join(bpe.cut(parts)) == text
             assert Tokenizer.train(texts, 400, tok.pattern, special_tokens=(), workers=1).merges == tok.merges
+
+
+def test_bpe_cuts_text_only_between_words():
+    """At every place where a text may be cut: the two sides give the ids of the whole, whatever the split pattern and normal form."""
+    r, places = random.Random(0), 0
+    parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000",
+             "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c", "\U0001f600", "\ufeff"]
+    parts += 4 * [" ", "\n"]
+    text = "".join(r.choice(parts) for _ in range(6000)).encode()
+    text = b"".join(text[i:i + 50] + r.choice([b"", b"\xff", b"\xc3", b"\xe4\xb8", b"\xe3\x80"]) for i in range(0, len(text), 50))
+    for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, bpe.QWEN_SPLIT):
+        tok = Tokenizer(Tokenizer.train([text], 700).merges, pattern)
+        for i in range(0, len(text), 200):
+            piece = text[i:i + 200]
+            ids = tok.encode(piece)
+            windows = [(at, bpe.last_place(piece[at:end])) for at in range(0, 190, 9) for end in range(at + 5, 200, 11)]
+            for place in {at + found for at, found in windows if found}:
+                assert tok.encode(piece[:place]) + tok.encode(piece[place:]) == ids, (pattern, piece[:place], piece[place:])
+                assert bpe.nfc(piece[:place]) + bpe.nfc(piece[place:]) == bpe.nfc(piece)
+                assert tok.encode(bpe.nfc(piece[:place])) + tok.encode(bpe.nfc(piece[place:])) == tok.encode(bpe.nfc(piece))
+                places += 1
+    assert places > 1000
 
 
 def test_bpe_workers_agree(monkeypatch):
@@ -956,17 +978,27 @@ def test_bpe_cache_is_bounded(monkeypatch):
     tok = Tokenizer.train(["the cat sat on the mat " * 5], 280, workers=1)
     texts = [" ".join(str(i * j) for i in range(50)) for j in range(40)]
     expect = [tok.encode(t) for t in texts]
-    monkeypatch.setattr(bpe, "CACHE", 30)
-    assert [tok.encode(t) for t in texts] == expect and len(tok._words) < 200
-    for i in range(60): tok.encode(str(i) * 60)             # few words of many ids
-    assert len(tok._ids) < 8 * 30 + 121
+    monkeypatch.setattr(bpe, "CACHE", 130)
+    for text, ids in zip(texts, expect):
+        assert tok.encode(text) == ids and len((tok._cache or [()])[0]) <= 130
+    for i in range(60):                                     # few words of many ids
+        tok.encode(str(i) * 60)
+        assert len((tok._cache or [(), (), ()])[2]) <= 8 * 130
 
 
-def test_bpe_looks_for_a_place_to_cut_a_long_word_ever_more_rarely(monkeypatch):
-    calls, split = [], bpe.split
-    monkeypatch.setattr(bpe, "CHUNK", 100)
-    monkeypatch.setattr(bpe, "split", lambda *args: calls.append(args) or split(*args))
-    assert list(bpe.cut(["a" * 100_000], GPT2_SPLIT)) == [b"a" * 100_000] and len(calls) < 15
+def test_bpe_cache_survives_interrupts_and_two_texts_at_once(monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 16)
+    monkeypatch.setattr(bpe, "CACHE", 100)
+    tok = Tokenizer.train(["the cat sat on the mat " * 5], 280, workers=1)
+    texts = [" ".join(str(i * j) for i in range(200)) for j in (3, 7)]
+    expect = [Tokenizer(tok.merges).encode(t) for t in texts]
+    assert list(map(list, zip(*zip(tok.encode_iterable([texts[0]]), tok.encode_iterable([texts[1]]))))) == [
+        ids[:min(map(len, expect))] for ids in expect]
+    for owner, name in ((Tokenizer, "_merge"), (bpe, "word_keys")):
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt): tok.encode(texts[1])
+        assert [tok.encode(t) for t in texts] == expect
 
 
 @pytest.mark.parametrize("kind", ["one letter", "random letters", "spaces", "cjk", "digits"])
@@ -1085,11 +1117,11 @@ def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
     assert open(path).read() == before
 
 
-@pytest.mark.parametrize("pattern", [GPT2_SPLIT, GPT4_SPLIT], ids=["gpt2", "gpt4"])
+@pytest.mark.parametrize("pattern", BPE_PATTERNS, ids=["gpt2", "gpt4", "cl100k"])
 def test_bpe_hugging_face_peer(tmp_path, pattern):
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
     rng = random.Random(6)
-    text = open(random.__file__).read()
+    text = open(random.__file__).read() + " ".join(str(rng.randrange(10 ** 9)) for _ in range(300))
     tok = Tokenizer.train([text], 700, pattern, ("<|endoftext|>", "<|x|>"))
     path = str(tmp_path / "tokenizer.json")
     tok.to_hf(path)
@@ -1311,6 +1343,29 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_bpe_interrupted_training_ends_at_once(tmp_path):
+    """Ctrl-C, which the terminal sends to the workers too: nobody finishes what it has begun."""
+    (tmp_path / "script.py").write_text(
+        "import time, bpe\n"
+        "bpe.BATCH = 1000\n"
+        "def slow(pieces, pattern):\n"
+        "    time.sleep(30)\n"
+        "bpe.count_words = slow\n"
+        "def docs():\n"
+        "    for i in range(10 ** 9):\n"
+        "        yield f'the cat {i} sat on the mat ' * 5\n"
+        "        if i == 30: print(i, flush=True)\n"
+        "bpe.Tokenizer.train(docs(), 300, workers=2)\n")
+    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True, env=os.environ | {"PYTHONPATH": BPE_HERE}) as parent:
+        parent.stdout.readline()
+        time.sleep(0.5)
+        began = time.time()
+        os.killpg(parent.pid, signal.SIGINT)
+        err = parent.communicate()[1]
+    assert time.time() - began < 10 and err.rstrip().endswith("KeyboardInterrupt"), err
+
+
 def test_bpe_killed_training_leaves_no_processes(tmp_path):
     """Workers look after themselves when the parent is killed and cannot stop them."""
     (tmp_path / "script.py").write_text(
@@ -1489,25 +1544,6 @@ def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
                 assert flat == np.fromfile(f"data/{meta['dataset']}/{split}.bin", np.uint16).tolist()
 
 
-def test_prepare_cuts_text_only_between_words():
-    """At every place where prepare.py may cut: the two sides give the ids of the whole, whatever the split pattern."""
-    r, places = random.Random(0), 0
-    parts = ["a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000",
-             "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c", "\U0001f600", "\ufeff"]
-    parts += 4 * [" ", "\n"]
-    text = "".join(r.choice(parts) for _ in range(6000)).encode()
-    text = b"".join(text[i:i + 50] + r.choice([b"", b"\xff", b"\xc3", b"\xe4\xb8", b"\xe3\x80"]) for i in range(0, len(text), 50))
-    for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, bpe.QWEN_SPLIT):
-        tok = Tokenizer(Tokenizer.train([text], 700).merges, pattern)
-        for i in range(0, len(text), 200):
-            piece = text[i:i + 200]
-            ids = tok.encode(piece)
-            for place in {m.end() for at in range(0, 200, 7) for m in prepare.TEXT.finditer(piece, at)}:
-                assert tok.encode(piece[:place]) + tok.encode(piece[place:]) == ids, (pattern, piece[:place], piece[place:])
-                places += 1
-    assert places > 1000
-
-
 def test_prepare_output_does_not_depend_on_workers_or_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 2000)
@@ -1636,6 +1672,9 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     (dict(), {"b.jsonl": '{"text": "fine"}\n{"text": "cut'}, "in/b.jsonl, line 2: not a JSON object"),
     (dict(), {"b.jsonl": '{"body": "fine"}'}, "in/b.jsonl, line 1"),
     (dict(), {"b.jsonl": "[1]"}, "in/b.jsonl, line 1"),
+    (dict(), {"b.jsonl": '{"text": "fine"}\n' + "[" * 100_000}, "in/b.jsonl, line 2"),
+    (dict(input="in/b.jsonl"), {"b.jsonl": " \n\n\t\n"}, "nothing but empty lines"),
+    (dict(input="in/a.txt", val_fraction=0.99), {"a.txt": "x" * 10}, "long enough for val_fraction=0.99"),
     (dict(dataset="fineweb", input=""), {}, "needs --tokenizer=gpt2"),
     (dict(input="in", dataset="other", val_fraction=0.5), {"a.txt": "x" * 10, "b.txt": "y"}, None),
 ])
@@ -1733,12 +1772,52 @@ def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
 def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     choose = prepare.choose
-    for old, new in (('{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '), ("some text", "some")):
+    for old, new in (('{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '), ("some text", "some"), ("as long", "another")):
         name = "x.jsonl" if "{" in old else "x.txt"
         prepare_files("in", {name: old, "y.txt": "y"})
         monkeypatch.setattr(prepare, "choose", lambda *a: (prepare_files("in", {name: new}), choose(*a))[1])
         with pytest.raises(ValueError, match="changed while it was being read: run again"): prepare_run()
         assert not prepare.prepared(prepare_cfg())
+
+
+def test_prepare_odd_files(tmp_path, monkeypatch):
+    """A byte order mark before JSON; names that are no UTF-8 or have a line end; pipes and links to nowhere are no text."""
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {"a.jsonl": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n', "two\nlines.txt": "x", os.fsdecode(b"\xff.md"): "y"})
+    os.mkfifo("in/pipe.txt")
+    os.symlink("nowhere", "in/link.txt")
+    os.symlink(".", "in/loop")
+    meta = prepare_run()
+    assert sorted(prepare_documents(meta, "train")[0] + prepare_documents(meta, "val")[0]) == [b"marked", b"next", b"x", b"y"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"3", b"null", b"[1]", b"[99, [0, 0]]", b"[-1, [0, 0]]", b"[1, [-1, -5]]", b"[1, [0]]", b"\xff", b'[1, ["", 0]]'])
+def test_prepare_damaged_state_starts_over(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "UNIT", 2000)
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(20)})
+    expect = prepare_run(dataset="whole")["sha256"]
+    with monkeypatch.context() as m:
+        m.setattr(prepare.shutil, "rmtree", lambda path: None)
+        prepare_run()
+    partial, = glob.glob("data/mine/.partial-*")
+    for name in ("meta.json", "train.bin", "val.bin"): os.replace(f"data/mine/{name}", f"{partial}/{name}")
+    os.replace("data/mine/tokenizer.json", f"{partial}/tokenizer.json")
+    with open(f"{partial}/state.json", "wb") as f: f.write(damage)
+    assert prepare_run()["sha256"] == expect
+
+
+def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 200) for i in range(300)})
+    command = [sys.executable, "-c", PREPARE_KILLED, "--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
+    runs = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PREPARE_ROOT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(2)]
+    said = [p.communicate(timeout=60)[0] for p in runs]
+    assert [p.returncode for p in runs] == [0, 0], said
+    assert sum("waiting for it" in text and "prepared already" in text for text in said) == 1
+    assert len(prepare_hashes("data/mine")) == 4
+    prepare.verify(prepare_cfg(vocab_size=400), deep=True)
 
 
 def test_prepare_verify(tmp_path, monkeypatch):

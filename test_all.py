@@ -1331,7 +1331,6 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
         Tokenizer.train(docs(), 300, workers=2)
     import multiprocessing
     assert not multiprocessing.active_children()
-    assert set(bpe.in_order(signal.getsignal, 4 * [signal.SIGINT], 2)) == {signal.SIG_IGN}      # Ctrl-C is the parent's to handle
 
     def deadly():
         for i in range(3000):

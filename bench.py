@@ -13,7 +13,7 @@ Every figure of the README, measured against the peer on the same machine in the
 
 Speed is a ratio: contestants take turns within one run and the median counts, so a machine that slows down slows all of them.
 """
-import csv, hashlib, importlib, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig, tarfile
+import csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig, tarfile
 import tempfile, time, warnings, zipfile
 from collections import Counter
 from dataclasses import fields, replace
@@ -393,7 +393,7 @@ def bench_plot(argv):
             styles[label] = dict(color=f"C{n}", **(dict(alpha=0.4) if key == "loss" else dict(marker="o")))
             for lines, (axis, unit) in zip(panels.values(), (("step", 1), ("tokens", 1e6), ("seconds", 1))):
                 lines[label] = [(r[axis] / unit, r[key]) for r in log if key in r] or [(math.nan, math.nan)]
-    if not peer("matplotlib"): sys.exit(1)
+    if not importlib.util.find_spec("matplotlib"): raise ValueError("plot needs matplotlib: pip install matplotlib")
     draw(f"{argv[0]}/loss.png", panels, styles, ylabel="nats per token: pale = training, dots = validation")
 
 def fit_law(compute, loss):

@@ -589,8 +589,10 @@ def pick_device(name, local_rank=0):
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try: device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
     except RuntimeError: raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device=auto")
+    seen = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= seen.get(device.type, 0):
+        raise ValueError(f"device={name!r}, but torch sees {seen['cuda']} CUDA devices and {seen['mps']} of MPS: "
+                         "use --device=auto")
     return device
 
 def save_checkpoint(path, checkpoint):
@@ -612,8 +614,8 @@ def load_checkpoint(path):
     if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: train one first: python train.py config/stdlib.py")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        other = "ckpt.pt" if os.path.basename(path) == "best.pt" else "best.pt"
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): copy {other} of its folder over it, "
-                         "or train again") from None
+        other = os.path.join(os.path.dirname(path), "ckpt.pt" if os.path.basename(path) == "best.pt" else "best.pt")
+        copy = f"copy {other} over it, or " if os.path.isfile(other) else ""
+        raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): {copy}train again") from None
     if not isinstance(checkpoint, dict) or "model" not in checkpoint: raise ValueError(f"{path} is not a checkpoint of train.py")
     return checkpoint

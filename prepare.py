@@ -13,7 +13,8 @@ finds duplicates and chooses the validation split. The tokenizer learns from the
 unit onto the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json says how far they are: a killed run goes
 on from there. The output depends on text and knobs, on nothing else.
 """
-import collections, contextlib, dataclasses, functools, glob, hashlib, itertools, json, os, re, shutil, sys, sysconfig, time
+import collections, contextlib, dataclasses, functools, glob, hashlib, importlib.util, itertools, json, os, re, shutil, sys, \
+    sysconfig, time
 from os.path import basename, exists, join
 import numpy as np
 import bpe, config
@@ -81,8 +82,9 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
             if not have: fail(f"its sha256 is {found}, not {sha}")                      # a resumed file gets one clean attempt
         except OSError as e:                                                            # requests' exceptions are OSErrors, too
             failures = 1 if size_of(part) > have else failures + 1
-            if failures >= tries: fail(str(e)[:100])
-            print(f"download of {basename(path)} broke off ({str(e)[:100]}), trying again", file=sys.stderr)
+            why = str(getattr(e.args[0], "reason", e) if e.args else e)[:150]           # "reason": what urllib3 gave up for
+            if failures >= tries: fail(why)
+            print(f"download of {basename(path)} broke off ({why}), trying again", file=sys.stderr)
             time.sleep(min(wait * 2 ** (failures - 1), 60))
 
 # ---- models and tokenizers -----------------------------------------------------------------------------------------------
@@ -90,6 +92,8 @@ def pretrained(init_from):
     """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is GPT-2's; "" for scratch and resume."""
     if init_from in ("scratch", "resume"): return ""
     folder = join("data", "hf", init_from) if init_from in GPT2 else init_from
+    if init_from in GPT2 and not importlib.util.find_spec("safetensors"):       # better now than after 500 MB
+        raise ValueError(f"init_from={init_from!r} needs safetensors: pip install safetensors")
     for name in ("config.json", "tokenizer.json", "model.safetensors") if init_from in GPT2 else ():
         fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
     if os.path.isdir(folder): return folder

@@ -512,7 +512,7 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     data = (tmp_path / "ckpt.pt").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 5):
         (tmp_path / "cut.pt").write_bytes(data[:cut])
-        with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
+        with pytest.raises(ValueError, match="\\): train again"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # tensors and primitives only: what unpickles may run code
     with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     for odd in (dict(config={}), dict(config=5), dict(), dict(config=vars(model.config) | dict(n_head=3))):
@@ -1970,6 +1970,17 @@ def test_prepare_fetch(tmp_path, monkeypatch, script, error):
                 os.remove(path)
 
 
+def test_prepare_fetch_says_why_there_is_no_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
+    with pytest.raises(ValueError, match="refused"):
+        prepare.fetch("http://127.0.0.1:9/" + "long/" * 40, str(tmp_path / "x"))
+
+
+def test_prepare_asks_for_safetensors_before_it_downloads(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install safetensors"): prepare.pretrained("gpt2-xl")
+
+
 def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path, sha = str(tmp_path / "f"), hashlib.sha256(PREPARE_BODY).hexdigest()
@@ -3108,6 +3119,14 @@ def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train
     assert (tmp_path / "out" / "tiny" / "ckpt.pt").exists()
 
 
+def test_train_what_goes_wrong_on_one_rank_ends_the_others_in_silence():
+    def work(): raise ValueError("no data")
+    ranks = (types.SimpleNamespace(rank=i, local_rank=i, any=lambda error: True) for i in (0, 1))     # any: one of them failed
+    with pytest.raises(ValueError, match="no data"): train.Machine.in_turn(next(ranks), work)
+    with pytest.raises(SystemExit) as e: train.Machine.in_turn(next(ranks), work)
+    assert e.value.code == 1
+
+
 def test_train_user_errors_are_one_line(tmp_path):
     words = [sys.executable, os.path.join(HERE, "train.py"), "--max_iter=3"]
     out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
@@ -3609,7 +3628,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--num_beams=2", "--temperature=0", "--interactive"], "no num_beams with interactive"),
     (["--out_dir=small"], "its tokenizer has 280 tokens, its model only 100"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
-    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--sinks=32"], "must be below half"),
+    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"), (["--sinks=32"], "must be below half"),
     (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
 def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -176,10 +176,13 @@ class Machine:
         return bool(flag)
 
     def in_turn(self, work):
-        """work() on every rank: first on rank 0, then on one of each machine, so that the others find written what it writes."""
+        """work() on every rank: first on rank 0, then on one of each machine, so that the others find written what it writes.
+        What goes wrong on one ends them all, and only that one says why."""
         for turn in (self.rank == 0, self.local_rank == 0, True):
-            if turn: result = work()
-            self.any(False)
+            error = None
+            try: result = work() if turn else None
+            except (ValueError, OSError) as e: error = e
+            if self.any(error): raise error or SystemExit(1)
         return result
 
 def pick_dtype(name, device):

@@ -422,7 +422,7 @@ def train(cfg, run):
         if stopping: save(last)                 # at once: who sends a signal may not wait for an evaluation
         if evaluating:
             val, size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
-            bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # nats per token that counts -> bits per byte
+            bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # bits per byte, as of the whole split
             better, best = val < best, min(best, val)       # in this order no NaN stays
             text = f"validation: {val:.4f}" + f" nats per token, {bpb:.4f} bits per byte" * (not pairs) + " | best" * better
             log.write(step, text, val_loss=val, **({} if pairs else {"val_bpb": bpb}))

@@ -596,8 +596,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Raises ValueError if the file is no tokenizer of this program, or was damaged."""
-        return read(path, lambda text: cls.from_dict(json.loads(text)))
+        """A file of `save` or a Hugging Face tokenizer.json. Raises ValueError if it is neither, or was damaged."""
+        theirs = read(path, lambda text: "model" in json.loads(text))
+        return cls.from_hf(path) if theirs else read(path, lambda text: cls.from_dict(json.loads(text)))
 
     def to_tiktoken(self):
         """-> tiktoken.Encoding with the same vocabulary, pattern and special tokens."""

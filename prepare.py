@@ -3,6 +3,7 @@ Text to token ids: data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json
 
     python prepare.py config/stdlib.py                              # the source of this Python's standard library: no download
     python prepare.py config/shakespeare.py                         # one text of 1 MB; its last tenth is the validation split
+    python prepare.py config/shakespeare_classic.py                 # the same text, its bytes as tokens, in a folder of its own
     python prepare.py --dataset=notes --input=notes/,diary.jsonl    # your own .txt .md .py .jsonl files and folders
     python prepare.py --dataset=chat --input=chat.jsonl             # conversations, instructions, preference pairs: see parse
     python prepare.py --dataset=tinystories --vocab_size=8192       # 2.2 GB of stories (Eldan and Li 2023, arXiv:2305.07759)
@@ -106,10 +107,6 @@ def own_tokenizer(cfg):
     # vocab_size: what uint16 holds; whether the model has as many is for train.py to check
     return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"), vocab_size=65536)
 
-def read_tokenizer(path):
-    """A tokenizer.json: one that bpe.py saved, or a Hugging Face folder's."""
-    return (bpe.Tokenizer.from_hf if "model" in bpe.read(path, json.loads) else bpe.Tokenizer.load)(path)
-
 # once per worker; only from .partial folders, whose names have the hash of the knobs, so that none ever holds two tokenizers
 load_tokenizer = functools.lru_cache(1)(bpe.Tokenizer.load)
 
@@ -135,11 +132,17 @@ def walk(root, endings=ENDINGS, skip=()):
         found += [join(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
     return sorted(filter(os.path.isfile, found))        # no pipes, no links to nowhere
 
-def sources(cfg, folder):
-    """Spans that cover the files to read, in order; what is missing is downloaded."""
+def built_in(cfg):
+    """The built-in text that the dataset is: shakespeare_char is shakespeare, prepared in a second way. "" if it is none."""
+    name = cfg.dataset.partition("_")[0]
+    return name if name in BUILT_IN else ""
+
+def sources(cfg):
+    """Spans that cover the files to read, in order; what is missing is downloaded to data/<the built-in text's name>."""
+    name, folder = built_in(cfg), join("data", built_in(cfg))
     def span(path, kind, fate=FREE, start=0):
         return Span(path, start, size_of(path), kind, fate, True)
-    if cfg.dataset == "fineweb":                            # 256 int32 (20240520, version 1, tokens, zeros), then uint16 tokens
+    if name == "fineweb":                                   # 256 int32 (20240520, version 1, tokens, zeros), then uint16 tokens
         paths = [join(folder, f"fineweb_{'train' if n else 'val'}_{n:06d}.bin") for n in range(cfg.num_shards + 1)]
         os.makedirs(folder, exist_ok=True)
         need_space(folder, 4e8 * sum(not exists(path) for path in paths))       # the shards, and the bins
@@ -149,12 +152,12 @@ def sources(cfg, folder):
             if head[:2] != [20240520, 1] or size != 1024 + 2 * head[2] or np.memmap(path, "<u2", "r", 1024).max() > 50256:
                 raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
         return [span(path, "tokens", TRAIN if n else VAL, 1024) for n, path in enumerate(paths)]
-    if cfg.dataset == "tinystories":                        # validation first: a story that is in both stays there
+    if name == "tinystories":                               # validation first: a story that is in both stays there
         paths = [join(folder, f"TinyStoriesV2-GPT4-{name}.txt") for name in ("valid", "train")]
         for path in paths: fetch(TINYSTORIES + basename(path), path)
         return [span(paths[0], "stories", VAL), span(paths[1], "stories", TRAIN)]
-    paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if cfg.dataset == "stdlib" else []
-    if cfg.dataset == "shakespeare":
+    paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if name == "stdlib" else []
+    if name == "shakespeare":
         paths = [join(folder, "input.txt")]
         fetch(SHAKESPEARE, paths[0], SHAKESPEARE_SHA)
     elif not paths and not cfg.input:
@@ -311,14 +314,14 @@ def knobs(cfg):
     named = cfg.tokenizer in ("bpe", "gpt2")
     for wrong, message in (
         (not re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -"),
-        (cfg.input and cfg.dataset in BUILT_IN, f"--input needs a name of its own by --dataset=NAME: {cfg.dataset!r} is taken"),
-        (cfg.dataset == "fineweb" and cfg.tokenizer != "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2"),
+        (cfg.input and built_in(cfg), f"--input needs a --dataset=NAME of its own: {cfg.dataset!r} means a built-in text"),
+        (built_in(cfg) == "fineweb" and cfg.tokenizer != "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2"),
         (cfg.tokenizer == "bpe" and not 256 <= cfg.vocab_size <= 65536,
          f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds"),
         (not named and not os.path.isfile(cfg.tokenizer), f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")):
         if wrong: raise ValueError(message)
     names = ["input"] * bool(cfg.input) + ["vocab_size", "split_pattern"] * (cfg.tokenizer == "bpe")
-    names += {"fineweb": ["num_shards"], "tinystories": []}.get(cfg.dataset, ["val_fraction"])
+    names += {"fineweb": ["num_shards"], "tinystories": []}.get(built_in(cfg), ["val_fraction"])
     return {"tokenizer": cfg.tokenizer if named else sha256(cfg.tokenizer)} | {name: getattr(cfg, name) for name in names}
 
 def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
@@ -332,7 +335,7 @@ def verify(cfg, deep=False):
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
         found, file = meta["knobs"].get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
-        if found != value and not (file and read_tokenizer(cfg.tokenizer).hash == meta["tokenizer_hash"]):
+        if found != value and not (file and bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]):
             raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
     for name, digest in meta["sha256"].items():
@@ -364,9 +367,9 @@ def lock(dataset):
 
 def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
-    folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or cfg.dataset, "knobs": knobs(cfg)}
-    given = None if cfg.tokenizer in ("bpe", "gpt2") else read_tokenizer(cfg.tokenizer)
-    parts = itertools.chain(*map(cut, sources(cfg, folder)))
+    folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or built_in(cfg), "knobs": knobs(cfg)}
+    given = None if cfg.tokenizer in ("bpe", "gpt2") else bpe.Tokenizer.load(cfg.tokenizer)
+    parts = itertools.chain(*map(cut, sources(cfg)))
     units = list(bpe.groups(parts, UNIT, lambda span: span.stop - span.start))
     size = sum(span.stop - span.start for unit in units for span in unit)
     def every(label, function, jobs):                       # function(job) for each job, in order, from all cores
@@ -408,7 +411,7 @@ def main(cfg):
              "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {n: sha256(join(work, n)) for n in names}}
     if masked: meta["answers"] = {"bytes": count("counts"), "tokens": {
         split: int(np.memmap(join(work, split + ".mask"), np.uint8).sum()) for split in SPLITS}}
-    for split in SPLITS if cfg.dataset == "fineweb" else ():
+    for split in SPLITS if built_in(cfg) == "fineweb" else ():
         meta["documents"][split], meta["bytes"][split] = count_tokens(join(work, split + ".bin"), tok)
     write(join(work, "meta.json"), lambda f: f.write(json.dumps(meta, indent=1).encode()))
 

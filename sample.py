@@ -91,7 +91,7 @@ def load(cfg):
     small = device.type != "cpu" or int8                        # the CPU's int8 kernel multiplies with bfloat16
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
     path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
-    if path: tok, model = prepare.read_tokenizer(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)
+    if path: tok, model = bpe.Tokenizer.load(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)
     else:
         path = find_checkpoint(cfg)
         checkpoint = load_checkpoint(path)
@@ -254,7 +254,7 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     texts = [tuple(row.ids[row.read:-1]) for row in rows]
     once = list(dict.fromkeys(texts))           # equal prompts are read once
     if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
-    else: cache = new_cache(model, len(once), max(map(len, once)) + 1 + cfg.max_new_tokens)
+    else: cache = new_cache(model, len(once), max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate)
     prefill(model, once, cache, cfg.prefill_chunk)
     for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
     if len(once) < len(rows): cache.reorder([once.index(text) for text in texts])

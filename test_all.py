@@ -1658,7 +1658,7 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     (dict(), {"a.txt": ""}, "nothing to read: in/a.txt is empty"),
     (dict(), {"a.txt": "", "b.md": ""}, "nothing to read"),
     (dict(input=""), {}, "say what to read"),
-    (dict(dataset="stdlib"), {"a.txt": "x"}, "needs a name of its own"),
+    (dict(dataset="stdlib"), {"a.txt": "x"}, "NAME of its own"), (dict(dataset="stdlib_x"), {"a.txt": "x"}, "NAME of its own"),
     (dict(dataset="../up"), {"a.txt": "x"}, "not a plain name"),
     (dict(vocab_size=255), {"a.txt": "x"}, "between 256"),
     (dict(vocab_size=65537), {"a.txt": "x"}, "65536"),
@@ -2002,6 +2002,10 @@ def test_prepare_shakespeare(tmp_path, monkeypatch):
         monkeypatch.setattr(prepare, "SHAKESPEARE", server.url)
         meta = prepare_run(**cfg)
     assert sum(meta["bytes"].values()) == len(text) and open("data/shakespeare/input.txt", "rb").read() == text
+    files = {path: path.read_bytes() for path in Path("data/shakespeare").iterdir()}
+    char = prepare_run(dataset="shakespeare_char", input="", vocab_size=256)        # the same text, another folder, no download
+    assert char["bytes"] == char["tokens"] == meta["bytes"] and char["dataset"] == "shakespeare_char"
+    assert {path: path.read_bytes() for path in Path("data/shakespeare").iterdir()} == files
     with open("data/shakespeare/input.txt", "ab") as f: f.write(b"!")
     with pytest.raises(ValueError, match="input.txt is not http.*delete it to download it again"): prepare_run(**cfg)
     os.remove("data/shakespeare/input.txt")
@@ -3421,8 +3425,11 @@ def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
 
 
 def test_sample_static_shapes_give_the_same_text(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)        # the path that a compiler sees, without waiting for one
+    shapes = set()          # the path that a compiler sees, without waiting for one
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: lambda idx, cache: shapes.add(idx.shape) or f(idx, cache))
     model = sample_gpt(window_pattern="SL", window=6)
+    sample_rows(model, [[7, 8, 9, 7, 8]], static=True, max_new_tokens=12, speculate=3)
+    assert shapes == {(1, 4)}       # to the last token: each shape is compiled
     for speculate in (0, 3):
         for prompts in (SAMPLE_PROMPTS, SAMPLE_PROMPTS[1:2]):
             kw = dict(max_new_tokens=80, speculate=speculate, ends={7, 8, 9})

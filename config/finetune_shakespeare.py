@@ -1,7 +1,7 @@
 # GPT-2 taught to write like Shakespeare, nanoGPT's recipe: few steps, a small constant rate.
 # With --lora_rank=8 --learning_rate=1e-3 on less memory.
 init_from = "gpt2"
-dataset = "shakespeare"
+dataset = "shakespeare_gpt2"
 tokenizer = "gpt2"
 out_dir = "out/finetune_shakespeare"
 batch_size, tokens_per_step = 1, 32 * 1024

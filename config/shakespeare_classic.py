@@ -1,6 +1,6 @@
 # nanoGPT's documented CPU run on tiny Shakespeare, as a baseline: GPT-2's parts, AdamW, one byte a token.
 # The modern run is shakespeare.py.
-dataset = "shakespeare"
+dataset = "shakespeare_char"
 out_dir = "out/shakespeare_classic"
 vocab_size = 256                        # the bytes themselves: this text has 65 of them
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64

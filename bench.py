@@ -330,12 +330,15 @@ def bench_context(argv):
 # ---------------------------------------------------------------------------- training
 
 def bench_train(argv):
-    """One optimizer step of the config's size, modern and classic, compile on and off, our attention and SDPA."""
+    """One optimizer step of the config's size, modern and classic, compile on and off, our attention and SDPA. MFU is the share
+    of the GPU's data sheet; "of product" that of a large matrix product timed in turn with the steps: on any device the limit."""
     recipes = {"classic (GPT-2, AdamW)": config.load([*argv, f"{HERE}/config/classic.py"]), "modern": config.load(argv)}
     cfg, steps, facts, rows = recipes["modern"], {}, {}, []
     machine = trainer.Machine(cfg)
     torch.set_float32_matmul_precision("high")          # as train.py does
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), device=machine.device)
+    n = 8192 if machine.device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=machine.device).to(machine.dtype)
 
     def contestant(c, compiled, sdpa):                  # -> (its attention, FLOPs a step, the step, warmed up)
         raw = GPT(c.model()).to(machine.device)
@@ -357,11 +360,15 @@ def bench_train(argv):
         name = f"{recipe}, {backend}" + ", compiled" * compiled
         steps[name], facts[name] = step, (flops, mib)
     print(f"{machine.name}, torch {torch.__version__}, {str(machine.dtype)[6:]}, {x.numel():,} tokens a step")
-    for name, t in take_turns(steps, 10).items():
+    times = take_turns(steps | {"product": lambda: a @ b}, 10)
+    limit = 2 * n ** 3 / times.pop("product")
+    for name, t in times.items():
         rate, mib = facts[name][0] / t, facts[name][1]
         mfu = f"{rate / machine.peak:.1%}" if machine.peak else "unknown peak"
-        rows.append([name, t * 1e3, round(x.numel() / t), rate / 1e12, mfu, mib])
-    table(["step", "ms", "tokens/s", "TFLOP/s", "MFU", "peak MiB", "speed"], [[*r, f"{rows[0][1] / r[1]:.2f} x"] for r in rows])
+        rows.append([name, t * 1e3, round(x.numel() / t), rate / 1e12, mfu, f"{rate / limit:.1%}", mib])
+    print(f"a matrix product of {n} x {n}: {limit / 1e12:.2f} TFLOP/s")
+    table(["step", "ms", "tokens/s", "TFLOP/s", "MFU", "of product", "peak MiB", "speed"],
+          [[*r, f"{rows[0][1] / r[1]:.2f} x"] for r in rows])
 
 # ---------------------------------------------------------------------------- sizing and seeing runs
 

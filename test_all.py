@@ -3920,10 +3920,11 @@ def test_bench_train_reports_both_recipes(capsys, monkeypatch):
     monkeypatch.setattr(bench, "take_turns", lambda steps, rounds: dict.fromkeys(steps, 1e-6))
     shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16)
     bench.main(["train", "--batch_size=2", "--device=cpu", *(f"--{k}={v}" for k, v in shape.items())])
-    row = r"^(modern|classic).* sdpa(?:, compiled)? +0.00 +32,000,000 +(\S+)  unknown peak .* 1.00 x"
+    row = r"^(modern|classic).* sdpa(?:, compiled)? +0.00 +32,000,000 +(\S+)  unknown peak +(\S+)% .* 1.00 x"
     rows, flops = re.findall(row, capsys.readouterr().out, re.M), model_py.GPT(config.GPTConfig(**shape)).estimate_flops()
     assert [r[0] for r in rows] == ["classic", "classic", "modern", "modern"]
     assert float(rows[-1][1]) == pytest.approx(flops * 32 / 1e-6 / 1e12, abs=0.01)
+    assert float(rows[-1][2]) == pytest.approx(100 * flops * 32 / (2 * 2048 ** 3), abs=0.1)      # of a product that takes as long
 
 
 def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):

@@ -70,13 +70,14 @@ def apply_rope(x, cos, sin):
 # ---------------------------------------------------------------------------- attention and its cache
 
 class KVCache:
-    """Keys and values of every layer, allocated once: k, v (n_layer, B, K, max_len, D). Row b holds lengths[b] valid positions,
-    so prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what stands beyond a
-    row's length is never seen and overwritten later. Memory: 2 * n_layer * B * K * max_len * D * bytes per element. A static
-    cache has one shape in every step, all of max_len, as compiled steps and CUDA graphs want it."""
+    """Keys and values, allocated once: of each layer k[layer], v[layer] (B, K, max_len, D). Row b holds lengths[b] valid
+    positions, so prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what
+    stands beyond a row's length is never seen and overwritten later. Memory: 2 * n_layer * B * K * max_len * D * bytes per
+    element. A static cache has one shape in every step, all of max_len, as compiled steps and CUDA graphs want it. subtle: a
+    compiled step writes into tensors like these in place; of one for all layers it would copy the whole in every layer."""
     def __init__(self, config, batch_size, max_len, device, dtype):
-        shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (batch_size, config.kv_heads, max_len, config.head_dim)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
         self.max_len, self.end, self.ragged, self.static = max_len, 0, False, False    # end: the longest row, known on the host
 
@@ -89,14 +90,14 @@ class KVCache:
 
     def reorder(self, rows):
         """Row b becomes what row rows[b] was, for beams; fewer rows than before drop the others."""
-        rows = torch.as_tensor(rows, device=self.k.device)
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        rows = torch.as_tensor(rows, device=self.lengths.device)
+        self.k, self.v, self.lengths = [k[rows] for k in self.k], [v[rows] for v in self.v], self.lengths[rows]
 
     def grow(self, T):
         """Make room for T new tokens a row and return their positions: (T,), or (B, T) where rows differ."""
         if self.end + T > self.max_len:
             raise ValueError(f"the cache holds {self.end} of {self.max_len} tokens: no room for {T} more")
-        pos = torch.arange(T, device=self.k.device) + (self.lengths[:, None] if self.ragged else self.end)
+        pos = torch.arange(T, device=self.lengths.device) + (self.lengths[:, None] if self.ragged else self.end)
         self.lengths += T
         if not self.static: self.end += T
         self.span = self.max_len if self.static else self.end       # S, the keys that attention is given
@@ -109,7 +110,7 @@ class KVCache:
                 store[torch.arange(len(new), device=new.device)[:, None], :, pos] = new.transpose(1, 2).to(store.dtype)
             else:
                 store[:, :, self.end - new.shape[2]:self.end] = new
-        return self.k[layer, :, :, :self.span], self.v[layer, :, :, :self.span]
+        return self.k[layer][:, :, :self.span], self.v[layer][:, :, :self.span]
 
 def sdpa_mask(pos, S, window=0, doc_start=None):
     """True where the query at pos, (T,) or (B, T), sees key j of S: j <= pos, j > pos - window if there is one, j >= doc_start

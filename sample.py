@@ -213,7 +213,7 @@ def prefill(model, texts, cache, chunk):
     """Read texts (lists of ids, of any lengths) behind what a cache of equal rows holds, `chunk` positions at a time. Short ones
     are padded on the right: causal, so no token ever sees the padding."""
     past, texts = cache.end, [torch.tensor(text, dtype=torch.long) for text in texts]
-    idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(cache.k.device)
+    idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(cache.lengths.device)
     for part in idx.split(chunk, dim=1) if idx.numel() else (): model.hidden(part, cache)
     cache.set_lengths([past + len(text) for text in texts])
 
@@ -226,13 +226,13 @@ def make_room(model, cache, row, length, text, sinks, need=1):
     if model.config.pos == "rope":
         cos, sin = model.table0[drop], model.table1[drop]   # (D/2)
         norm = (cos.square() + sin.square()).sqrt()         # YaRN's tables are scaled, a rotation must not be
-        k, v = (store[:, row, :, keep + drop:length].clone() for store in (cache.k, cache.v))       # (n_layer, K, kept, D)
-        new, k = keep, apply_rope(k.float(), cos / norm, -sin / norm)
+        k, v = (torch.stack([layer[row, :, keep + drop:length] for layer in store]) for store in (cache.k, cache.v))
+        new, k = keep, apply_rope(k.float(), cos / norm, -sin / norm)                       # (n_layer, K, kept, D)
     else:
         text, fresh = text[:keep] + text[keep + drop - length:], new_cache(model, 1, length - drop)
-        model.hidden(torch.tensor([text], device=cache.k.device), fresh)
-        new, k, v = 0, fresh.k[:, 0], fresh.v[:, 0]
-    cache.k[:, row, :, new:length - drop], cache.v[:, row, :, new:length - drop] = k.to(cache.k.dtype), v
+        model.hidden(torch.tensor([text], device=cache.lengths.device), fresh)
+        new, k, v = 0, [layer[0] for layer in fresh.k], [layer[0] for layer in fresh.v]
+    for layer, kept in zip(cache.k + cache.v, [*k, *v]): layer[row, :, new:length - drop] = kept
     return length - drop
 
 def align(model, cache, rows, need, cfg):
@@ -261,8 +261,12 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     static = cache.static = static and not beams
     live, found = rows, [] if beams else rows
     step = lambda idx, cache: model.head(model.hidden(idx, cache))
-    if static: step = torch.compile(step, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    # on a GPU as CUDA graphs; with coordinate descent, products with one row become kernels that read weights at full bandwidth,
+    # int8 as int8, and have the norm before them in them
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if device.type == "cuda" else None
+    if static: step = torch.compile(step, dynamic=False, options=options)
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
+    place_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)         # what the cache has of one position
     cache.lengths.tolist()                      # waits for the device
     stats.update(prompt_tokens=sum(map(len, once)), prompt_seconds=time.perf_counter() - clock)
     clock = time.perf_counter()
@@ -272,8 +276,8 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
         drafts = [row.draft(min(room, row.limit - len(row.tokens) - 1)) for row in live]
         T = 1 + (room if static else max(map(len, drafts)))
         new = torch.tensor([row.ids[-1:] + d + [0] * (T - 1 - len(d)) for row, d in zip(live, drafts)], device=device)
-        stats.update(steps=1, bytes=weights + 2 * cache.k[:, 0, :, 0].nbytes * sum(row.length + T for row in live))
-        for t in (cache.k, cache.v, cache.lengths) if static else (): torch._dynamo.mark_static_address(t)      # for CUDA graphs
+        stats.update(steps=1, bytes=weights + place_bytes * sum(row.length + T for row in live))
+        for t in (*cache.k, *cache.v, cache.lengths) if static else (): torch._dynamo.mark_static_address(t)    # for CUDA graphs
         own = step(new, cache)[:, :, :limit].float()                                            # (R, T, V)
         logits = own if cfg.repetition_penalty == 1 else penalise(own, [row.ids for row in live], cfg.repetition_penalty)
         grown = branch(live, logits[:, 0], found, cfg) if beams else extend(live, logits, own, drafts, cfg)

@@ -240,9 +240,12 @@ class LinearCrossEntropy(torch.autograd.Function):
                     slope = 1 - logits.square()                                 # tanh' = 1 - tanh^2
                     logits *= cap
                 logits = logits.log_softmax(-1)                                 # one name, so that one copy stays
-                loss -= (k * logits.gather(1, t)).sum()
+                compiled = torch.compiler.is_compiling()        # comparisons fuse; a gather and a scatter write float32 logits out
+                hit = torch.arange(len(w), device=x.device) == t if compiled else None          # (rows, V)
+                right = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)  # (rows, 1)
+                loss -= (k * right).sum()
                 if not train: continue
-                g = logits.exp_().mul_(k).scatter_add_(1, t, -k)
+                g = (logits.exp() - hit.float()) * k if compiled else logits.exp_().mul_(k).scatter_add_(1, t, -k)
                 if cap: g *= slope
                 g = g.to(dtype)
                 dx[i:i + rows] = g @ w

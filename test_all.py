@@ -238,6 +238,18 @@ def test_model_ragged_cache_equals_solo_rows(kw):
         torch.testing.assert_close(again[b, 0], model(torch.cat((rows[r], rows[r][:, -1:]), 1))[0][0, -1], atol=2e-4, rtol=1e-4)
 
 
+def test_model_compiled_steps_write_into_the_cache_in_place():
+    """What the compiler allocates for a step has no tensor of a layer's cache, which would mean that it is copied."""
+    from torch._inductor.utils import run_and_get_code
+    model = tiny_gpt(n_kv_head=2).requires_grad_(False).eval()
+    cache = model_py.KVCache(model.config, 3, 24, torch.device("cpu"), torch.float32)
+    cache.static = cache.ragged = True
+    step = torch.compile(lambda idx, cache: model.head(model.hidden(idx, cache)), dynamic=False, fullgraph=True)
+    logits, (code,) = run_and_get_code(step, torch.tensor([[1], [2], [3]]), cache)
+    torch.testing.assert_close(logits, model(torch.tensor([[1], [2], [3]]))[0], atol=1e-5, rtol=1e-4)
+    assert "(3, 1, 32)" in code and not re.search(r"empty_strided_cpu\(\((2, )?3, 2, 24, 8\)", code)
+
+
 def test_model_cache_size_is_the_formula():
     cache = model_py.KVCache(tiny(n_kv_head=2), 3, 10, torch.device("cpu"), torch.float16)
     assert sum(t.nbytes for t in cache.k + cache.v) == 2 * 2 * 3 * 2 * 10 * 8 * 2
@@ -395,9 +407,11 @@ def test_model_fused_loss_against_plain_cross_entropy(cap):
     logits = x @ w.T
     expected = torch.nn.functional.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, ignore_index=-1)
     grads = torch.autograd.grad(3 * expected, (x, w))
-    ours = model_py.LinearCrossEntropy.apply(x, w, targets, cap, 5)
-    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
-    for a, b in zip(torch.autograd.grad(3 * ours, (x, w)), grads): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    def loss(x, w): return model_py.LinearCrossEntropy.apply(x, w, targets, cap, 5)
+    for work in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):       # a compiler gets other operations
+        ours = work(x, w)
+        torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+        for a, b in zip(torch.autograd.grad(3 * ours, (x, w)), grads): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_model_masked_targets_give_no_loss_and_no_gradient():

@@ -5,8 +5,8 @@ What every stage promises, each against an independent twin: naive code, float64
     python -m pytest test_all.py -k "model or train"
     python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
 """
-import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math, os, \
-    random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
+import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
+import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -38,21 +38,28 @@ CONFIG_FILES = sorted(p for p in glob.glob(os.path.join(HERE, "config", "*.py"))
 
 
 def test_config_order_types_and_flags():
+    """What is said on the command line wins over a file, whatever the order; 1e3 is an int, a value may contain =."""
     path = os.path.join(HERE, "config", "stdlib.py")
     cfg = config.load(["--max_iters=1e3", path, "--start=a=b", "--no_bias", "--compile", "--dropout=0"])
-    assert (cfg.dataset, cfg.max_iters, cfg.start, cfg.bias, cfg.compile, cfg.dropout) == ("stdlib", 1000, "a=b", False, True, 0.0)
+    found = cfg.dataset, cfg.max_iters, cfg.start, cfg.bias, cfg.compile, cfg.dropout
+    assert found == ("stdlib", 1000, "a=b", False, True, 0.0)
     assert isinstance(cfg.dropout, float) and config.load(["--compile=none"]).compile is None
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--max_iter=3"], "did you mean 'max_iters'"), (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
-    (["--bias=1"], "wants True or False"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"), (["nothing.py"], "no config file"),
-    (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"), (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"),
-    (["--n_embd=12"], "must be even"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"), (["--learning_rate=nan"], "wants float, not nan"),
-    (["--max_iters=None"], "wants int, not 'None'"), (["--compile=1"], "wants True or False or None, not '1'"), (["--max_iters=-3"], "negative"),
-    (["--tie_weights"], "zero_init"), (["--batch_size=0"], "at least 1"), (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"),
-    (["--min_p=1.5"], "in [0, 1]"), (["--val_fraction=1"], "in (0, 1)"), (["--learning_rate=1e999"], "wants float"),
-    (["--norm_gain", "--norm=layernorm"], "norm_gain"),
+    (["--max_iter=3"], "did you mean 'max_iters'"), (["nothing.py"], "no config file"),
+    # of another type
+    (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
+    (["--max_iters=None"], "wants int, not 'None'"), (["--bias=1"], "wants True or False"),
+    (["--compile=1"], "wants True or False or None, not '1'"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"),
+    (["--learning_rate=nan"], "wants float, not nan"), (["--learning_rate=1e999"], "wants float"),
+    # out of range
+    (["--max_iters=-3"], "negative"), (["--batch_size=0"], "at least 1"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"),
+    (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"), (["--min_p=1.5"], "in [0, 1]"), (["--val_fraction=1"], "in (0, 1)"),
+    # what does not go together
+    (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"),
+    (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"), (["--n_embd=12"], "must be even"),
+    (["--tie_weights"], "zero_init"), (["--norm_gain", "--norm=layernorm"], "norm_gain"),
     (["--window_pattern=SX", "--window=8"], "'SX'"), (["--pos=sinusoidal", "--n_embd=33", "--n_head=3"], "even n_embd"),
     (["--num_beams=2", "--temperature=0", "--speculate=1"], "speculate=0"),
     (["--num_beams=2", "--temperature=0", "--num_samples=3"], "num_samples <= num_beams")])
@@ -84,6 +91,7 @@ def test_config_help_names_every_knob_and_comment():
 
 
 def test_config_every_knob_is_used():
+    """No dead options: each is read by a script, or by a check in config itself."""
     source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in ("prepare", "train", "sample", "bench", "model"))
     source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"(cfg|config|self)\.{f.name}\b", source)]

@@ -55,7 +55,8 @@ def test_config_order_types_and_flags():
     (["--learning_rate=nan"], "wants float, not nan"), (["--learning_rate=1e999"], "wants float"),
     # out of range
     (["--max_iters=-3"], "negative"), (["--batch_size=0"], "at least 1"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"),
-    (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"), (["--min_p=1.5"], "in [0, 1]"), (["--val_fraction=1"], "in (0, 1)"),
+    (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"), (["--min_p=1.5"], "in [0, 1]"),
+    (["--val_fraction=1"], "in (0, 1)"),
     # what does not go together
     (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"),
     (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"), (["--n_embd=12"], "must be even"),
@@ -121,8 +122,8 @@ def tiny_gpt(seed=0, noise=0.2, **kw):
 
 
 CLASSIC = dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True, zero_init=False)
-SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp="swiglu", logit_softcap=5.0), CLASSIC, dict(pos="sinusoidal", qk_norm=False),
-          dict(n_kv_head=2, head_size=12, norm_gain=True, norm_eps=1e-6)]
+SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp="swiglu", logit_softcap=5.0), CLASSIC,
+          dict(pos="sinusoidal", qk_norm=False), dict(n_kv_head=2, head_size=12, norm_gain=True, norm_eps=1e-6)]
 
 
 def test_model_classic_has_gpt2_parameter_count():
@@ -145,7 +146,8 @@ def test_model_rope_is_complex_multiplication():
     cfg = tiny(n_embd=64, rope_theta=500.0)
     x, (cos, sin) = torch.randn(2, 3, 32, 16, dtype=torch.float64), model_py.rope_table(cfg)
     z = torch.complex(x[..., :8], x[..., 8:])
-    turn = torch.polar(torch.ones(32, 8, dtype=torch.float64), torch.arange(32.0, dtype=torch.float64)[:, None] * 500.0 ** -(torch.arange(0, 16, 2).double() / 16))
+    angle = torch.arange(32.0).double()[:, None] * 500.0 ** -(torch.arange(0, 16, 2).double() / 16)
+    turn = torch.polar(torch.ones_like(angle), angle)
     ours = model_py.apply_rope(x, cos.double(), sin.double())
     torch.testing.assert_close(ours, torch.cat(((z * turn).real, (z * turn).imag), -1), atol=2e-6, rtol=0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)       # q.k depends on the distance alone
@@ -175,7 +177,8 @@ def test_model_attention_against_naive_float64(T, S, K):
 def naive_gpt2(p, idx, n_head, n_layer):
     """GPT-2's forward from its state dict, in plain float64 algebra, sharing nothing with model.py."""
     p = {k: v.double() for k, v in p.items()}
-    ln = lambda x, n: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * p[n + ".weight"] + p[n + ".bias"]
+    normalised = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    ln = lambda x, n: normalised(x) * p[n + ".weight"] + p[n + ".bias"]
     lin = lambda x, n: x @ p[n + ".weight"].T + p[n + ".bias"]
     x = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][:idx.shape[1]]
     heads = lambda t: t.view(*t.shape[:2], n_head, -1).transpose(1, 2)
@@ -199,7 +202,8 @@ def test_model_modern_against_naive():
     model, idx = tiny_gpt(logit_softcap=3.0, n_kv_head=2), torch.randint(61, (2, 11))
     p = {k: v.double() for k, v in model.state_dict().items()}
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    turn = torch.polar(torch.ones(11, 4).double(), torch.arange(11.0).double()[:, None] * 10000.0 ** -(torch.arange(4).double() / 4))
+    angle = torch.arange(11.0).double()[:, None] * 10000.0 ** -(torch.arange(4).double() / 4)
+    turn = torch.polar(torch.ones_like(angle), angle)
     def rope(x):
         z = torch.complex(x[..., :4], x[..., 4:]) * turn
         return torch.cat((z.real, z.imag), -1)
@@ -218,6 +222,7 @@ def test_model_modern_against_naive():
 @pytest.mark.parametrize("kw", SHAPES)
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 8, 3], [19, 1]])
 def test_model_cached_logits_equal_uncached(kw, chunks):
+    """Whether the text comes whole, token by token or in pieces."""
     model, idx = tiny_gpt(**kw), torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
     cache = model_py.KVCache(model.config, 2, 20, torch.device("cpu"), torch.float32)
     logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
@@ -227,6 +232,7 @@ def test_model_cached_logits_equal_uncached(kw, chunks):
 
 @pytest.mark.parametrize("kw", SHAPES)
 def test_model_ragged_cache_equals_solo_rows(kw):
+    """Prompts of different lengths in one batch, then steps; and rows dropped and reordered, as beams do."""
     model, lengths = tiny_gpt(**kw), [3, 9, 1]
     rows = [torch.randint(61, (1, n + 4)) for n in lengths]
     padded = torch.zeros(3, 9, dtype=torch.long)
@@ -309,7 +315,8 @@ def test_model_optimizers_cover_every_parameter_once(kw, optimizer):
 def test_model_flops_against_torch_counter():
     """Every product in forward and backward is counted; only the attention matrix is counted whole, as PaLM does."""
     model = model_py.GPT(tiny(block_size=32, n_embd=32, vocab_size=64)).train()
-    for block in model.transformer.h: block.attn.forward = types.MethodType(lambda self, x, *_: self.c_proj(self.c_q(x) + self.c_k(x) + self.c_v(x)), block.attn)
+    def without_attention(self, x, *_): return self.c_proj(self.c_q(x) + self.c_k(x) + self.c_v(x))
+    for block in model.transformer.h: block.attn.forward = types.MethodType(without_attention, block.attn)
     idx = torch.randint(64, (1, 32))
     with FlopCounterMode(display=False) as counter: model(idx, idx)[1].backward()
     assert counter.get_total_flops() == 32 * (model.estimate_flops() - 12 * 2 * 32 * 32)
@@ -325,8 +332,9 @@ def model_interpreted(model):
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
 def test_model_windows_against_naive(backend, monkeypatch):
-    """Each layer's window is the attention of the specification with that window; layers: S, L, and the last sees all whatever its letter."""
-    model, idx, real, seen = tiny_gpt(n_layer=3, window_pattern="SLS", window=3), torch.randint(61, (2, 11)), model_py.attention, []
+    """Each layer is the specification's attention with its window: S, L, and the last one sees all whatever its letter."""
+    model, idx = tiny_gpt(n_layer=3, window_pattern="SLS", window=3), torch.randint(61, (2, 11))
+    real, seen = model_py.attention, []
     if backend == "flash_attn": model_interpreted(model)
     monkeypatch.setattr(model_py, "attention", lambda *args: seen.append((args[:3], real(*args))) or seen[-1][1])
     model(idx)
@@ -352,11 +360,11 @@ def test_model_cache_by_the_kernels_equals_uncached_sdpa():
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
 def test_model_document_mask_equals_each_document_alone(backend):
-    """Logits and gradients of three documents in a row, with windows and gradient checkpointing, are those of each by itself (RoPE)."""
+    """Logits and gradients of documents in a row, with windows and gradient checkpointing, are those of each alone (RoPE)."""
     shape, end = dict(n_layer=3, window_pattern="SL", window=4), 60
     model, ids = tiny_gpt(**shape).train(), torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(2))
     if backend == "flash_attn": model_interpreted(model)
-    cuts = [(9, 10), (1, 16)]                       # documents begin there, with the end-of-text token; a row may begin within one
+    cuts = [(9, 10), (1, 16)]           # documents begin there, with the end-of-text token; a row may begin within one
     for row, at in zip(ids, cuts): row[list(at)] = end
     model.doc_mask, model.grad_checkpoint, twin = end, True, tiny_gpt(**shape)
     logits, loss = model(ids)[0], model(ids[:, :-1], ids[:, 1:])[1]
@@ -370,14 +378,17 @@ def test_model_document_mask_equals_each_document_alone(backend):
             losses.append(torch.nn.functional.cross_entropy(alone[:n], ids[b, first + 1:first + 1 + n], reduction="sum"))
     (sum(losses) / 46).backward()
     assert loss.item() == pytest.approx(sum(losses).item() / 46, rel=1e-5)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True): torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
     cache = model_py.KVCache(model.config, 2, 24, torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(model.eval()(ids, cache=cache)[0], twin(ids)[0], atol=2e-4, rtol=1e-4)      # sampling sees everything
+    sampled = model.eval()(ids, cache=cache)[0]                     # with a cache, a token sees everything
+    torch.testing.assert_close(sampled, twin(ids)[0], atol=2e-4, rtol=1e-4)
 
 
 def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_twice(monkeypatch):
     torch.manual_seed(0)
-    model, ids, made, real = tiny_gpt(n_layer=3, window_pattern="SSL", window=4, dropout=0.5).train(), torch.randint(61, (2, 16)), [], model_py.sdpa_mask
+    model = tiny_gpt(n_layer=3, window_pattern="SSL", window=4, dropout=0.5).train()
+    ids, made, real = torch.randint(61, (2, 16)), [], model_py.sdpa_mask
     model.set_backend()
     model.doc_mask, model.grad_checkpoint = 60, True
     monkeypatch.setattr(model_py, "sdpa_mask", lambda *args: made.append(args[2]) or real(*args))
@@ -391,13 +402,14 @@ def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_t
 
 def test_model_flops_of_windows():
     flops = lambda **kw: model_py.GPT(tiny(n_layer=4, **kw)).estimate_flops()
-    assert flops() - flops(window_pattern="SL", window=5) == 12 * 32 * 2 * (32 - 5) and flops() == flops(window_pattern="SL", window=99)
+    assert flops() - flops(window_pattern="SL", window=5) == 12 * 32 * 2 * (32 - 5)
+    assert flops() == flops(window_pattern="SL", window=99)
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 def test_model_fused_loss_against_plain_cross_entropy(cap):
     """Loss and both gradients in float64, over chunks that do not divide the rows, some targets ignored."""
-    x, w = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    x, w = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (23, 11))
     targets = torch.randint(11, (23,))
     targets[[0, 7, 22]] = -1
     logits = x @ w.T
@@ -413,7 +425,7 @@ def test_model_masked_targets_give_no_loss_and_no_gradient():
     results = []
     for other in (5, 44):
         model, idx = tiny_gpt(), torch.arange(20).view(2, 10) % 61
-        idx[:, -1] = other                                                      # only itself and the masked target after it see it
+        idx[:, -1] = other                                                  # only itself and the masked target after it see it
         targets = torch.cat((idx[:, 1:], idx[:, :1]), 1).masked_fill(torch.arange(10) >= 6, -1)
         loss = model(idx, targets)[1]
         loss.backward()
@@ -493,7 +505,8 @@ def test_model_generate_matches_argmax_recompute_and_passes_the_context():
 def test_model_filters_against_plain_python():
     rng = random.Random(0)
     for _ in range(200):
-        V, k, top_p, min_p = rng.randint(2, 12), rng.randint(0, 12), rng.choice([1.0, 0.9, 0.5, 0.01]), rng.choice([0.0, 0.1, 0.9])
+        V, k = rng.randint(2, 12), rng.randint(0, 12)
+        top_p, min_p = rng.choice([1.0, 0.9, 0.5, 0.01]), rng.choice([0.0, 0.1, 0.9])
         logits = [rng.uniform(-4, 4) for _ in range(V)]
         keep = sorted(range(V), key=lambda i: -logits[i])[:k or V]
         exps = {i: math.exp(logits[i] / 0.7) for i in keep}
@@ -524,23 +537,25 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # tensors and primitives only: what unpickles may run code
     with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     for odd in (dict(config={}), dict(config=5), dict(), dict(config=vars(model.config) | dict(n_head=3))):
-        torch.save(dict(model={}) | odd, tmp_path / "odd.pt")
-        with pytest.raises(ValueError, match="odd.pt: not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+        os.makedirs(tmp_path / "odd", exist_ok=True)
+        torch.save(dict(model={}, tokenizer=sample_TOK.to_dict()) | odd, tmp_path / "odd" / "ckpt.pt")
         with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of this project"):
-            os.makedirs(tmp_path / "odd", exist_ok=True)
-            torch.save(dict(model={}, tokenizer=sample_TOK.to_dict()) | odd, tmp_path / "odd" / "ckpt.pt")
+            model_py.GPT.load(str(tmp_path / "odd" / "ckpt.pt"))
+        with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of this project"):
             sample.load(config.Config(out_dir=str(tmp_path / "odd"), rope_scaling="ntk", rope_factor=2.0))
 
 
 # ---- Hugging Face folders
 
-HF_SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=56,
-                max_position_embeddings=64, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16, rope_theta=500.0)
+HF_COMMON = dict(vocab_size=61, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
+HF_SIZES = dict(HF_COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=56, max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16, rope_theta=500.0)
 HF_MODELS = {
-    "gpt2": ("GPT2", dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=61, initializer_range=0.3, bos_token_id=None, eos_token_id=None)),
-    "gpt2 untied": ("GPT2", dict(n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=64, vocab_size=61, initializer_range=0.3,
-                                 tie_word_embeddings=False, layer_norm_epsilon=1e-3, bos_token_id=None, eos_token_id=None)),
+    "gpt2": ("GPT2", dict(HF_COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+    "gpt2 untied": ("GPT2", dict(HF_COMMON, n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=64, layer_norm_epsilon=1e-3,
+                                 tie_word_embeddings=False)),
     "llama": ("Llama", dict(HF_SIZES, num_key_value_heads=4, rms_norm_eps=1e-5)),
     "llama gqa tied": ("Llama", dict(HF_SIZES, tie_word_embeddings=True)),
     "llama3": ("Llama", dict(HF_SIZES, rope_parameters=LLAMA3, head_dim=16)),
@@ -550,10 +565,16 @@ HF_MODELS = {
     "qwen3 tied": ("Qwen3", dict(HF_SIZES, head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3)),
 }
 OUR_MODELS = {
-    "classic": CLASSIC, "classic without biases": dict(CLASSIC, bias=False, norm_eps=1e-4), "classic untied": dict(CLASSIC, tie_weights=False),
-    "modern": dict(n_kv_head=2), "modern tied": dict(tie_weights=True, zero_init=False, head_size=12, n_inner=72), "swiglu": dict(mlp="swiglu", n_kv_head=1),
-    "llama": dict(qk_norm=False, mlp="swiglu", bias=True, rope_scaling="llama3", rope_factor=4.0), "relu2": dict(qk_norm=False, bias=True),
-    "linear": dict(rope_scaling="linear", rope_factor=2.0, norm_gain=True), "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6)}
+    "classic": CLASSIC,
+    "classic without biases": dict(CLASSIC, bias=False, norm_eps=1e-4),
+    "classic untied": dict(CLASSIC, tie_weights=False),
+    "modern": dict(n_kv_head=2),
+    "modern tied": dict(tie_weights=True, zero_init=False, head_size=12, n_inner=72),
+    "swiglu": dict(mlp="swiglu", n_kv_head=1),
+    "llama": dict(qk_norm=False, mlp="swiglu", bias=True, rope_scaling="llama3", rope_factor=4.0),
+    "relu2": dict(qk_norm=False, bias=True),
+    "linear": dict(rope_scaling="linear", rope_factor=2.0, norm_gain=True),
+    "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6)}
 
 
 def hf_made(name, **changes):
@@ -580,6 +601,7 @@ def hf_same(ours, theirs, new=50):
 
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_model_from_transformers_peer(name, tmp_path):
+    """A folder of theirs, whole or in shards, is the same model here; written back it is the same tensors; old files too."""
     theirs = hf_made(name)
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
@@ -592,7 +614,8 @@ def test_model_from_transformers_peer(name, tmp_path):
     os.mkdir(tmp_path / "back")
     model_py.save_hf(ours, str(tmp_path / "back"))
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
-    for (a, x), (b, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True): assert a == b and torch.equal(x, y), a
+    for (a, x), (b, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True):
+        assert a == b and torch.equal(x, y), a
     # transformers 4 wrote rope_theta and rope_scaling instead, and GPT-2's own file leaves out the prefix but keeps the masks
     path = tmp_path / "one" / "config.json"
     d = json.loads(path.read_text())
@@ -602,13 +625,15 @@ def test_model_from_transformers_peer(name, tmp_path):
     else:
         from safetensors.torch import load_file, save_file
         file = str(path.parent / "model.safetensors")
-        save_file({k.removeprefix("transformer."): v for k, v in load_file(file).items()} | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, file)
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+        save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, file)
     old = model_py.GPT.load(str(path.parent))
     assert old.config == ours.config and all(map(torch.equal, old.parameters(), ours.parameters()))
 
 
 @pytest.mark.parametrize("name", OUR_MODELS)
 def test_model_to_transformers_peer(name, tmp_path):
+    """What is written loads there with the same logits and greedy text, and here again."""
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     ours = tiny_gpt(noise=0.3, **{"block_size": 64, **OUR_MODELS[name]}).requires_grad_(False)
     model_py.save_hf(ours, str(tmp_path), end=5)
@@ -620,41 +645,69 @@ def test_model_to_transformers_peer(name, tmp_path):
     assert again.config.mlp == ours.config.mlp
 
 
-@pytest.mark.parametrize("kw, named", [(dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(pos="sinusoidal"), "pos='sinusoidal'"),
-    (dict(mlp="gelu"), "mlp='gelu'"), (dict(norm="layernorm"), "norm='layernorm'"), (dict(bias=True), "bias=True"), (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"),
-    (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"), (dict(CLASSIC, qk_norm=True), "qk_norm=True"),
-    (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"), (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
+@pytest.mark.parametrize("kw, named", [
+    (dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(pos="sinusoidal"), "pos='sinusoidal'"),
+    (dict(mlp="gelu"), "mlp='gelu'"), (dict(norm="layernorm"), "norm='layernorm'"), (dict(bias=True), "bias=True"),
+    (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"),
+    (dict(CLASSIC, qk_norm=True), "qk_norm=True"), (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"),
+    (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"),
+    (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
     with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
     assert "\n" not in str(e.value) and not os.listdir(tmp_path)
 
 
-HF_BAD = {      # what is done to config.json, or to the files; what the one line must say
-    "architecture": (dict(model_type="mistral"), "'mistral', and only gpt2, llama, qwen3"), "no architecture": (dict(model_type=None), "architecture is None"),
-    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"), "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
-    "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"), "attention bias": (dict(attention_bias=True), "attention_bias"),
-    "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"), "quantised": (dict(quantization_config={"bits": 4}), "quantization_config="),
-    "yarn": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"), "dynamic": (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
+def hf_int8(path):
+    from safetensors.torch import save_file
+    save_file({"lm_head.weight": torch.ones(2, dtype=torch.int8)}, path)
+
+
+def hf_only_an_index(path):
+    path.unlink()
+    (path.parent / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')
+
+
+HF_BAD = {      # what is done to config.json, or to one of the files; what the one line must say
+    "architecture": (dict(model_type="mistral"), "'mistral', and only gpt2, llama, qwen3"),
+    "no architecture": (dict(model_type=None), "architecture is None"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
+    "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"),
+    "attention bias": (dict(attention_bias=True), "attention_bias"),
+    "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "quantised": (dict(quantization_config={"bits": 4}), "quantization_config="),
+    "yarn": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"),
+    "dynamic": (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
     "rope factors": (dict(rope_scaling=dict(LLAMA3, high_freq_factor=2.0)), "high_freq_factor=2.0"),
-    "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"), "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
-    "odd width": (dict(hidden_size="32"), "config.json: "), "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
-    "wrong shape": (dict(intermediate_size=48), "model.safetensors: model.layers.0.mlp.down_proj.weight is [32, 56], but by config.json [32, 48]"),
+    "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"),
+    "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
+    "odd width": (dict(hidden_size="32"), "config.json: "),
+    "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
+    "wrong shape": (dict(intermediate_size=48),
+                    "model.safetensors: model.layers.0.mlp.down_proj.weight is [32, 56], but by config.json [32, 48]"),
     "missing": (dict(num_hidden_layers=4), "lacks model.layers.3.input_layernorm.weight and 8 more tensors"),
     "extra": (dict(num_hidden_layers=2), "has model.layers.2.input_layernorm.weight, for which config.json has no place"),
     "tied": (dict(tie_word_embeddings=True), "model.embed_tokens.weight is unlike its twin: a tied head must be the embedding"),
     "gate": (dict(hidden_act="relu"), "model.layers.0.mlp.up_proj.weight is unlike its twin"),
-    "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"), "bad config": ("config.json", lambda p: p.write_text("{"), "config.json: Expecting"),
-    "odd index": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": ["a"]}'), "index.json: 'list' object has no"),
-    "odd shard": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": {"a": 5}}'), "index.json: can only concatenate str"),
+    "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"),
+    "bad config": ("config.json", lambda p: p.write_text("{"), "config.json: Expecting"),
+    "odd index": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": ["a"]}'),
+                  "index.json: 'list' object has no"),
+    "odd shard": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": {"a": 5}}'),
+                  "index.json: can only concatenate str"),
     "no factor": (dict(rope_scaling=dict(rope_type="linear")), "does not say 'factor'"),
     "no weights": ("model.safetensors", lambda p: p.unlink(), "model.safetensors is missing"),
     "header": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "model.safetensors is damaged"),
-    "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]), "model.safetensors is damaged"),
+    "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]),
+                    "model.safetensors is damaged"),
     "cut": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9]), "model.safetensors is damaged"),
-    "shard": ("model.safetensors", lambda p: (p.unlink(), (p.parent / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')),
-              "1.safetensors is missing (1 of 1 safetensors files)"),
-    "int8": ("model.safetensors", lambda p: __import__("safetensors.torch").torch.save_file({"lm_head.weight": torch.ones(2, dtype=torch.int8)}, p), "lm_head.weight is torch.int8, quantised")}
+    "shard": ("model.safetensors", hf_only_an_index, "1.safetensors is missing (1 of 1 safetensors files)"),
+    "int8": ("model.safetensors", hf_int8, "lm_head.weight is torch.int8, quantised")}
+
+
+def rewrite_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -664,20 +717,21 @@ def hf_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", HF_BAD)
-def test_model_folder_errors_peer(name, hf_folder, tmp_path, monkeypatch):
+def test_model_folder_errors_peer(name, hf_folder, tmp_path):
+    """Each is one line that names the folder and what is wrong with it."""
     bad, folder = HF_BAD[name], tmp_path / "hf"
     shutil.copytree(hf_folder, folder)
     if len(bad) == 3: bad[1](folder / bad[0])
-    else: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | dict(rope_parameters=None) | bad[0]))
+    else: rewrite_json(folder / "config.json", rope_parameters=None, **bad[0])
     with pytest.raises(ValueError) as e: model_py.GPT.load(str(folder))
     assert bad[-1] in str(e.value) and str(folder) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_model_folder_of_gpt2_with_fewer_positions_than_its_file_peer(tmp_path):
     hf_made("gpt2").save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(n_positions=20)))
-    with pytest.raises(ValueError, match=r"transformer.wpe.weight is \[64, 32\], but by config.json \[20, 32\]"): model_py.GPT.load(str(tmp_path))
+    rewrite_json(tmp_path / "config.json", n_positions=20)
+    with pytest.raises(ValueError, match=r"transformer.wpe.weight is \[64, 32\], but by config.json \[20, 32\]"):
+        model_py.GPT.load(str(tmp_path))
 
 
 def test_model_folder_never_holds_its_weights_twice_peer(hf_folder, monkeypatch):
@@ -701,15 +755,19 @@ def test_model_export_copies_no_matrix_that_it_need_not_peer(tmp_path, monkeypat
 
 
 PUBLISHED = {       # what the config.json of the hub says, and how many parameters its model card
-    "llama 3.1 8B": (8_030_261_248, """{"attention_bias": false, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
-        "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32,
-        "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0,
-        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 128256}"""),
-    "qwen3 0.6B": (596_049_920, """{"attention_bias": false, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
-        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
-        "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}""")}
+    "llama 3.1 8B": (8_030_261_248, """{
+        "attention_bias": false, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+        "vocab_size": 128256}"""),
+    "qwen3 0.6B": (596_049_920, """{
+        "attention_bias": false, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16,
+        "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}""")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -723,7 +781,8 @@ def test_model_published_configs_have_their_published_sizes(name, tmp_path):
 
 def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_positions=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, layer_norm_epsilon=1e-5)))
+    said = dict(model_type="gpt2", n_positions=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, layer_norm_epsilon=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(said))
     for use in (lambda: model_py.GPT.load(str(tmp_path)), lambda: model_py.save_hf(tiny_gpt(), str(tmp_path))):
         with pytest.raises(ValueError, match="pip install safetensors"): use()
 

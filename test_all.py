@@ -858,9 +858,16 @@ def bpe_counts(texts, pattern):
     return words
 
 
-BPE_CHARS = ["a", "b", "e", "l", "r", "s", "t", "v", "L", "S", "Z", "'", "'", " ", " ", " ", "\n", "\r", "\t", "\x0b", "\x1c", "0", "7", ".", "(", "-",
-             "\x00", "é", "ß", "ſ", "\u0301", "\x85", "\xa0", "\u2003", "\u2028", "\u3000", "中", "文", "。", "½", "٣", "😀", "\U0001d7d8", "\ufeff",
-             "\U0010ffff", "'s", "'LL", "'ve", "'ſ", "123456", "  \n ", "!\n\n", "\r\n"]
+BPE_CHARS = ["a", "b", "e", "l", "r", "s", "t", "v", "L", "S", "Z", "'", "'", " ", " ", " ", "\n", "\r", "\t", "\x0b", "\x1c",
+             "0", "7", ".", "(", "-", "\x00", "é", "ß", "ſ", "\u0301", "\x85", "\xa0", "\u2003", "\u2028", "\u3000",
+             "中", "文", "。", "½", "٣", "😀", "\U0001d7d8", "\ufeff", "\U0010ffff",
+             "'s", "'LL", "'ve", "'ſ", "123456", "  \n ", "!\n\n", "\r\n"]
+
+
+def bpe_stdlib_text(*names):
+    """Source files of Python's own library, in one piece."""
+    folder = Path(random.__file__).parent
+    return "".join(open(folder / name, newline="", encoding="utf-8").read() for name in names)
 
 
 def bpe_random_text(rng, n):
@@ -877,7 +884,8 @@ def bpe_random_bytes(rng, n):
 def test_bpe_split_equals_tiktoken_engine(pattern):
     rng = random.Random(1)
     texts = [bpe_random_text(rng, rng.randint(0, 60)) for _ in range(800)]
-    texts += ["", " ", "  ", "\n", " \n", "\n ", "a ", "a  ", "'", "'s", "''s", " 's", "'st", "x'll've'", "a'", "'l", "1'd2", "\u3000x", "\u3000\u3000x"]
+    texts += ["", " ", "  ", "\n", " \n", "\n ", "a ", "a  ", "\u3000x", "\u3000\u3000x"]
+    texts += ["'", "'s", "''s", " 's", "'st", "x'll've'", "a'", "'l", "1'd2"]
     for text in texts:
         ours = bpe_split(text.encode(), pattern)
         assert b"".join(ours) == text.encode()
@@ -899,7 +907,8 @@ def bpe_random_corpus(rng):
     kind = rng.random()
     if kind < 0.4:
         letters = "ab" if rng.random() < 0.5 else "abcdeé中"
-        return [" ".join("".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(1, 25))) for _ in range(rng.randint(1, 4))]
+        word = lambda: "".join(rng.choices(letters, k=rng.randint(1, 9)))
+        return [" ".join(word() for _ in range(rng.randint(1, 25))) for _ in range(rng.randint(1, 4))]
     if kind < 0.6:
         return [" ".join(rng.choice("ab") * rng.randint(1, 30) for _ in range(rng.randint(1, 12)))]
     if kind < 0.8:
@@ -957,8 +966,7 @@ def bpe_incremental_train(words, n_merges):
 def test_bpe_batched_merging_equals_one_at_a_time(kind):
     """At thousands of merges the batches are large; among random bytes more pairs tie than the trainer looks at at once."""
     if kind == "code":
-        text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read()
-                       for f in ("argparse.py", "typing.py", "decimal.py")).encode()
+        text = bpe_stdlib_text("argparse.py", "typing.py", "decimal.py").encode()
     else:
         text = b" ".join(bytes(random.Random(i).choices(range(128, 256), k=9)) for i in range(800))
     tok = Tokenizer.train([text], 3000, special_tokens=(), workers=1)
@@ -974,8 +982,10 @@ def test_bpe_counts_beyond_32_bits():
 
 
 def test_bpe_chunk_boundaries_everywhere(monkeypatch):
+    """Wherever chunks end and whatever parts a text comes in, ids and merges are those of the whole."""
     rng = random.Random(3)
-    texts = [bpe_random_text(rng, rng.randint(0, 120)) for _ in range(25)] + ["中文" * 60, "中。文," * 30, "a" * 300, " " * 200, "é " * 50]
+    texts = [bpe_random_text(rng, rng.randint(0, 120)) for _ in range(25)]
+    texts += ["中文" * 60, "中。文," * 30, "a" * 300, " " * 200, "é " * 50]
     texts = [t.encode() for t in texts] + [bpe_random_bytes(rng, rng.randint(0, 150)) for _ in range(25)]
     toks = [Tokenizer.train(texts, 400, p, special_tokens=(), workers=1) for p in BPE_PATTERNS]
     whole = [[a.tolist() for a in tok.encode_batch(texts)] for tok in toks]
@@ -993,24 +1003,27 @@ def test_bpe_chunk_boundaries_everywhere(monkeypatch):
 
 
 def test_bpe_cuts_text_only_between_words():
-    """At every place where a text may be cut: the two sides give the ids of the whole, whatever the split pattern and normal form."""
+    """At every place where a text may be cut: both sides give the ids of the whole, whatever the split pattern and normal form."""
     r, places = random.Random(0), 0
-    parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000",
-             "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c", "\U0001f600", "\ufeff"]
+    parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t",
+             "\u00a0", "\u3000", "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c",
+             "\U0001f600", "\ufeff"]
     parts += 4 * [" ", "\n"]
     text = "".join(r.choice(parts) for _ in range(6000)).encode()
     text = b"".join(text[i:i + 50] + r.choice([b"", b"\xff", b"\xc3", b"\xe4\xb8", b"\xe3\x80"]) for i in range(0, len(text), 50))
-    for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, bpe.QWEN_SPLIT):
-        tok = Tokenizer(Tokenizer.train([text], 700).merges, pattern)
-        for i in range(0, len(text), 200):
-            piece = text[i:i + 200]
-            ids = tok.encode(piece)
-            windows = [(at, bpe.last_place(piece[at:end])) for at in range(0, 190, 9) for end in range(at + 5, 200, 11)]
-            for place in {at + found for at, found in windows if found}:
-                assert tok.encode(piece[:place]) + tok.encode(piece[place:]) == ids, (pattern, piece[:place], piece[place:])
-                assert bpe.nfc(piece[:place]) + bpe.nfc(piece[place:]) == bpe.nfc(piece)
-                assert tok.encode(bpe.nfc(piece[:place])) + tok.encode(bpe.nfc(piece[place:])) == tok.encode(bpe.nfc(piece))
-                places += 1
+    merges = Tokenizer.train([text], 700).merges
+    toks = [Tokenizer(merges, pattern) for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, bpe.QWEN_SPLIT)]
+    for i in range(0, len(text), 200):
+        piece = text[i:i + 200]
+        windows = [(at, bpe.last_place(piece[at:end])) for at in range(0, 190, 9) for end in range(at + 5, 200, 11)]
+        cuts = [(piece[:place], piece[place:]) for place in {at + found for at, found in windows if found}]
+        normal = [(bpe.nfc(left), bpe.nfc(right)) for left, right in cuts]
+        assert {left + right for left, right in normal} == {bpe.nfc(piece)}
+        for tok, (sides, whole) in itertools.product(toks, ((cuts, piece), (normal, bpe.nfc(piece)))):
+            expect, ids = tok.encode(whole), tok.encode_batch(itertools.chain(*sides))
+            for (left, right), a, b in zip(sides, ids[::2], ids[1::2], strict=True):
+                assert [*a, *b] == expect, (tok.pattern, left, right)
+        places += len(cuts)
     assert places > 1000
 
 
@@ -1070,15 +1083,23 @@ def test_bpe_cache_survives_interrupts_and_two_texts_at_once(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["one letter", "random letters", "spaces", "cjk", "digits"])
 def test_bpe_megabyte_words(kind):
+    """A word as long as its text is learned from and encoded, and costs by the letter about what short words do."""
     rng = random.Random(5)
     n = 1_000_000
-    text = {"one letter": "a" * n, "random letters": "".join(rng.choices("abcdefgh", k=n // 4)), "spaces": " " * n, "digits": "7" * n,
-            "cjk": "".join(rng.choices("中文字母", k=n // 12))}[kind]
+    text = {"one letter": "a" * n, "random letters": "".join(rng.choices("abcdefgh", k=n // 4)), "spaces": " " * n,
+            "digits": "7" * n, "cjk": "".join(rng.choices("中文字母", k=n // 12))}[kind]
     tok = Tokenizer.train([text], 320, special_tokens=(), workers=1)
-    began = time.time()
-    ids = tok.encode(text)
-    assert time.time() - began < 10, "a long word must not take quadratic time"
-    assert tok.decode(ids) == text
+    def seconds(text):
+        """Of this process alone: what else the machine does is not counted. The best of three that remember no word."""
+        found = []
+        for fresh in [Tokenizer(tok.merges) for _ in range(3)]:
+            began = time.process_time()
+            fresh.encode(text)
+            found.append(time.process_time() - began)
+        return min(found)
+    part, words = text[:60_000], "".join(rng.choices("abcdefgh ", k=60_000))
+    assert seconds(part) < 60 * seconds(words), "a long word must not take quadratic time"      # which would be 300 times more
+    assert tok.decode(tok.encode(text[:-1])) == text[:-1]       # the whole may be one token
     short = text[:20_000]
     assert tok.encode(short) == tok.to_tiktoken().encode_ordinary(short)
 
@@ -1100,6 +1121,7 @@ def test_bpe_special_tokens():
 
 
 def test_bpe_ids_past_16_bits_are_whole():
+    """A vocabulary with a gap, whose last id uint16 could not hold."""
     tok = Tokenizer([], tokens=BPE_BYTES | {b"ab": 70000})
     assert tok.vocab_size == 70001 and tok.encode("cab") == [99, 70000] and tok.encode_batch(["ab"])[0].dtype == np.uint32
 
@@ -1149,6 +1171,7 @@ def test_bpe_stream_never_breaks_a_character():
 
 
 def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
+    """The file gives the tokenizer back; whatever is changed in it is an error that names it; a full disk leaves the old one."""
     tok = Tokenizer.train(["the cat sat on the mat, the cat!"], 280, GPT4_SPLIT, ("<|a|>", "<|b|>"))
     path = str(tmp_path / "tok.json")
     tok.save(path)
@@ -1160,10 +1183,11 @@ def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
     assert Tokenizer([], normalizer="NFC").hash != Tokenizer([]).hash
     d = json.load(open(path))
     assert all(isinstance(p, list) and len(p) == 2 for p in d["merges"])
-    for change in (lambda d: d.pop("merges"), lambda d: d["merges"].reverse(), lambda d: d.update(pattern="x"), lambda d: d["merges"].pop(),
-                   lambda d: d["merges"].append([5, 999]), lambda d: d["merges"].append([5, -3]), lambda d: d["special_tokens"].update(z=5),
-                   lambda d: d["merges"].append(d["merges"][0]), lambda d: d.update(hash="0"), lambda d: d.update(merges=[["a", "b"]]),
-                   lambda d: d.update(merges=[[1, 2, 3]])):
+    for change in (lambda d: d.pop("merges"), lambda d: d["merges"].pop(), lambda d: d["merges"].reverse(),
+                   lambda d: d["merges"].append([5, 999]), lambda d: d["merges"].append([5, -3]),
+                   lambda d: d["merges"].append(d["merges"][0]), lambda d: d.update(merges=[["a", "b"]]),
+                   lambda d: d.update(merges=[[1, 2, 3]]), lambda d: d.update(pattern="x"), lambda d: d.update(hash="0"),
+                   lambda d: d["special_tokens"].update(z=5)):
         bad = json.loads(json.dumps(d))
         change(bad)
         with open(path, "w") as f:
@@ -1217,8 +1241,10 @@ def test_bpe_hugging_face_refused(tmp_path):
 @pytest.mark.parametrize("named, change", [
     ("WordPiece", lambda d: d["model"].update(type="WordPiece")), ("Unigram", lambda d: d["model"].update(type="Unigram")),
     ("byte_fallback", lambda d: (d["model"].update(byte_fallback=True), d.update(pre_tokenizer=None))),         # Llama 2
-    ("Metaspace", lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "_"})), ("NFKC", lambda d: d.update(normalizer={"type": "NFKC"})),
-    ("pre-tokenizer is 'missing'", lambda d: d.update(pre_tokenizer=None)), ("prefix space", lambda d: d["pre_tokenizer"].update(add_prefix_space=True)),
+    ("Metaspace", lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "_"})),
+    ("NFKC", lambda d: d.update(normalizer={"type": "NFKC"})),
+    ("pre-tokenizer is 'missing'", lambda d: d.update(pre_tokenizer=None)),
+    ("prefix space", lambda d: d["pre_tokenizer"].update(add_prefix_space=True)),
     ("Digits", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, d["pre_tokenizer"]]})),
     ("number of split patterns is 0", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": GPT2_SPLIT}, "behavior": "Isolated", "invert": True},
@@ -1238,7 +1264,8 @@ def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
 
 
 def test_bpe_llama_and_qwen_files_peer(tmp_path):
-    """Llama 3: every split of a token as a merge, words looked up first, and tokens that merging does not lead to. Qwen: single digits, NFC."""
+    """Llama 3: every split of a token as a merge, words looked up first, and tokens that merging does not lead to. Qwen: NFC,
+    and every digit by itself."""
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
     rng, path = random.Random(9), tmp_path / "tokenizer.json"
     tok = Tokenizer.train([open(random.__file__).read() + "é中文 नमस्ते e\u0301 " * 20], 800, GPT4_SPLIT, ("<|bos|>", "<|eot|>"))
@@ -1260,27 +1287,32 @@ def test_bpe_llama_and_qwen_files_peer(tmp_path):
         assert all(ours.encode(text) == theirs.encode(text).ids for text in texts)
         return ours
     split["Regex"], d["normalizer"] = bpe.QWEN_SPLIT, {"type": "NFC"}
-    composed = ["e", "\u0301", "\u0323", " ", "中", "1", "23", "\u1100", "\u1161", "\u11a8", "\u0958", "\u212b", "a", "\n", "'S", "\u0344"]
-    texts = ["".join(rng.choices(composed, k=rng.randint(1, 40))) for _ in range(300)] + [bpe_random_text(rng, 60) for _ in range(200)]
-    qwen = same(texts)
+    composed = ["e", "\u0301", "\u0323", " ", "中", "1", "23", "\u1100", "\u1161", "\u11a8", "\u0958", "\u212b", "a", "\n", "'S",
+                "\u0344"]
+    texts = ["".join(rng.choices(composed, k=rng.randint(1, 40))) for _ in range(300)]
+    qwen = same(texts + [bpe_random_text(rng, 60) for _ in range(200)])
     assert qwen.normalizer == "NFC" and qwen.decode(qwen.encode("e\u0301")) == "é"
     with pytest.raises(ValueError, match="NFC"):
         qwen.to_tiktoken()
-    extra = [b" integersX", "नमस्".encode(), b"zqzqz", b"zqzq", b"zqzqzk", b"def randrangex", b"aaaaa", b"aaa", b"aa", b"rnge", b"xrnge", b"nge"]
+    extra = [b" integersX", "नमस्".encode(), b"zqzqz", b"zqzq", b"zqzqzk", b"def randrangex", b"aaaaa", b"aaa", b"aa", b"rnge",
+             b"xrnge", b"nge"]
     rank = {tok.vocab[i]: i for i in range(tok.vocab_size - 2)}
     for token in extra:
         rank.setdefault(token, len(rank))
     name = {t: "".join(letters[b] for b in t) for t in rank}
     merges = [(t[:i], t[i:]) for t in rank for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
     split["Regex"], d["normalizer"] = bpe.QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"), None
-    d["model"] |= {"vocab": {name[t]: i for t, i in rank.items()}, "merges": [f"{name[a]} {name[b]}" for a, b in merges], "ignore_merges": True}
+    d["model"] |= {"vocab": {name[t]: i for t, i in rank.items()}, "merges": [f"{name[a]} {name[b]}" for a, b in merges],
+                   "ignore_merges": True}
     d["added_tokens"] = [t | {"id": len(rank) + i} for i, t in enumerate(d["added_tokens"])]
     pieces = [t.decode(errors="ignore") for t in extra] + ["zq", "qz", "a" * 13, "rnge ", "x", " "]
-    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(500)] + [bpe_random_text(rng, 60) for _ in range(200)]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(500)]
+    texts += [bpe_random_text(rng, 60) for _ in range(200)]
     llama = same(texts + ["x".join(texts[:100]).replace(" ", "")])
     assert llama.pattern == GPT4_SPLIT and not {*extra} <= {llama.vocab[a] + llama.vocab[b] for a, b in llama.merges}
     engine = llama.to_tiktoken()
-    assert all(llama.encode(text) == engine.encode_ordinary(text) for text in texts) and Tokenizer.from_tiktoken(engine).merges == llama.merges
+    assert all(llama.encode(text) == engine.encode_ordinary(text) for text in texts)
+    assert Tokenizer.from_tiktoken(engine).merges == llama.merges
 
 
 def test_bpe_auto_tokenizer_peer(tmp_path):
@@ -1335,6 +1367,7 @@ def test_bpe_gpt2_files_made_here(tmp_path):
 
 
 def test_bpe_tiktoken_files(tmp_path, monkeypatch):
+    """tiktoken's rank files and encodings, read and refused; without a network, GPT-2's own say what to do."""
     tok = Tokenizer.train([open(random.__file__).read()], 600, GPT4_SPLIT, ("<|endoftext|>",))
     assert Tokenizer.from_tiktoken(tok.to_tiktoken()).hash == tok.hash
     path = tmp_path / "x.tiktoken"
@@ -1351,7 +1384,7 @@ def test_bpe_tiktoken_files(tmp_path, monkeypatch):
 
 def test_bpe_equals_rustbpe_peer():
     rustbpe = pytest.importorskip("rustbpe", reason="not installed: pip install rustbpe")
-    text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read() for f in ("turtle.py", "pydoc.py"))
+    text = bpe_stdlib_text("turtle.py", "pydoc.py")
     for pattern in (GPT2_SPLIT, GPT4_SPLIT):
         theirs = rustbpe.Tokenizer()
         theirs.train_from_iterator([text], 5000, pattern=pattern)
@@ -1360,9 +1393,9 @@ def test_bpe_equals_rustbpe_peer():
 
 
 def test_bpe_equals_hugging_face_trainer_peer():
-    """Hugging Face numbers the 256 bytes by the letters it writes for them, and breaks ties by those numbers: so do the same here."""
+    """Hugging Face numbers the 256 bytes by the letters it writes for them, and breaks ties by those numbers: the same here."""
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
-    text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read() for f in ("turtle.py", "pydoc.py"))
+    text = bpe_stdlib_text("turtle.py", "pydoc.py")
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
@@ -1375,16 +1408,23 @@ def test_bpe_equals_hugging_face_trainer_peer():
     assert merges == [(model["vocab"][a], model["vocab"][b]) for a, b in model["merges"]]
 
 
+def bpe_script(folder, code, **kw):
+    """The code as a script of its own, started: workers need a file that they can import."""
+    (folder / "script.py").write_text(code)
+    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=os.environ | {"PYTHONPATH": BPE_HERE}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+
 def test_bpe_workers_that_are_spawned(tmp_path):
     """As on macOS and Windows: the workers import a script's main module anew."""
-    (tmp_path / "script.py").write_text(
-        "import sys, bpe\n"
-        "if __name__ == '__main__':\n"
-        "    sys.platform, bpe.BATCH = 'elsewhere', 1000\n"
-        "    docs = [f'the cat {i} sat é' for i in range(300)]\n"
-        "    print(bpe.Tokenizer.train(docs, 300, workers=2).hash == bpe.Tokenizer.train(docs, 300, workers=1).hash)\n")
-    r = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": BPE_HERE})
-    assert r.stdout == "True\n", r.stderr
+    out, err = bpe_script(tmp_path, """
+import sys, bpe
+if __name__ == '__main__':
+    sys.platform, bpe.BATCH = 'elsewhere', 1000
+    docs = [f'the cat {i} sat é' for i in range(300)]
+    print(bpe.Tokenizer.train(docs, 300, workers=2).hash == bpe.Tokenizer.train(docs, 300, workers=1).hash)
+""").communicate(timeout=100)
+    assert out == "True\n", err
 
 
 def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
@@ -1411,19 +1451,19 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
 
 def test_bpe_interrupted_training_ends_at_once(tmp_path):
     """Ctrl-C, which the terminal sends to the workers too: nobody finishes what it has begun."""
-    (tmp_path / "script.py").write_text(
-        "import time, bpe\n"
-        "bpe.BATCH = 1000\n"
-        "def slow(pieces, pattern):\n"
-        "    time.sleep(30)\n"
-        "bpe.count_words = slow\n"
-        "def docs():\n"
-        "    for i in range(10 ** 9):\n"
-        "        yield f'the cat {i} sat on the mat ' * 5\n"
-        "        if i == 30: print(i, flush=True)\n"
-        "bpe.Tokenizer.train(docs(), 300, workers=2)\n")
-    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True, env=os.environ | {"PYTHONPATH": BPE_HERE}) as parent:
+    with bpe_script(tmp_path, """
+import signal, time, bpe
+signal.signal(signal.SIGINT, signal.default_int_handler)        # what runs in the background ignores it
+bpe.BATCH = 1000
+def slow(pieces, pattern):
+    time.sleep(30)
+bpe.count_words = slow
+def docs():
+    for i in range(10 ** 9):
+        yield f'the cat {i} sat on the mat ' * 5
+        if i == 30: print(i, flush=True)
+bpe.Tokenizer.train(docs(), 300, workers=2)
+""", start_new_session=True) as parent:
         parent.stdout.readline()
         time.sleep(0.5)
         began = time.time()
@@ -1434,15 +1474,15 @@ def test_bpe_interrupted_training_ends_at_once(tmp_path):
 
 def test_bpe_killed_training_leaves_no_processes(tmp_path):
     """Workers look after themselves when the parent is killed and cannot stop them."""
-    (tmp_path / "script.py").write_text(
-        "import multiprocessing, bpe\n"
-        "bpe.BATCH = 1000\n"
-        "def docs():\n"
-        "    for i in range(10 ** 9):\n"
-        "        yield f'the cat {i} sat on the mat ' * 5\n"
-        "        if i == 300: print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
-        "bpe.Tokenizer.train(docs(), 300, workers=2)\n")
-    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": BPE_HERE}) as parent:
+    with bpe_script(tmp_path, """
+import multiprocessing, bpe
+bpe.BATCH = 1000
+def docs():
+    for i in range(10 ** 9):
+        yield f'the cat {i} sat on the mat ' * 5
+        if i == 300: print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+bpe.Tokenizer.train(docs(), 300, workers=2)
+""") as parent:
         workers = list(map(int, parent.stdout.readline().split()))
         parent.kill()
     assert len(workers) == 2
@@ -1470,7 +1510,8 @@ def test_bpe_memory_of_a_stream_is_bounded(monkeypatch):
 
 def test_bpe_command_line(tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, os.path.join(BPE_HERE, "bpe.py"), *args], capture_output=True, text=True, cwd=tmp_path)
+        words = [sys.executable, os.path.join(BPE_HERE, "bpe.py"), *args]
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     (tmp_path / "a.txt").write_bytes(b"the cat sat\r\n on the mat \xff\xfe" * 50)
     (tmp_path / "empty.txt").write_bytes(b"")
     r = run("a.txt", "--vocab_size=280", "--out=tok.json")

@@ -1003,7 +1003,7 @@ def test_bpe_chunk_boundaries_everywhere(monkeypatch):
 
 
 def test_bpe_cuts_text_only_between_words():
-    """At every place where a text may be cut: both sides give the ids of the whole, whatever the split pattern and normal form."""
+    """At every place where a text may be cut, both sides give the ids of the whole, whatever the split pattern, normal or not."""
     r, places = random.Random(0), 0
     parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t",
              "\u00a0", "\u3000", "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c",

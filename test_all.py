@@ -1578,6 +1578,7 @@ def prepare_hashes(folder):
 
 
 def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
+    """Every kind of file, copies, empty texts, odd bytes: each document is in one bin, once and whole, and meta.json is right."""
     monkeypatch.chdir(tmp_path)
     files = {f"in/{i:02d}{ending}": prepare_text(i, 50 + i) for i, ending in enumerate([".txt", ".md", ".py"] * 12)}
     files |= {"in/sub/bad.txt": b"caf\xc3\xa9 \xff\xfe\x80 broken \xe6\x9d", "in/sub/crlf.txt": "one\r\ntwo\r\n\r\nthree",
@@ -1613,6 +1614,7 @@ def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
+    """And never inside a character."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 1000)      # so that it makes many spans
     monkeypatch.setattr(bpe, "CHUNK", 500)
@@ -1632,6 +1634,7 @@ def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
 
 
 def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
+    """Documents longer than a unit of work are told apart, and encoded as if they were read whole."""
     monkeypatch.chdir(tmp_path)
     r = random.Random(0)
     docs = [prepare_text(i, r.randrange(1, 900)).encode() for i in range(20)]
@@ -1689,7 +1692,9 @@ def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch):
 
 
 PREPARE_KILLED = """
-import sys, config, prepare
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)        # what runs in the background ignores it
+import config, prepare
 prepare.UNIT, prepare.SAVE = 3000, 0
 encode = prepare.encode_unit
 def slow(job):
@@ -1855,6 +1860,7 @@ def test_prepare_answers_count_and_questions_do_not(tmp_path, monkeypatch, unit)
 
 
 def test_prepare_preference_pairs(tmp_path, monkeypatch):
+    """A prompt with its chosen answer, then the same with the rejected one; only answers count."""
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
     prepare_files("in", {"a.jsonl": "\n".join(map(json.dumps, pairs))})
@@ -1879,7 +1885,8 @@ def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
 def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     choose = prepare.choose
-    for old, new in (('{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '), ("some text", "some"), ("as long", "another")):
+    lines, one_of_that_length = '{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '
+    for old, new in ((lines, one_of_that_length), ("some text", "some"), ("as long", "another")):
         name = "x.jsonl" if "{" in old else "x.txt"
         prepare_files("in", {name: old, "y.txt": "y"})
         monkeypatch.setattr(prepare, "choose", lambda *a: (prepare_files("in", {name: new}), choose(*a))[1])
@@ -1890,7 +1897,8 @@ def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
 def test_prepare_odd_files(tmp_path, monkeypatch):
     """A byte order mark before JSON; names that are no UTF-8 or have a line end; pipes and links to nowhere are no text."""
     monkeypatch.chdir(tmp_path)
-    prepare_files("in", {"a.jsonl": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n', "two\nlines.txt": "x", os.fsdecode(b"\xff.md"): "y"})
+    prepare_files("in", {"a.jsonl": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n',
+                         "two\nlines.txt": "x", os.fsdecode(b"\xff.md"): "y"})
     os.mkfifo("in/pipe.txt")
     os.symlink("nowhere", "in/link.txt")
     os.symlink(".", "in/loop")
@@ -1898,8 +1906,11 @@ def test_prepare_odd_files(tmp_path, monkeypatch):
     assert sorted(prepare_documents(meta, "train")[0] + prepare_documents(meta, "val")[0]) == [b"marked", b"next", b"x", b"y"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"3", b"null", b"[1]", b"[99, [0, 0]]", b"[-1, [0, 0]]", b"[1, [-1, -5]]", b"[1, [0]]", b"\xff", b'[1, ["", 0]]'])
+@pytest.mark.parametrize("damage", [
+    b"", b"{}", b"3", b"null", b"[1]", b"\xff",
+    b"[99, [0, 0]]", b"[-1, [0, 0]]", b"[1, [-1, -5]]", b"[1, [0]]", b'[1, ["", 0]]'])      # units done, tokens of each split
 def test_prepare_damaged_state_starts_over(tmp_path, monkeypatch, damage):
+    """The note of how far an interrupted run has come may be anything: the bytes are those of a run from the beginning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 2000)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(20)})
@@ -1918,8 +1929,8 @@ def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 200) for i in range(300)})
     command = [sys.executable, "-c", PREPARE_KILLED, "--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
-    runs = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PREPARE_ROOT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for _ in range(2)]
+    env, pipes = {**os.environ, "PYTHONPATH": PREPARE_ROOT}, dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    runs = [subprocess.Popen(command, env=env, text=True, **pipes) for _ in range(2)]
     said = [p.communicate(timeout=60)[0] for p in runs]
     assert [p.returncode for p in runs] == [0, 0], said
     assert sum("waiting for it" in text and "prepared already" in text for text in said) == 1
@@ -1928,6 +1939,7 @@ def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
 
 
 def test_prepare_verify(tmp_path, monkeypatch):
+    """What is on the disk is refused when knobs or files do not fit, with the one way out: prepare again."""
     monkeypatch.chdir(tmp_path)
     assert not prepare.prepared(prepare_cfg())
     with pytest.raises(FileNotFoundError, match="is not prepared"): prepare.verify(prepare_cfg())
@@ -2061,6 +2073,7 @@ PREPARE_BODY = random.Random(0).randbytes(300_000)
     ([500], "500"), (["dead"], "timed out"), (["long"], "1000 more expected|of 301,000 bytes"),
 ])
 def test_prepare_fetch(tmp_path, monkeypatch, script, error):
+    """A server that cuts, stalls, refuses or lies: in the end the whole file by its hash, or one clear line and no file."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path, sha = str(tmp_path / "new" / "file.txt"), hashlib.sha256(PREPARE_BODY).hexdigest()
     for given, headers in ((sha, {}), ("", {"X-Linked-Etag": f'"{sha}"'})):
@@ -2101,6 +2114,7 @@ def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
 
 
 def test_prepare_shakespeare(tmp_path, monkeypatch):
+    """Downloaded once for both of its datasets; another text under its name is refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     text = prepare_text(0, 2000).encode()
@@ -2123,6 +2137,7 @@ def test_prepare_shakespeare(tmp_path, monkeypatch):
 
 
 def test_prepare_tinystories(tmp_path, monkeypatch):
+    """Its stories stand between end-of-text marks, its split is its own, and what validation has is not trained on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 400)
     stories = [prepare_text(i, 30).strip() for i in range(60)] + ["ends in <|endoftext|>", "two\n\nparts"]
@@ -2139,6 +2154,7 @@ def test_prepare_tinystories(tmp_path, monkeypatch):
 
 
 def test_prepare_fineweb(tmp_path, monkeypatch):
+    """Shards of ready tokens: checked, joined, their texts' bytes counted; a damaged one is named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     tok = bpe.Tokenizer.train([prepare_text(0, 2000)], 300)         # stands for GPT-2's; end-of-text comes last in both

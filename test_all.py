@@ -3059,8 +3059,9 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
         train_here(monkeypatch, train_dir, tmp_path, out="z", shard_optimizer=True)
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12),
-    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
 def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: name)         # where a CPU's name has a number
     assert train.Machine(config.Config(device="cpu")).peak == peak

@@ -3678,7 +3678,8 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
 def test_sample_json_lines_are_not_lost_when_a_later_batch_is_interrupted(tmp_path, capsys, monkeypatch):
     sample_checkpoint(tmp_path)
     (tmp_path / "p.txt").write_bytes("the cat\r\nvu\r\non the mat\r\n".encode())          # as Windows writes it
-    argv, decode, calls = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"], sample.decode, itertools.count(1)
+    argv = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"]
+    decode, calls = sample.decode, itertools.count(1)
     whole = sample_json(capsys, *argv)
     assert [line["prompt"] for line in whole] == ["the cat", "vu", "on the mat"]
     def interrupted(*args, **kw):
@@ -3760,8 +3761,9 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--num_beams=2", "--temperature=0", "--interactive"], "no num_beams with interactive"),
     (["--out_dir=small"], "its tokenizer has 280 tokens, its model only 100"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
-    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"), (["--sinks=32"], "must be below half"),
-    (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
+    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"),
+    (["--sinks=32"], "must be below half"), (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"),
+    (["--speculate=-1"], "negative")])
 def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = sample_checkpoint("out/good")
@@ -3940,44 +3942,50 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
     folder = str(tmp_path / "hf")
     sample_main(capsys, f"--out_dir={tmp_path}/run", f"--export={folder}")
     ours, tok = model_py.GPT.load(str(tmp_path / "run" / "ckpt.pt")), Tokenizer.from_dict(trained["tokenizer"])
-    theirs, auto = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    auto = transformers.AutoTokenizer.from_pretrained(folder)
     hf_tokens_equal(tok, auto)
     idx = torch.tensor([tok.encode("This module provides")])[:, :12]
     with torch.no_grad(): torch.testing.assert_close(theirs(idx).logits, ours(idx)[0], atol=1e-4, rtol=1e-4)
     assert theirs(idx).logits.abs().max() > 0.1
     start = ["--start=module", "--max_new_tokens=30", "--seed=3"]
-    assert sample_main(capsys, f"--init_from={folder}", *start) == sample_main(capsys, f"--out_dir={tmp_path}/run", "--dtype=float32", *start)
+    text = sample_main(capsys, f"--out_dir={tmp_path}/run", "--dtype=float32", *start)
+    assert sample_main(capsys, f"--init_from={folder}", *start) == text
     # the shape is the folder's, only a smaller block_size and dropout are the config's
-    other = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=999, learning_rate=0, matrix_lr=0, embedding_lr=0, unembedding_lr=0, max_iters=2, block_size=8)
+    still = dict(learning_rate=0, matrix_lr=0, embedding_lr=0, unembedding_lr=0)
+    other = dict(still, n_layer=4, n_head=4, n_embd=64, vocab_size=999, max_iters=2, block_size=8)
     tuned = train_here(monkeypatch, train_dir, tmp_path, out="tuned", init_from=folder, **other)
-    out = capsys.readouterr().out
-    assert "n_layer 4 -> 2" in out and "vocab_size 999 -> 300" in out and "block_size" not in out.split("sets: ")[1].split("\n")[0]
+    said = capsys.readouterr().out.split("sets: ")[1].split("\n")[0]
+    assert "n_layer 4 -> 2" in said and "vocab_size 999 -> 300" in said and "block_size" not in said
     assert tuned["config"]["n_layer"] == 2 and tuned["config"]["block_size"] == 8 and tuned["tokenizer"]["hash"] == tok.hash
     for name, p in trained["model"].items(): assert torch.equal(tuned["model"][name], p), name      # every rate was zero
     # a run so begun goes on with the same words, though the config file's shape is another
-    resumed = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **{**other, "init_from": "resume", "max_iters": 4, "learning_rate": 1e-2})
+    on = dict(other, init_from="resume", max_iters=4, learning_rate=1e-2)
+    resumed = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **on)
     assert resumed["step"] == 4 and resumed["config"]["n_layer"] == 2 and resumed["config"]["init_from"] == folder
     again = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **{**other, "init_from": "resume", "max_iters": 5})
     assert again["step"] == 5 and not equal_states(again, trained)
     sample_main(capsys, f"--out_dir={tmp_path}/tuned", "--max_new_tokens=5", "--sinks=1")
     # data of another tokenizer is refused; missing data is prepared with the model's
+    bpe.Tokenizer.train(["other text"], 300).to_hf(os.path.join(folder, "tokenizer.json"))
     with pytest.raises(ValueError, match="data/tiny was prepared with tokenizer='bpe', not '.*tokenizer.json'"):
-        bpe.Tokenizer.train(["other text"], 300).to_hf(os.path.join(folder, "tokenizer.json"))
         train_here(monkeypatch, train_dir, tmp_path, out="none", init_from=folder, **other)
     new = train_here(monkeypatch, train_dir, tmp_path, out="new", init_from=folder, dataset="new", **other)
-    assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
+    hash_of_folder = Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
+    assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == hash_of_folder
     monkeypatch.chdir(train_dir)
     prepare.main(config.load(train_words(init_from=folder, dataset="new", vocab_size=257)))
     assert "data/new is prepared already, nothing to do" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "): train_here(monkeypatch, train_dir, tmp_path, out="none", init_from="gpt3")
+    with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "):
+        train_here(monkeypatch, train_dir, tmp_path, out="none", init_from="gpt3")
 
 
 def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):
     """From a hub on 127.0.0.1: broken off and resumed, hash verified; then from the disk; a gated one is refused in a line."""
-    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    pytest.importorskip("transformers", reason="not installed: pip install transformers")
     (tmp_path / "source").mkdir()
     bpe.Tokenizer.train(["ab"], 257).to_hf(str(tmp_path / "source" / "tokenizer.json"))
-    transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**{**HF_MODELS["gpt2"][1], "vocab_size": 257})).save_pretrained(tmp_path / "source")
+    hf_made("gpt2", vocab_size=257).save_pretrained(tmp_path / "source")
     asked, cut = [], [True]
 
     class Hub(http.server.BaseHTTPRequestHandler):

@@ -10,6 +10,7 @@ import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time
 from collections import Counter
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before numpy and torch: for matrices so small, threads only wait for each other
 import numpy
 import numpy as np
 import pytest

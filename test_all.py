@@ -3007,7 +3007,7 @@ def test_train_kill_and_sigterm_then_resume(monkeypatch, train_dir, tmp_path):
 
 def test_train_rank_killed_under_torchrun_resumes_by_itself(train_dir, tmp_path):
     words = train_words(max_iters=25, eval_interval=5, batch_size=2, tokens_per_step=64, shard_optimizer=True)
-    train_run(train_dir, *words, f"--out_dir={tmp_path}/whole", processes=2)
+    undisturbed = train_run(train_dir, *words, f"--out_dir={tmp_path}/whole", processes=2, wait=False)
     job = train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", processes=2, restarts=1, wait=False)
     for line in job.stdout:
         if line.startswith("step     12"): break
@@ -3015,6 +3015,7 @@ def test_train_rank_killed_under_torchrun_resumes_by_itself(train_dir, tmp_path)
     os.kill(int(children[-1]), 9)
     rest = job.communicate(timeout=120)[0]
     assert "resuming" in rest and "at step 10" in rest
+    undisturbed.communicate(timeout=120)
     whole, killed = (model_py.load_checkpoint(f"{tmp_path}/{name}/ckpt.pt") for name in ("whole", "killed"))
     assert killed["step"] == 25 and equal_states(whole, killed)
 

@@ -1115,7 +1115,7 @@ def test_bpe_special_tokens():
         assert tok.encode(text, allowed) == tok.to_tiktoken().encode(text, allowed_special=allowed, disallowed_special=())
     assert tok.encode(text, "all") == tok.encode(text, ["<|x|>", "<|endoftext|>"]) == tok.encode(text.encode(), "all")
     assert tok.decode(tok.encode(text, "all")) == text
-    with pytest.raises(ValueError, match="<|y|>"):
+    with pytest.raises(ValueError, match=re.escape("allowed_special has '<|y|>', none of")):
         tok.encode(text, ["<|y|>"])
     tok = Tokenizer([], special_tokens=("<a>", "<a>b"))         # the longer of two that begin alike
     assert tok.encode("<a>b<a>", "all") == [257, 256]
@@ -1376,7 +1376,7 @@ def test_bpe_tiktoken_files(tmp_path, monkeypatch):
     assert Tokenizer.from_tiktoken(str(path), GPT4_SPLIT, ("<|endoftext|>",)).hash == tok.hash
     for content in ("YQ==", "YQ== 1\n", "?? 1\n", "YQ== x\n"):
         path.write_text(content)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="cannot read .*x.tiktoken: "):
             Tokenizer.from_tiktoken(str(path))
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(ValueError, match="from_gpt2"):

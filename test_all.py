@@ -2926,7 +2926,7 @@ def test_train_out_of_memory_is_one_line(monkeypatch, train_dir, tmp_path):
     (dict(seed=2 ** 32, dropout=0.1), "seed=4294967296 must be below 2**32"),
     (dict(window=8), "window_pattern='' and window=8 belong together"),
     (dict(doc_mask=True, dataset="one", input="notes/heapq.txt", vocab_size=260), "one is one text without end-of-text tokens"),
-    (dict(vocab_size=400), "vocab_size")])
+    (dict(vocab_size=400), "data/tiny was prepared with vocab_size=300, not 400: run prepare.py")])
 def test_train_errors(monkeypatch, train_dir, tmp_path, kw, message):
     with pytest.raises(ValueError) as e: train_here(monkeypatch, train_dir, tmp_path, **kw)
     assert message in str(e.value) and "\n" not in str(e.value)

@@ -3069,7 +3069,7 @@ def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
     assert train.Machine(config.Config(device="cpu")).peak == peak
 
 
-def test_train_memory_estimate_counts_optimizer_state(train_dir):
+def test_train_memory_estimate_counts_optimizer_state():
     """What the optimizers really hold after a step, against the estimate."""
     for optimizer, rank in (("muon", 0), ("adamw", 0), ("muon", 4)):
         cfg = config.load(train_words(optimizer=optimizer, lora_rank=rank, init_from="gpt2"))
@@ -3154,7 +3154,7 @@ def test_train_fine_tuning_one_process_equals_two_ranks_peer(monkeypatch, tune_d
     train_same_log(tmp_path)
 
 
-def test_train_masked_batches_and_evaluation_peer(tune_dir, tmp_path, monkeypatch):
+def test_train_masked_batches_and_evaluation_peer(tune_dir, monkeypatch):
     monkeypatch.chdir(tune_dir)
     batches = train.Batches("data/answers/train.bin", 32, 0)
     ids, mask, seen = np.fromfile("data/answers/train.bin", "<u2"), np.fromfile("data/answers/train.mask", np.uint8), []

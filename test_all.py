@@ -3862,7 +3862,7 @@ def test_sample_visualize_is_one_page_with_attention_that_sums_to_one(tmp_path, 
         assert likely == sorted(likely, key=lambda x: -x[0])
 
 
-def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path, capsys):
+def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path):
     sample_checkpoint(tmp_path)
     for kind in ("linear", "ntk", "yarn", "llama3"):
         cfg = config.load([f"--out_dir={tmp_path}", f"--rope_scaling={kind}", "--rope_factor=2"])

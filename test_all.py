@@ -788,8 +788,7 @@ def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="pip install safetensors"): use()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# bpe.py: against a naive trainer and tiktoken's engine
+# ============================================================================ bpe.py
 
 BPE_HERE = os.path.dirname(os.path.abspath(bpe.__file__))
 BPE_GPT2 = os.path.join(BPE_HERE, "..", "shared", "data", "gpt2")
@@ -1535,8 +1534,7 @@ def test_bpe_pickles():
     assert back.hash == tok.hash and back.encode("the mat") == tok.encode("the mat")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# prepare.py
+# ============================================================================ prepare.py
 
 PREPARE_ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
 PREPARE_WORDS = "the of a model token Byte learns runs über naïve 東京 don't 42 <|endoftext|> \t x=1; {} \r\n".split(" ")
@@ -2201,7 +2199,7 @@ def test_prepare_import_is_cheap():
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PREPARE_ROOT}).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- flash_attn.py
+# ============================================================================ flash_attn.py
 
 flash_gpu = torch.cuda.is_available()
 flash_device = torch.device("cuda" if flash_gpu else "cpu")

@@ -5,11 +5,12 @@ What every stage promises, each against an independent twin: naive code, float64
     python -m pytest test_all.py -k "model or train"
     python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
 """
-import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math, os, \
-    random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
+import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
+import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
 from collections import Counter
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before numpy and torch: for matrices so small, threads only wait for each other
 import numpy
 import numpy as np
 import pytest
@@ -38,21 +39,29 @@ CONFIG_FILES = sorted(p for p in glob.glob(os.path.join(HERE, "config", "*.py"))
 
 
 def test_config_order_types_and_flags():
+    """What is said on the command line wins over a file, whatever the order; 1e3 is an int, a value may contain =."""
     path = os.path.join(HERE, "config", "stdlib.py")
     cfg = config.load(["--max_iters=1e3", path, "--start=a=b", "--no_bias", "--compile", "--dropout=0"])
-    assert (cfg.dataset, cfg.max_iters, cfg.start, cfg.bias, cfg.compile, cfg.dropout) == ("stdlib", 1000, "a=b", False, True, 0.0)
+    found = cfg.dataset, cfg.max_iters, cfg.start, cfg.bias, cfg.compile, cfg.dropout
+    assert found == ("stdlib", 1000, "a=b", False, True, 0.0)
     assert isinstance(cfg.dropout, float) and config.load(["--compile=none"]).compile is None
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--max_iter=3"], "did you mean 'max_iters'"), (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
-    (["--bias=1"], "wants True or False"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"), (["nothing.py"], "no config file"),
-    (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"), (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"),
-    (["--n_embd=12"], "must be even"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"), (["--learning_rate=nan"], "wants float, not nan"),
-    (["--max_iters=None"], "wants int, not 'None'"), (["--compile=1"], "wants True or False or None, not '1'"), (["--max_iters=-3"], "negative"),
-    (["--tie_weights"], "zero_init"), (["--batch_size=0"], "at least 1"), (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"),
-    (["--min_p=1.5"], "in [0, 1]"), (["--val_fraction=1"], "in (0, 1)"), (["--learning_rate=1e999"], "wants float"),
-    (["--norm_gain", "--norm=layernorm"], "norm_gain"),
+    (["--max_iter=3"], "did you mean 'max_iters'"), (["nothing.py"], "no config file"),
+    # of another type
+    (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
+    (["--max_iters=None"], "wants int, not 'None'"), (["--bias=1"], "wants True or False"),
+    (["--compile=1"], "wants True or False or None, not '1'"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"),
+    (["--learning_rate=nan"], "wants float, not nan"), (["--learning_rate=1e999"], "wants float"),
+    # out of range
+    (["--max_iters=-3"], "negative"), (["--batch_size=0"], "at least 1"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"),
+    (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"), (["--min_p=1.5"], "in [0, 1]"),
+    (["--val_fraction=1"], "in (0, 1)"),
+    # what does not go together
+    (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"),
+    (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"), (["--n_embd=12"], "must be even"),
+    (["--tie_weights"], "zero_init"), (["--norm_gain", "--norm=layernorm"], "norm_gain"),
     (["--window_pattern=SX", "--window=8"], "'SX'"), (["--pos=sinusoidal", "--n_embd=33", "--n_head=3"], "even n_embd"),
     (["--num_beams=2", "--temperature=0", "--speculate=1"], "speculate=0"),
     (["--num_beams=2", "--temperature=0", "--num_samples=3"], "num_samples <= num_beams")])
@@ -84,6 +93,7 @@ def test_config_help_names_every_knob_and_comment():
 
 
 def test_config_every_knob_is_used():
+    """No dead options: each is read by a script, or by a check in config itself."""
     source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in ("prepare", "train", "sample", "bench", "model"))
     source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"(cfg|config|self)\.{f.name}\b", source)]
@@ -113,8 +123,8 @@ def tiny_gpt(seed=0, noise=0.2, **kw):
 
 
 CLASSIC = dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True, zero_init=False)
-SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp="swiglu", logit_softcap=5.0), CLASSIC, dict(pos="sinusoidal", qk_norm=False),
-          dict(n_kv_head=2, head_size=12, norm_gain=True, norm_eps=1e-6)]
+SHAPES = [dict(), dict(n_kv_head=2), dict(n_kv_head=1, mlp="swiglu", logit_softcap=5.0), CLASSIC,
+          dict(pos="sinusoidal", qk_norm=False), dict(n_kv_head=2, head_size=12, norm_gain=True, norm_eps=1e-6)]
 
 
 def test_model_classic_has_gpt2_parameter_count():
@@ -137,7 +147,8 @@ def test_model_rope_is_complex_multiplication():
     cfg = tiny(n_embd=64, rope_theta=500.0)
     x, (cos, sin) = torch.randn(2, 3, 32, 16, dtype=torch.float64), model_py.rope_table(cfg)
     z = torch.complex(x[..., :8], x[..., 8:])
-    turn = torch.polar(torch.ones(32, 8, dtype=torch.float64), torch.arange(32.0, dtype=torch.float64)[:, None] * 500.0 ** -(torch.arange(0, 16, 2).double() / 16))
+    angle = torch.arange(32.0).double()[:, None] * 500.0 ** -(torch.arange(0, 16, 2).double() / 16)
+    turn = torch.polar(torch.ones_like(angle), angle)
     ours = model_py.apply_rope(x, cos.double(), sin.double())
     torch.testing.assert_close(ours, torch.cat(((z * turn).real, (z * turn).imag), -1), atol=2e-6, rtol=0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)       # q.k depends on the distance alone
@@ -167,7 +178,8 @@ def test_model_attention_against_naive_float64(T, S, K):
 def naive_gpt2(p, idx, n_head, n_layer):
     """GPT-2's forward from its state dict, in plain float64 algebra, sharing nothing with model.py."""
     p = {k: v.double() for k, v in p.items()}
-    ln = lambda x, n: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * p[n + ".weight"] + p[n + ".bias"]
+    normalised = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    ln = lambda x, n: normalised(x) * p[n + ".weight"] + p[n + ".bias"]
     lin = lambda x, n: x @ p[n + ".weight"].T + p[n + ".bias"]
     x = p["transformer.wte.weight"][idx] + p["transformer.wpe.weight"][:idx.shape[1]]
     heads = lambda t: t.view(*t.shape[:2], n_head, -1).transpose(1, 2)
@@ -191,7 +203,8 @@ def test_model_modern_against_naive():
     model, idx = tiny_gpt(logit_softcap=3.0, n_kv_head=2), torch.randint(61, (2, 11))
     p = {k: v.double() for k, v in model.state_dict().items()}
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    turn = torch.polar(torch.ones(11, 4).double(), torch.arange(11.0).double()[:, None] * 10000.0 ** -(torch.arange(4).double() / 4))
+    angle = torch.arange(11.0).double()[:, None] * 10000.0 ** -(torch.arange(4).double() / 4)
+    turn = torch.polar(torch.ones_like(angle), angle)
     def rope(x):
         z = torch.complex(x[..., :4], x[..., 4:]) * turn
         return torch.cat((z.real, z.imag), -1)
@@ -210,6 +223,7 @@ def test_model_modern_against_naive():
 @pytest.mark.parametrize("kw", SHAPES)
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 8, 3], [19, 1]])
 def test_model_cached_logits_equal_uncached(kw, chunks):
+    """Whether the text comes whole, token by token or in pieces."""
     model, idx = tiny_gpt(**kw), torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
     cache = model_py.KVCache(model.config, 2, 20, torch.device("cpu"), torch.float32)
     logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
@@ -219,6 +233,7 @@ def test_model_cached_logits_equal_uncached(kw, chunks):
 
 @pytest.mark.parametrize("kw", SHAPES)
 def test_model_ragged_cache_equals_solo_rows(kw):
+    """Prompts of different lengths in one batch, then steps; and rows dropped and reordered, as beams do."""
     model, lengths = tiny_gpt(**kw), [3, 9, 1]
     rows = [torch.randint(61, (1, n + 4)) for n in lengths]
     padded = torch.zeros(3, 9, dtype=torch.long)
@@ -313,7 +328,8 @@ def test_model_optimizers_cover_every_parameter_once(kw, optimizer):
 def test_model_flops_against_torch_counter():
     """Every product in forward and backward is counted; only the attention matrix is counted whole, as PaLM does."""
     model = model_py.GPT(tiny(block_size=32, n_embd=32, vocab_size=64)).train()
-    for block in model.transformer.h: block.attn.forward = types.MethodType(lambda self, x, *_: self.c_proj(self.c_q(x) + self.c_k(x) + self.c_v(x)), block.attn)
+    def without_attention(self, x, *_): return self.c_proj(self.c_q(x) + self.c_k(x) + self.c_v(x))
+    for block in model.transformer.h: block.attn.forward = types.MethodType(without_attention, block.attn)
     idx = torch.randint(64, (1, 32))
     with FlopCounterMode(display=False) as counter: model(idx, idx)[1].backward()
     assert counter.get_total_flops() == 32 * (model.estimate_flops() - 12 * 2 * 32 * 32)
@@ -329,8 +345,9 @@ def model_interpreted(model):
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
 def test_model_windows_against_naive(backend, monkeypatch):
-    """Each layer's window is the attention of the specification with that window; layers: S, L, and the last sees all whatever its letter."""
-    model, idx, real, seen = tiny_gpt(n_layer=3, window_pattern="SLS", window=3), torch.randint(61, (2, 11)), model_py.attention, []
+    """Each layer is the specification's attention with its window: S, L, and the last one sees all whatever its letter."""
+    model, idx = tiny_gpt(n_layer=3, window_pattern="SLS", window=3), torch.randint(61, (2, 11))
+    real, seen = model_py.attention, []
     if backend == "flash_attn": model_interpreted(model)
     monkeypatch.setattr(model_py, "attention", lambda *args: seen.append((args[:3], real(*args))) or seen[-1][1])
     model(idx)
@@ -356,11 +373,11 @@ def test_model_cache_by_the_kernels_equals_uncached_sdpa():
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
 def test_model_document_mask_equals_each_document_alone(backend):
-    """Logits and gradients of three documents in a row, with windows and gradient checkpointing, are those of each by itself (RoPE)."""
+    """Logits and gradients of documents in a row, with windows and gradient checkpointing, are those of each alone (RoPE)."""
     shape, end = dict(n_layer=3, window_pattern="SL", window=4), 60
     model, ids = tiny_gpt(**shape).train(), torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(2))
     if backend == "flash_attn": model_interpreted(model)
-    cuts = [(9, 10), (1, 16)]                       # documents begin there, with the end-of-text token; a row may begin within one
+    cuts = [(9, 10), (1, 16)]           # documents begin there, with the end-of-text token; a row may begin within one
     for row, at in zip(ids, cuts): row[list(at)] = end
     model.doc_mask, model.grad_checkpoint, twin = end, True, tiny_gpt(**shape)
     logits, loss = model(ids)[0], model(ids[:, :-1], ids[:, 1:])[1]
@@ -374,14 +391,17 @@ def test_model_document_mask_equals_each_document_alone(backend):
             losses.append(torch.nn.functional.cross_entropy(alone[:n], ids[b, first + 1:first + 1 + n], reduction="sum"))
     (sum(losses) / 46).backward()
     assert loss.item() == pytest.approx(sum(losses).item() / 46, rel=1e-5)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True): torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
     cache = model_py.KVCache(model.config, 2, 24, torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(model.eval()(ids, cache=cache)[0], twin(ids)[0], atol=2e-4, rtol=1e-4)      # sampling sees everything
+    sampled = model.eval()(ids, cache=cache)[0]                     # with a cache, a token sees everything
+    torch.testing.assert_close(sampled, twin(ids)[0], atol=2e-4, rtol=1e-4)
 
 
 def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_twice(monkeypatch):
     torch.manual_seed(0)
-    model, ids, made, real = tiny_gpt(n_layer=3, window_pattern="SSL", window=4, dropout=0.5).train(), torch.randint(61, (2, 16)), [], model_py.sdpa_mask
+    model = tiny_gpt(n_layer=3, window_pattern="SSL", window=4, dropout=0.5).train()
+    ids, made, real = torch.randint(61, (2, 16)), [], model_py.sdpa_mask
     model.set_backend()
     model.doc_mask, model.grad_checkpoint = 60, True
     monkeypatch.setattr(model_py, "sdpa_mask", lambda *args: made.append(args[2]) or real(*args))
@@ -395,13 +415,14 @@ def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_t
 
 def test_model_flops_of_windows():
     flops = lambda **kw: model_py.GPT(tiny(n_layer=4, **kw)).estimate_flops()
-    assert flops() - flops(window_pattern="SL", window=5) == 12 * 32 * 2 * (32 - 5) and flops() == flops(window_pattern="SL", window=99)
+    assert flops() - flops(window_pattern="SL", window=5) == 12 * 32 * 2 * (32 - 5)
+    assert flops() == flops(window_pattern="SL", window=99)
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 def test_model_fused_loss_against_plain_cross_entropy(cap):
     """Loss and both gradients in float64, over chunks that do not divide the rows, some targets ignored."""
-    x, w = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    x, w = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (23, 11))
     targets = torch.randint(11, (23,))
     targets[[0, 7, 22]] = -1
     logits = x @ w.T
@@ -419,7 +440,7 @@ def test_model_masked_targets_give_no_loss_and_no_gradient():
     results = []
     for other in (5, 44):
         model, idx = tiny_gpt(), torch.arange(20).view(2, 10) % 61
-        idx[:, -1] = other                                                      # only itself and the masked target after it see it
+        idx[:, -1] = other                                                  # only itself and the masked target after it see it
         targets = torch.cat((idx[:, 1:], idx[:, :1]), 1).masked_fill(torch.arange(10) >= 6, -1)
         loss = model(idx, targets)[1]
         loss.backward()
@@ -499,7 +520,8 @@ def test_model_generate_matches_argmax_recompute_and_passes_the_context():
 def test_model_filters_against_plain_python():
     rng = random.Random(0)
     for _ in range(200):
-        V, k, top_p, min_p = rng.randint(2, 12), rng.randint(0, 12), rng.choice([1.0, 0.9, 0.5, 0.01]), rng.choice([0.0, 0.1, 0.9])
+        V, k = rng.randint(2, 12), rng.randint(0, 12)
+        top_p, min_p = rng.choice([1.0, 0.9, 0.5, 0.01]), rng.choice([0.0, 0.1, 0.9])
         logits = [rng.uniform(-4, 4) for _ in range(V)]
         keep = sorted(range(V), key=lambda i: -logits[i])[:k or V]
         exps = {i: math.exp(logits[i] / 0.7) for i in keep}
@@ -530,23 +552,25 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # tensors and primitives only: what unpickles may run code
     with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     for odd in (dict(config={}), dict(config=5), dict(), dict(config=vars(model.config) | dict(n_head=3))):
-        torch.save(dict(model={}) | odd, tmp_path / "odd.pt")
-        with pytest.raises(ValueError, match="odd.pt: not a checkpoint of this project"): model_py.GPT.load(str(tmp_path / "odd.pt"))
+        os.makedirs(tmp_path / "odd", exist_ok=True)
+        torch.save(dict(model={}, tokenizer=sample_TOK.to_dict()) | odd, tmp_path / "odd" / "ckpt.pt")
         with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of this project"):
-            os.makedirs(tmp_path / "odd", exist_ok=True)
-            torch.save(dict(model={}, tokenizer=sample_TOK.to_dict()) | odd, tmp_path / "odd" / "ckpt.pt")
+            model_py.GPT.load(str(tmp_path / "odd" / "ckpt.pt"))
+        with pytest.raises(ValueError, match="ckpt.pt: not a checkpoint of this project"):
             sample.load(config.Config(out_dir=str(tmp_path / "odd"), rope_scaling="ntk", rope_factor=2.0))
 
 
 # ---- Hugging Face folders
 
-HF_SIZES = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=56,
-                max_position_embeddings=64, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16, rope_theta=500.0)
+HF_COMMON = dict(vocab_size=61, initializer_range=0.3, bos_token_id=None, eos_token_id=None)
+HF_SIZES = dict(HF_COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=56, max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16, rope_theta=500.0)
 HF_MODELS = {
-    "gpt2": ("GPT2", dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=61, initializer_range=0.3, bos_token_id=None, eos_token_id=None)),
-    "gpt2 untied": ("GPT2", dict(n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=64, vocab_size=61, initializer_range=0.3,
-                                 tie_word_embeddings=False, layer_norm_epsilon=1e-3, bos_token_id=None, eos_token_id=None)),
+    "gpt2": ("GPT2", dict(HF_COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+    "gpt2 untied": ("GPT2", dict(HF_COMMON, n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=64, layer_norm_epsilon=1e-3,
+                                 tie_word_embeddings=False)),
     "llama": ("Llama", dict(HF_SIZES, num_key_value_heads=4, rms_norm_eps=1e-5)),
     "llama gqa tied": ("Llama", dict(HF_SIZES, tie_word_embeddings=True)),
     "llama3": ("Llama", dict(HF_SIZES, rope_parameters=LLAMA3, head_dim=16)),
@@ -556,10 +580,16 @@ HF_MODELS = {
     "qwen3 tied": ("Qwen3", dict(HF_SIZES, head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3)),
 }
 OUR_MODELS = {
-    "classic": CLASSIC, "classic without biases": dict(CLASSIC, bias=False, norm_eps=1e-4), "classic untied": dict(CLASSIC, tie_weights=False),
-    "modern": dict(n_kv_head=2), "modern tied": dict(tie_weights=True, zero_init=False, head_size=12, n_inner=72), "swiglu": dict(mlp="swiglu", n_kv_head=1),
-    "llama": dict(qk_norm=False, mlp="swiglu", bias=True, rope_scaling="llama3", rope_factor=4.0), "relu2": dict(qk_norm=False, bias=True),
-    "linear": dict(rope_scaling="linear", rope_factor=2.0, norm_gain=True), "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6)}
+    "classic": CLASSIC,
+    "classic without biases": dict(CLASSIC, bias=False, norm_eps=1e-4),
+    "classic untied": dict(CLASSIC, tie_weights=False),
+    "modern": dict(n_kv_head=2),
+    "modern tied": dict(tie_weights=True, zero_init=False, head_size=12, n_inner=72),
+    "swiglu": dict(mlp="swiglu", n_kv_head=1),
+    "llama": dict(qk_norm=False, mlp="swiglu", bias=True, rope_scaling="llama3", rope_factor=4.0),
+    "relu2": dict(qk_norm=False, bias=True),
+    "linear": dict(rope_scaling="linear", rope_factor=2.0, norm_gain=True),
+    "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6)}
 
 
 def hf_made(name, **changes):
@@ -586,6 +616,7 @@ def hf_same(ours, theirs, new=50):
 
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_model_from_transformers_peer(name, tmp_path):
+    """A folder of theirs, whole or in shards, is the same model here; written back it is the same tensors; old files too."""
     theirs = hf_made(name)
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
@@ -598,7 +629,8 @@ def test_model_from_transformers_peer(name, tmp_path):
     os.mkdir(tmp_path / "back")
     model_py.save_hf(ours, str(tmp_path / "back"))
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
-    for (a, x), (b, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True): assert a == b and torch.equal(x, y), a
+    for (a, x), (b, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True):
+        assert a == b and torch.equal(x, y), a
     # transformers 4 wrote rope_theta and rope_scaling instead, and GPT-2's own file leaves out the prefix but keeps the masks
     path = tmp_path / "one" / "config.json"
     d = json.loads(path.read_text())
@@ -608,13 +640,15 @@ def test_model_from_transformers_peer(name, tmp_path):
     else:
         from safetensors.torch import load_file, save_file
         file = str(path.parent / "model.safetensors")
-        save_file({k.removeprefix("transformer."): v for k, v in load_file(file).items()} | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, file)
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+        save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, file)
     old = model_py.GPT.load(str(path.parent))
     assert old.config == ours.config and all(map(torch.equal, old.parameters(), ours.parameters()))
 
 
 @pytest.mark.parametrize("name", OUR_MODELS)
 def test_model_to_transformers_peer(name, tmp_path):
+    """What is written loads there with the same logits and greedy text, and here again."""
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     ours = tiny_gpt(noise=0.3, **{"block_size": 64, **OUR_MODELS[name]}).requires_grad_(False)
     model_py.save_hf(ours, str(tmp_path), end=5)
@@ -626,41 +660,69 @@ def test_model_to_transformers_peer(name, tmp_path):
     assert again.config.mlp == ours.config.mlp
 
 
-@pytest.mark.parametrize("kw, named", [(dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(pos="sinusoidal"), "pos='sinusoidal'"),
-    (dict(mlp="gelu"), "mlp='gelu'"), (dict(norm="layernorm"), "norm='layernorm'"), (dict(bias=True), "bias=True"), (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"),
-    (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"), (dict(CLASSIC, qk_norm=True), "qk_norm=True"),
-    (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"), (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
+@pytest.mark.parametrize("kw, named", [
+    (dict(logit_softcap=15.0), "logit_softcap=15.0"), (dict(pos="sinusoidal"), "pos='sinusoidal'"),
+    (dict(mlp="gelu"), "mlp='gelu'"), (dict(norm="layernorm"), "norm='layernorm'"), (dict(bias=True), "bias=True"),
+    (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"),
+    (dict(CLASSIC, qk_norm=True), "qk_norm=True"), (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"),
+    (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"),
+    (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
     with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
     assert "\n" not in str(e.value) and not os.listdir(tmp_path)
 
 
-HF_BAD = {      # what is done to config.json, or to the files; what the one line must say
-    "architecture": (dict(model_type="mistral"), "'mistral', and only gpt2, llama, qwen3"), "no architecture": (dict(model_type=None), "architecture is None"),
-    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"), "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
-    "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"), "attention bias": (dict(attention_bias=True), "attention_bias"),
-    "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"), "quantised": (dict(quantization_config={"bits": 4}), "quantization_config="),
-    "yarn": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"), "dynamic": (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
+def hf_int8(path):
+    from safetensors.torch import save_file
+    save_file({"lm_head.weight": torch.ones(2, dtype=torch.int8)}, path)
+
+
+def hf_only_an_index(path):
+    path.unlink()
+    (path.parent / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')
+
+
+HF_BAD = {      # what is done to config.json, or to one of the files; what the one line must say
+    "architecture": (dict(model_type="mistral"), "'mistral', and only gpt2, llama, qwen3"),
+    "no architecture": (dict(model_type=None), "architecture is None"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
+    "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"),
+    "attention bias": (dict(attention_bias=True), "attention_bias"),
+    "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "quantised": (dict(quantization_config={"bits": 4}), "quantization_config="),
+    "yarn": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"),
+    "dynamic": (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
     "rope factors": (dict(rope_scaling=dict(LLAMA3, high_freq_factor=2.0)), "high_freq_factor=2.0"),
-    "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"), "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
-    "odd width": (dict(hidden_size="32"), "config.json: "), "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
-    "wrong shape": (dict(intermediate_size=48), "model.safetensors: model.layers.0.mlp.down_proj.weight is [32, 56], but by config.json [32, 48]"),
+    "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"),
+    "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
+    "odd width": (dict(hidden_size="32"), "config.json: "),
+    "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
+    "wrong shape": (dict(intermediate_size=48),
+                    "model.safetensors: model.layers.0.mlp.down_proj.weight is [32, 56], but by config.json [32, 48]"),
     "missing": (dict(num_hidden_layers=4), "lacks model.layers.3.input_layernorm.weight and 8 more tensors"),
     "extra": (dict(num_hidden_layers=2), "has model.layers.2.input_layernorm.weight, for which config.json has no place"),
     "tied": (dict(tie_word_embeddings=True), "model.embed_tokens.weight is unlike its twin: a tied head must be the embedding"),
     "gate": (dict(hidden_act="relu"), "model.layers.0.mlp.up_proj.weight is unlike its twin"),
-    "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"), "bad config": ("config.json", lambda p: p.write_text("{"), "config.json: Expecting"),
-    "odd index": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": ["a"]}'), "index.json: 'list' object has no"),
-    "odd shard": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": {"a": 5}}'), "index.json: can only concatenate str"),
+    "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"),
+    "bad config": ("config.json", lambda p: p.write_text("{"), "config.json: Expecting"),
+    "odd index": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": ["a"]}'),
+                  "index.json: 'list' object has no"),
+    "odd shard": ("model.safetensors.index.json", lambda p: p.write_text('{"weight_map": {"a": 5}}'),
+                  "index.json: can only concatenate str"),
     "no factor": (dict(rope_scaling=dict(rope_type="linear")), "does not say 'factor'"),
     "no weights": ("model.safetensors", lambda p: p.unlink(), "model.safetensors is missing"),
     "header": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "model.safetensors is damaged"),
-    "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]), "model.safetensors is damaged"),
+    "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]),
+                    "model.safetensors is damaged"),
     "cut": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9]), "model.safetensors is damaged"),
-    "shard": ("model.safetensors", lambda p: (p.unlink(), (p.parent / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')),
-              "1.safetensors is missing (1 of 1 safetensors files)"),
-    "int8": ("model.safetensors", lambda p: __import__("safetensors.torch").torch.save_file({"lm_head.weight": torch.ones(2, dtype=torch.int8)}, p), "lm_head.weight is torch.int8, quantised")}
+    "shard": ("model.safetensors", hf_only_an_index, "1.safetensors is missing (1 of 1 safetensors files)"),
+    "int8": ("model.safetensors", hf_int8, "lm_head.weight is torch.int8, quantised")}
+
+
+def rewrite_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -670,20 +732,21 @@ def hf_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", HF_BAD)
-def test_model_folder_errors_peer(name, hf_folder, tmp_path, monkeypatch):
+def test_model_folder_errors_peer(name, hf_folder, tmp_path):
+    """Each is one line that names the folder and what is wrong with it."""
     bad, folder = HF_BAD[name], tmp_path / "hf"
     shutil.copytree(hf_folder, folder)
     if len(bad) == 3: bad[1](folder / bad[0])
-    else: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | dict(rope_parameters=None) | bad[0]))
+    else: rewrite_json(folder / "config.json", rope_parameters=None, **bad[0])
     with pytest.raises(ValueError) as e: model_py.GPT.load(str(folder))
     assert bad[-1] in str(e.value) and str(folder) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_model_folder_of_gpt2_with_fewer_positions_than_its_file_peer(tmp_path):
     hf_made("gpt2").save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(n_positions=20)))
-    with pytest.raises(ValueError, match=r"transformer.wpe.weight is \[64, 32\], but by config.json \[20, 32\]"): model_py.GPT.load(str(tmp_path))
+    rewrite_json(tmp_path / "config.json", n_positions=20)
+    with pytest.raises(ValueError, match=r"transformer.wpe.weight is \[64, 32\], but by config.json \[20, 32\]"):
+        model_py.GPT.load(str(tmp_path))
 
 
 def test_model_folder_never_holds_its_weights_twice_peer(hf_folder, monkeypatch):
@@ -707,15 +770,19 @@ def test_model_export_copies_no_matrix_that_it_need_not_peer(tmp_path, monkeypat
 
 
 PUBLISHED = {       # what the config.json of the hub says, and how many parameters its model card
-    "llama 3.1 8B": (8_030_261_248, """{"attention_bias": false, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
-        "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32,
-        "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0,
-        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 128256}"""),
-    "qwen3 0.6B": (596_049_920, """{"attention_bias": false, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
-        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
-        "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}""")}
+    "llama 3.1 8B": (8_030_261_248, """{
+        "attention_bias": false, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+        "vocab_size": 128256}"""),
+    "qwen3 0.6B": (596_049_920, """{
+        "attention_bias": false, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16,
+        "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936}""")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -729,13 +796,13 @@ def test_model_published_configs_have_their_published_sizes(name, tmp_path):
 
 def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_positions=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, layer_norm_epsilon=1e-5)))
+    said = dict(model_type="gpt2", n_positions=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, layer_norm_epsilon=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(said))
     for use in (lambda: model_py.GPT.load(str(tmp_path)), lambda: model_py.save_hf(tiny_gpt(), str(tmp_path))):
         with pytest.raises(ValueError, match="pip install safetensors"): use()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# bpe.py: against a naive trainer and tiktoken's engine
+# ============================================================================ bpe.py
 
 BPE_HERE = os.path.dirname(os.path.abspath(bpe.__file__))
 BPE_GPT2 = os.path.join(BPE_HERE, "..", "shared", "data", "gpt2")
@@ -805,9 +872,16 @@ def bpe_counts(texts, pattern):
     return words
 
 
-BPE_CHARS = ["a", "b", "e", "l", "r", "s", "t", "v", "L", "S", "Z", "'", "'", " ", " ", " ", "\n", "\r", "\t", "\x0b", "\x1c", "0", "7", ".", "(", "-",
-             "\x00", "é", "ß", "ſ", "\u0301", "\x85", "\xa0", "\u2003", "\u2028", "\u3000", "中", "文", "。", "½", "٣", "😀", "\U0001d7d8", "\ufeff",
-             "\U0010ffff", "'s", "'LL", "'ve", "'ſ", "123456", "  \n ", "!\n\n", "\r\n"]
+BPE_CHARS = ["a", "b", "e", "l", "r", "s", "t", "v", "L", "S", "Z", "'", "'", " ", " ", " ", "\n", "\r", "\t", "\x0b", "\x1c",
+             "0", "7", ".", "(", "-", "\x00", "é", "ß", "ſ", "\u0301", "\x85", "\xa0", "\u2003", "\u2028", "\u3000",
+             "中", "文", "。", "½", "٣", "😀", "\U0001d7d8", "\ufeff", "\U0010ffff",
+             "'s", "'LL", "'ve", "'ſ", "123456", "  \n ", "!\n\n", "\r\n"]
+
+
+def bpe_stdlib_text(*names):
+    """Source files of Python's own library, in one piece."""
+    folder = Path(random.__file__).parent
+    return "".join(open(folder / name, newline="", encoding="utf-8").read() for name in names)
 
 
 def bpe_random_text(rng, n):
@@ -824,7 +898,8 @@ def bpe_random_bytes(rng, n):
 def test_bpe_split_equals_tiktoken_engine(pattern):
     rng = random.Random(1)
     texts = [bpe_random_text(rng, rng.randint(0, 60)) for _ in range(800)]
-    texts += ["", " ", "  ", "\n", " \n", "\n ", "a ", "a  ", "'", "'s", "''s", " 's", "'st", "x'll've'", "a'", "'l", "1'd2", "\u3000x", "\u3000\u3000x"]
+    texts += ["", " ", "  ", "\n", " \n", "\n ", "a ", "a  ", "\u3000x", "\u3000\u3000x"]
+    texts += ["'", "'s", "''s", " 's", "'st", "x'll've'", "a'", "'l", "1'd2"]
     for text in texts:
         ours = bpe_split(text.encode(), pattern)
         assert b"".join(ours) == text.encode()
@@ -846,7 +921,8 @@ def bpe_random_corpus(rng):
     kind = rng.random()
     if kind < 0.4:
         letters = "ab" if rng.random() < 0.5 else "abcdeé中"
-        return [" ".join("".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(1, 25))) for _ in range(rng.randint(1, 4))]
+        word = lambda: "".join(rng.choices(letters, k=rng.randint(1, 9)))
+        return [" ".join(word() for _ in range(rng.randint(1, 25))) for _ in range(rng.randint(1, 4))]
     if kind < 0.6:
         return [" ".join(rng.choice("ab") * rng.randint(1, 30) for _ in range(rng.randint(1, 12)))]
     if kind < 0.8:
@@ -904,8 +980,7 @@ def bpe_incremental_train(words, n_merges):
 def test_bpe_batched_merging_equals_one_at_a_time(kind):
     """At thousands of merges the batches are large; among random bytes more pairs tie than the trainer looks at at once."""
     if kind == "code":
-        text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read()
-                       for f in ("argparse.py", "typing.py", "decimal.py")).encode()
+        text = bpe_stdlib_text("argparse.py", "typing.py", "decimal.py").encode()
     else:
         text = b" ".join(bytes(random.Random(i).choices(range(128, 256), k=9)) for i in range(800))
     tok = Tokenizer.train([text], 3000, special_tokens=(), workers=1)
@@ -921,8 +996,10 @@ def test_bpe_counts_beyond_32_bits():
 
 
 def test_bpe_chunk_boundaries_everywhere(monkeypatch):
+    """Wherever chunks end and whatever parts a text comes in, ids and merges are those of the whole."""
     rng = random.Random(3)
-    texts = [bpe_random_text(rng, rng.randint(0, 120)) for _ in range(25)] + ["中文" * 60, "中。文," * 30, "a" * 300, " " * 200, "é " * 50]
+    texts = [bpe_random_text(rng, rng.randint(0, 120)) for _ in range(25)]
+    texts += ["中文" * 60, "中。文," * 30, "a" * 300, " " * 200, "é " * 50]
     texts = [t.encode() for t in texts] + [bpe_random_bytes(rng, rng.randint(0, 150)) for _ in range(25)]
     toks = [Tokenizer.train(texts, 400, p, special_tokens=(), workers=1) for p in BPE_PATTERNS]
     whole = [[a.tolist() for a in tok.encode_batch(texts)] for tok in toks]
@@ -940,24 +1017,27 @@ def test_bpe_chunk_boundaries_everywhere(monkeypatch):
 
 
 def test_bpe_cuts_text_only_between_words():
-    """At every place where a text may be cut: the two sides give the ids of the whole, whatever the split pattern and normal form."""
+    """At every place where a text may be cut, both sides give the ids of the whole, whatever the split pattern, normal or not."""
     r, places = random.Random(0), 0
-    parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t", "\u00a0", "\u3000",
-             "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c", "\U0001f600", "\ufeff"]
+    parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t",
+             "\u00a0", "\u3000", "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c",
+             "\U0001f600", "\ufeff"]
     parts += 4 * [" ", "\n"]
     text = "".join(r.choice(parts) for _ in range(6000)).encode()
     text = b"".join(text[i:i + 50] + r.choice([b"", b"\xff", b"\xc3", b"\xe4\xb8", b"\xe3\x80"]) for i in range(0, len(text), 50))
-    for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, bpe.QWEN_SPLIT):
-        tok = Tokenizer(Tokenizer.train([text], 700).merges, pattern)
-        for i in range(0, len(text), 200):
-            piece = text[i:i + 200]
-            ids = tok.encode(piece)
-            windows = [(at, bpe.last_place(piece[at:end])) for at in range(0, 190, 9) for end in range(at + 5, 200, 11)]
-            for place in {at + found for at, found in windows if found}:
-                assert tok.encode(piece[:place]) + tok.encode(piece[place:]) == ids, (pattern, piece[:place], piece[place:])
-                assert bpe.nfc(piece[:place]) + bpe.nfc(piece[place:]) == bpe.nfc(piece)
-                assert tok.encode(bpe.nfc(piece[:place])) + tok.encode(bpe.nfc(piece[place:])) == tok.encode(bpe.nfc(piece))
-                places += 1
+    merges = Tokenizer.train([text], 700).merges
+    toks = [Tokenizer(merges, pattern) for pattern in (GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, bpe.QWEN_SPLIT)]
+    for i in range(0, len(text), 200):
+        piece = text[i:i + 200]
+        windows = [(at, bpe.last_place(piece[at:end])) for at in range(0, 190, 9) for end in range(at + 5, 200, 11)]
+        cuts = [(piece[:place], piece[place:]) for place in {at + found for at, found in windows if found}]
+        normal = [(bpe.nfc(left), bpe.nfc(right)) for left, right in cuts]
+        assert {left + right for left, right in normal} == {bpe.nfc(piece)}
+        for tok, (sides, whole) in itertools.product(toks, ((cuts, piece), (normal, bpe.nfc(piece)))):
+            expect, ids = tok.encode(whole), tok.encode_batch(itertools.chain(*sides))
+            for (left, right), a, b in zip(sides, ids[::2], ids[1::2], strict=True):
+                assert [*a, *b] == expect, (tok.pattern, left, right)
+        places += len(cuts)
     assert places > 1000
 
 
@@ -1017,15 +1097,23 @@ def test_bpe_cache_survives_interrupts_and_two_texts_at_once(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["one letter", "random letters", "spaces", "cjk", "digits"])
 def test_bpe_megabyte_words(kind):
+    """A word as long as its text is learned from and encoded, and costs by the letter about what short words do."""
     rng = random.Random(5)
     n = 1_000_000
-    text = {"one letter": "a" * n, "random letters": "".join(rng.choices("abcdefgh", k=n // 4)), "spaces": " " * n, "digits": "7" * n,
-            "cjk": "".join(rng.choices("中文字母", k=n // 12))}[kind]
+    text = {"one letter": "a" * n, "random letters": "".join(rng.choices("abcdefgh", k=n // 4)), "spaces": " " * n,
+            "digits": "7" * n, "cjk": "".join(rng.choices("中文字母", k=n // 12))}[kind]
     tok = Tokenizer.train([text], 320, special_tokens=(), workers=1)
-    began = time.time()
-    ids = tok.encode(text)
-    assert time.time() - began < 10, "a long word must not take quadratic time"
-    assert tok.decode(ids) == text
+    def seconds(text):
+        """Of this process alone: what else the machine does is not counted. The best of three that remember no word."""
+        found = []
+        for fresh in [Tokenizer(tok.merges) for _ in range(3)]:
+            began = time.process_time()
+            fresh.encode(text)
+            found.append(time.process_time() - began)
+        return min(found)
+    part, words = text[:60_000], "".join(rng.choices("abcdefgh ", k=60_000))
+    assert seconds(part) < 60 * seconds(words), "a long word must not take quadratic time"      # which would be 300 times more
+    assert tok.decode(tok.encode(text[:-1])) == text[:-1]       # the whole may be one token
     short = text[:20_000]
     assert tok.encode(short) == tok.to_tiktoken().encode_ordinary(short)
 
@@ -1040,13 +1128,14 @@ def test_bpe_special_tokens():
         assert tok.encode(text, allowed) == tok.to_tiktoken().encode(text, allowed_special=allowed, disallowed_special=())
     assert tok.encode(text, "all") == tok.encode(text, ["<|x|>", "<|endoftext|>"]) == tok.encode(text.encode(), "all")
     assert tok.decode(tok.encode(text, "all")) == text
-    with pytest.raises(ValueError, match="<|y|>"):
+    with pytest.raises(ValueError, match=re.escape("allowed_special has '<|y|>', none of")):
         tok.encode(text, ["<|y|>"])
     tok = Tokenizer([], special_tokens=("<a>", "<a>b"))         # the longer of two that begin alike
     assert tok.encode("<a>b<a>", "all") == [257, 256]
 
 
 def test_bpe_ids_past_16_bits_are_whole():
+    """A vocabulary with a gap, whose last id uint16 could not hold."""
     tok = Tokenizer([], tokens=BPE_BYTES | {b"ab": 70000})
     assert tok.vocab_size == 70001 and tok.encode("cab") == [99, 70000] and tok.encode_batch(["ab"])[0].dtype == np.uint32
 
@@ -1096,6 +1185,7 @@ def test_bpe_stream_never_breaks_a_character():
 
 
 def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
+    """The file gives the tokenizer back; whatever is changed in it is an error that names it; a full disk leaves the old one."""
     tok = Tokenizer.train(["the cat sat on the mat, the cat!"], 280, GPT4_SPLIT, ("<|a|>", "<|b|>"))
     path = str(tmp_path / "tok.json")
     tok.save(path)
@@ -1107,10 +1197,11 @@ def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
     assert Tokenizer([], normalizer="NFC").hash != Tokenizer([]).hash
     d = json.load(open(path))
     assert all(isinstance(p, list) and len(p) == 2 for p in d["merges"])
-    for change in (lambda d: d.pop("merges"), lambda d: d["merges"].reverse(), lambda d: d.update(pattern="x"), lambda d: d["merges"].pop(),
-                   lambda d: d["merges"].append([5, 999]), lambda d: d["merges"].append([5, -3]), lambda d: d["special_tokens"].update(z=5),
-                   lambda d: d["merges"].append(d["merges"][0]), lambda d: d.update(hash="0"), lambda d: d.update(merges=[["a", "b"]]),
-                   lambda d: d.update(merges=[[1, 2, 3]])):
+    for change in (lambda d: d.pop("merges"), lambda d: d["merges"].pop(), lambda d: d["merges"].reverse(),
+                   lambda d: d["merges"].append([5, 999]), lambda d: d["merges"].append([5, -3]),
+                   lambda d: d["merges"].append(d["merges"][0]), lambda d: d.update(merges=[["a", "b"]]),
+                   lambda d: d.update(merges=[[1, 2, 3]]), lambda d: d.update(pattern="x"), lambda d: d.update(hash="0"),
+                   lambda d: d["special_tokens"].update(z=5)):
         bad = json.loads(json.dumps(d))
         change(bad)
         with open(path, "w") as f:
@@ -1164,8 +1255,10 @@ def test_bpe_hugging_face_refused(tmp_path):
 @pytest.mark.parametrize("named, change", [
     ("WordPiece", lambda d: d["model"].update(type="WordPiece")), ("Unigram", lambda d: d["model"].update(type="Unigram")),
     ("byte_fallback", lambda d: (d["model"].update(byte_fallback=True), d.update(pre_tokenizer=None))),         # Llama 2
-    ("Metaspace", lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "_"})), ("NFKC", lambda d: d.update(normalizer={"type": "NFKC"})),
-    ("pre-tokenizer is 'missing'", lambda d: d.update(pre_tokenizer=None)), ("prefix space", lambda d: d["pre_tokenizer"].update(add_prefix_space=True)),
+    ("Metaspace", lambda d: d.update(pre_tokenizer={"type": "Metaspace", "replacement": "_"})),
+    ("NFKC", lambda d: d.update(normalizer={"type": "NFKC"})),
+    ("pre-tokenizer is 'missing'", lambda d: d.update(pre_tokenizer=None)),
+    ("prefix space", lambda d: d["pre_tokenizer"].update(add_prefix_space=True)),
     ("Digits", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, d["pre_tokenizer"]]})),
     ("number of split patterns is 0", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": GPT2_SPLIT}, "behavior": "Isolated", "invert": True},
@@ -1185,7 +1278,8 @@ def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
 
 
 def test_bpe_llama_and_qwen_files_peer(tmp_path):
-    """Llama 3: every split of a token as a merge, words looked up first, and tokens that merging does not lead to. Qwen: single digits, NFC."""
+    """Llama 3: every split of a token as a merge, words looked up first, and tokens that merging does not lead to. Qwen: NFC,
+    and every digit by itself."""
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
     rng, path = random.Random(9), tmp_path / "tokenizer.json"
     tok = Tokenizer.train([open(random.__file__).read() + "é中文 नमस्ते e\u0301 " * 20], 800, GPT4_SPLIT, ("<|bos|>", "<|eot|>"))
@@ -1207,27 +1301,32 @@ def test_bpe_llama_and_qwen_files_peer(tmp_path):
         assert all(ours.encode(text) == theirs.encode(text).ids for text in texts)
         return ours
     split["Regex"], d["normalizer"] = bpe.QWEN_SPLIT, {"type": "NFC"}
-    composed = ["e", "\u0301", "\u0323", " ", "中", "1", "23", "\u1100", "\u1161", "\u11a8", "\u0958", "\u212b", "a", "\n", "'S", "\u0344"]
-    texts = ["".join(rng.choices(composed, k=rng.randint(1, 40))) for _ in range(300)] + [bpe_random_text(rng, 60) for _ in range(200)]
-    qwen = same(texts)
+    composed = ["e", "\u0301", "\u0323", " ", "中", "1", "23", "\u1100", "\u1161", "\u11a8", "\u0958", "\u212b", "a", "\n", "'S",
+                "\u0344"]
+    texts = ["".join(rng.choices(composed, k=rng.randint(1, 40))) for _ in range(300)]
+    qwen = same(texts + [bpe_random_text(rng, 60) for _ in range(200)])
     assert qwen.normalizer == "NFC" and qwen.decode(qwen.encode("e\u0301")) == "é"
     with pytest.raises(ValueError, match="NFC"):
         qwen.to_tiktoken()
-    extra = [b" integersX", "नमस्".encode(), b"zqzqz", b"zqzq", b"zqzqzk", b"def randrangex", b"aaaaa", b"aaa", b"aa", b"rnge", b"xrnge", b"nge"]
+    extra = [b" integersX", "नमस्".encode(), b"zqzqz", b"zqzq", b"zqzqzk", b"def randrangex", b"aaaaa", b"aaa", b"aa", b"rnge",
+             b"xrnge", b"nge"]
     rank = {tok.vocab[i]: i for i in range(tok.vocab_size - 2)}
     for token in extra:
         rank.setdefault(token, len(rank))
     name = {t: "".join(letters[b] for b in t) for t in rank}
     merges = [(t[:i], t[i:]) for t in rank for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
     split["Regex"], d["normalizer"] = bpe.QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"), None
-    d["model"] |= {"vocab": {name[t]: i for t, i in rank.items()}, "merges": [f"{name[a]} {name[b]}" for a, b in merges], "ignore_merges": True}
+    d["model"] |= {"vocab": {name[t]: i for t, i in rank.items()}, "merges": [f"{name[a]} {name[b]}" for a, b in merges],
+                   "ignore_merges": True}
     d["added_tokens"] = [t | {"id": len(rank) + i} for i, t in enumerate(d["added_tokens"])]
     pieces = [t.decode(errors="ignore") for t in extra] + ["zq", "qz", "a" * 13, "rnge ", "x", " "]
-    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(500)] + [bpe_random_text(rng, 60) for _ in range(200)]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(500)]
+    texts += [bpe_random_text(rng, 60) for _ in range(200)]
     llama = same(texts + ["x".join(texts[:100]).replace(" ", "")])
     assert llama.pattern == GPT4_SPLIT and not {*extra} <= {llama.vocab[a] + llama.vocab[b] for a, b in llama.merges}
     engine = llama.to_tiktoken()
-    assert all(llama.encode(text) == engine.encode_ordinary(text) for text in texts) and Tokenizer.from_tiktoken(engine).merges == llama.merges
+    assert all(llama.encode(text) == engine.encode_ordinary(text) for text in texts)
+    assert Tokenizer.from_tiktoken(engine).merges == llama.merges
 
 
 def test_bpe_auto_tokenizer_peer(tmp_path):
@@ -1282,6 +1381,7 @@ def test_bpe_gpt2_files_made_here(tmp_path):
 
 
 def test_bpe_tiktoken_files(tmp_path, monkeypatch):
+    """tiktoken's rank files and encodings, read and refused; without a network, GPT-2's own say what to do."""
     tok = Tokenizer.train([open(random.__file__).read()], 600, GPT4_SPLIT, ("<|endoftext|>",))
     assert Tokenizer.from_tiktoken(tok.to_tiktoken()).hash == tok.hash
     path = tmp_path / "x.tiktoken"
@@ -1289,7 +1389,7 @@ def test_bpe_tiktoken_files(tmp_path, monkeypatch):
     assert Tokenizer.from_tiktoken(str(path), GPT4_SPLIT, ("<|endoftext|>",)).hash == tok.hash
     for content in ("YQ==", "YQ== 1\n", "?? 1\n", "YQ== x\n"):
         path.write_text(content)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="cannot read .*x.tiktoken: "):
             Tokenizer.from_tiktoken(str(path))
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
     with pytest.raises(ValueError, match="from_gpt2"):
@@ -1298,7 +1398,7 @@ def test_bpe_tiktoken_files(tmp_path, monkeypatch):
 
 def test_bpe_equals_rustbpe_peer():
     rustbpe = pytest.importorskip("rustbpe", reason="not installed: pip install rustbpe")
-    text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read() for f in ("turtle.py", "pydoc.py"))
+    text = bpe_stdlib_text("turtle.py", "pydoc.py")
     for pattern in (GPT2_SPLIT, GPT4_SPLIT):
         theirs = rustbpe.Tokenizer()
         theirs.train_from_iterator([text], 5000, pattern=pattern)
@@ -1307,9 +1407,9 @@ def test_bpe_equals_rustbpe_peer():
 
 
 def test_bpe_equals_hugging_face_trainer_peer():
-    """Hugging Face numbers the 256 bytes by the letters it writes for them, and breaks ties by those numbers: so do the same here."""
+    """Hugging Face numbers the 256 bytes by the letters it writes for them, and breaks ties by those numbers: the same here."""
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
-    text = "".join(open(os.path.join(os.path.dirname(random.__file__), f), newline="", encoding="utf-8").read() for f in ("turtle.py", "pydoc.py"))
+    text = bpe_stdlib_text("turtle.py", "pydoc.py")
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
@@ -1322,16 +1422,23 @@ def test_bpe_equals_hugging_face_trainer_peer():
     assert merges == [(model["vocab"][a], model["vocab"][b]) for a, b in model["merges"]]
 
 
+def bpe_script(folder, code, **kw):
+    """The code as a script of its own, started: workers need a file that they can import."""
+    (folder / "script.py").write_text(code)
+    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=os.environ | {"PYTHONPATH": BPE_HERE}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+
 def test_bpe_workers_that_are_spawned(tmp_path):
     """As on macOS and Windows: the workers import a script's main module anew."""
-    (tmp_path / "script.py").write_text(
-        "import sys, bpe\n"
-        "if __name__ == '__main__':\n"
-        "    sys.platform, bpe.BATCH = 'elsewhere', 1000\n"
-        "    docs = [f'the cat {i} sat é' for i in range(300)]\n"
-        "    print(bpe.Tokenizer.train(docs, 300, workers=2).hash == bpe.Tokenizer.train(docs, 300, workers=1).hash)\n")
-    r = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": BPE_HERE})
-    assert r.stdout == "True\n", r.stderr
+    out, err = bpe_script(tmp_path, """
+import sys, bpe
+if __name__ == '__main__':
+    sys.platform, bpe.BATCH = 'elsewhere', 1000
+    docs = [f'the cat {i} sat é' for i in range(300)]
+    print(bpe.Tokenizer.train(docs, 300, workers=2).hash == bpe.Tokenizer.train(docs, 300, workers=1).hash)
+""").communicate(timeout=100)
+    assert out == "True\n", err
 
 
 def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
@@ -1358,19 +1465,19 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
 
 def test_bpe_interrupted_training_ends_at_once(tmp_path):
     """Ctrl-C, which the terminal sends to the workers too: nobody finishes what it has begun."""
-    (tmp_path / "script.py").write_text(
-        "import time, bpe\n"
-        "bpe.BATCH = 1000\n"
-        "def slow(pieces, pattern):\n"
-        "    time.sleep(30)\n"
-        "bpe.count_words = slow\n"
-        "def docs():\n"
-        "    for i in range(10 ** 9):\n"
-        "        yield f'the cat {i} sat on the mat ' * 5\n"
-        "        if i == 30: print(i, flush=True)\n"
-        "bpe.Tokenizer.train(docs(), 300, workers=2)\n")
-    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True, env=os.environ | {"PYTHONPATH": BPE_HERE}) as parent:
+    with bpe_script(tmp_path, """
+import signal, time, bpe
+signal.signal(signal.SIGINT, signal.default_int_handler)        # what runs in the background ignores it
+bpe.BATCH = 1000
+def slow(pieces, pattern):
+    time.sleep(30)
+bpe.count_words = slow
+def docs():
+    for i in range(10 ** 9):
+        yield f'the cat {i} sat on the mat ' * 5
+        if i == 30: print(i, flush=True)
+bpe.Tokenizer.train(docs(), 300, workers=2)
+""", start_new_session=True) as parent:
         parent.stdout.readline()
         time.sleep(0.5)
         began = time.time()
@@ -1381,15 +1488,15 @@ def test_bpe_interrupted_training_ends_at_once(tmp_path):
 
 def test_bpe_killed_training_leaves_no_processes(tmp_path):
     """Workers look after themselves when the parent is killed and cannot stop them."""
-    (tmp_path / "script.py").write_text(
-        "import multiprocessing, bpe\n"
-        "bpe.BATCH = 1000\n"
-        "def docs():\n"
-        "    for i in range(10 ** 9):\n"
-        "        yield f'the cat {i} sat on the mat ' * 5\n"
-        "        if i == 300: print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
-        "bpe.Tokenizer.train(docs(), 300, workers=2)\n")
-    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": BPE_HERE}) as parent:
+    with bpe_script(tmp_path, """
+import multiprocessing, bpe
+bpe.BATCH = 1000
+def docs():
+    for i in range(10 ** 9):
+        yield f'the cat {i} sat on the mat ' * 5
+        if i == 300: print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+bpe.Tokenizer.train(docs(), 300, workers=2)
+""") as parent:
         workers = list(map(int, parent.stdout.readline().split()))
         parent.kill()
     assert len(workers) == 2
@@ -1417,7 +1524,8 @@ def test_bpe_memory_of_a_stream_is_bounded(monkeypatch):
 
 def test_bpe_command_line(tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, os.path.join(BPE_HERE, "bpe.py"), *args], capture_output=True, text=True, cwd=tmp_path)
+        words = [sys.executable, os.path.join(BPE_HERE, "bpe.py"), *args]
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     (tmp_path / "a.txt").write_bytes(b"the cat sat\r\n on the mat \xff\xfe" * 50)
     (tmp_path / "empty.txt").write_bytes(b"")
     r = run("a.txt", "--vocab_size=280", "--out=tok.json")
@@ -1440,8 +1548,7 @@ def test_bpe_pickles():
     assert back.hash == tok.hash and back.encode("the mat") == tok.encode("the mat")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# prepare.py
+# ============================================================================ prepare.py
 
 PREPARE_ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
 PREPARE_WORDS = "the of a model token Byte learns runs über naïve 東京 don't 42 <|endoftext|> \t x=1; {} \r\n".split(" ")
@@ -1484,6 +1591,7 @@ def prepare_hashes(folder):
 
 
 def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
+    """Every kind of file, copies, empty texts, odd bytes: each document is in one bin, once and whole, and meta.json is right."""
     monkeypatch.chdir(tmp_path)
     files = {f"in/{i:02d}{ending}": prepare_text(i, 50 + i) for i, ending in enumerate([".txt", ".md", ".py"] * 12)}
     files |= {"in/sub/bad.txt": b"caf\xc3\xa9 \xff\xfe\x80 broken \xe6\x9d", "in/sub/crlf.txt": "one\r\ntwo\r\n\r\nthree",
@@ -1519,6 +1627,7 @@ def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
+    """And never inside a character."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 1000)      # so that it makes many spans
     monkeypatch.setattr(bpe, "CHUNK", 500)
@@ -1538,6 +1647,7 @@ def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
 
 
 def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
+    """Documents longer than a unit of work are told apart, and encoded as if they were read whole."""
     monkeypatch.chdir(tmp_path)
     r = random.Random(0)
     docs = [prepare_text(i, r.randrange(1, 900)).encode() for i in range(20)]
@@ -1595,7 +1705,9 @@ def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch):
 
 
 PREPARE_KILLED = """
-import sys, config, prepare
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)        # what runs in the background ignores it
+import config, prepare
 prepare.UNIT, prepare.SAVE = 3000, 0
 encode = prepare.encode_unit
 def slow(job):
@@ -1761,6 +1873,7 @@ def test_prepare_answers_count_and_questions_do_not(tmp_path, monkeypatch, unit)
 
 
 def test_prepare_preference_pairs(tmp_path, monkeypatch):
+    """A prompt with its chosen answer, then the same with the rejected one; only answers count."""
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
     prepare_files("in", {"a.jsonl": "\n".join(map(json.dumps, pairs))})
@@ -1785,7 +1898,8 @@ def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
 def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     choose = prepare.choose
-    for old, new in (('{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '), ("some text", "some"), ("as long", "another")):
+    lines, one_of_that_length = '{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '
+    for old, new in ((lines, one_of_that_length), ("some text", "some"), ("as long", "another")):
         name = "x.jsonl" if "{" in old else "x.txt"
         prepare_files("in", {name: old, "y.txt": "y"})
         monkeypatch.setattr(prepare, "choose", lambda *a: (prepare_files("in", {name: new}), choose(*a))[1])
@@ -1796,7 +1910,8 @@ def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
 def test_prepare_odd_files(tmp_path, monkeypatch):
     """A byte order mark before JSON; names that are no UTF-8 or have a line end; pipes and links to nowhere are no text."""
     monkeypatch.chdir(tmp_path)
-    prepare_files("in", {"a.jsonl": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n', "two\nlines.txt": "x", os.fsdecode(b"\xff.md"): "y"})
+    prepare_files("in", {"a.jsonl": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n',
+                         "two\nlines.txt": "x", os.fsdecode(b"\xff.md"): "y"})
     os.mkfifo("in/pipe.txt")
     os.symlink("nowhere", "in/link.txt")
     os.symlink(".", "in/loop")
@@ -1804,8 +1919,11 @@ def test_prepare_odd_files(tmp_path, monkeypatch):
     assert sorted(prepare_documents(meta, "train")[0] + prepare_documents(meta, "val")[0]) == [b"marked", b"next", b"x", b"y"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"3", b"null", b"[1]", b"[99, [0, 0]]", b"[-1, [0, 0]]", b"[1, [-1, -5]]", b"[1, [0]]", b"\xff", b'[1, ["", 0]]'])
+@pytest.mark.parametrize("damage", [
+    b"", b"{}", b"3", b"null", b"[1]", b"\xff",
+    b"[99, [0, 0]]", b"[-1, [0, 0]]", b"[1, [-1, -5]]", b"[1, [0]]", b'[1, ["", 0]]'])      # units done, tokens of each split
 def test_prepare_damaged_state_starts_over(tmp_path, monkeypatch, damage):
+    """The note of how far an interrupted run has come may be anything: the bytes are those of a run from the beginning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 2000)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(20)})
@@ -1824,8 +1942,8 @@ def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 200) for i in range(300)})
     command = [sys.executable, "-c", PREPARE_KILLED, "--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
-    runs = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PREPARE_ROOT}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for _ in range(2)]
+    env, pipes = {**os.environ, "PYTHONPATH": PREPARE_ROOT}, dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    runs = [subprocess.Popen(command, env=env, text=True, **pipes) for _ in range(2)]
     said = [p.communicate(timeout=60)[0] for p in runs]
     assert [p.returncode for p in runs] == [0, 0], said
     assert sum("waiting for it" in text and "prepared already" in text for text in said) == 1
@@ -1834,6 +1952,7 @@ def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
 
 
 def test_prepare_verify(tmp_path, monkeypatch):
+    """What is on the disk is refused when knobs or files do not fit, with the one way out: prepare again."""
     monkeypatch.chdir(tmp_path)
     assert not prepare.prepared(prepare_cfg())
     with pytest.raises(FileNotFoundError, match="is not prepared"): prepare.verify(prepare_cfg())
@@ -1967,6 +2086,7 @@ PREPARE_BODY = random.Random(0).randbytes(300_000)
     ([500], "500"), (["dead"], "timed out"), (["long"], "1000 more expected|of 301,000 bytes"),
 ])
 def test_prepare_fetch(tmp_path, monkeypatch, script, error):
+    """A server that cuts, stalls, refuses or lies: in the end the whole file by its hash, or one clear line and no file."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path, sha = str(tmp_path / "new" / "file.txt"), hashlib.sha256(PREPARE_BODY).hexdigest()
     for given, headers in ((sha, {}), ("", {"X-Linked-Etag": f'"{sha}"'})):
@@ -2007,6 +2127,7 @@ def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
 
 
 def test_prepare_shakespeare(tmp_path, monkeypatch):
+    """Downloaded once for both of its datasets; another text under its name is refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     text = prepare_text(0, 2000).encode()
@@ -2029,6 +2150,7 @@ def test_prepare_shakespeare(tmp_path, monkeypatch):
 
 
 def test_prepare_tinystories(tmp_path, monkeypatch):
+    """Its stories stand between end-of-text marks, its split is its own, and what validation has is not trained on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 400)
     stories = [prepare_text(i, 30).strip() for i in range(60)] + ["ends in <|endoftext|>", "two\n\nparts"]
@@ -2045,6 +2167,7 @@ def test_prepare_tinystories(tmp_path, monkeypatch):
 
 
 def test_prepare_fineweb(tmp_path, monkeypatch):
+    """Shards of ready tokens: checked, joined, their texts' bytes counted; a damaged one is named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     tok = bpe.Tokenizer.train([prepare_text(0, 2000)], 300)         # stands for GPT-2's; end-of-text comes last in both
@@ -2090,7 +2213,7 @@ def test_prepare_import_is_cheap():
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PREPARE_ROOT}).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- flash_attn.py
+# ============================================================================ flash_attn.py
 
 flash_gpu = torch.cuda.is_available()
 flash_device = torch.device("cuda" if flash_gpu else "cpu")
@@ -2815,7 +2938,7 @@ def test_train_out_of_memory_is_one_line(monkeypatch, train_dir, tmp_path):
     (dict(seed=2 ** 32, dropout=0.1), "seed=4294967296 must be below 2**32"),
     (dict(window=8), "window_pattern='' and window=8 belong together"),
     (dict(doc_mask=True, dataset="one", input="notes/heapq.txt", vocab_size=260), "one is one text without end-of-text tokens"),
-    (dict(vocab_size=400), "vocab_size")])
+    (dict(vocab_size=400), "data/tiny was prepared with vocab_size=300, not 400: run prepare.py")])
 def test_train_errors(monkeypatch, train_dir, tmp_path, kw, message):
     with pytest.raises(ValueError) as e: train_here(monkeypatch, train_dir, tmp_path, **kw)
     assert message in str(e.value) and "\n" not in str(e.value)
@@ -2896,7 +3019,7 @@ def test_train_kill_and_sigterm_then_resume(monkeypatch, train_dir, tmp_path):
 
 def test_train_rank_killed_under_torchrun_resumes_by_itself(train_dir, tmp_path):
     words = train_words(max_iters=25, eval_interval=5, batch_size=2, tokens_per_step=64, shard_optimizer=True)
-    train_run(train_dir, *words, f"--out_dir={tmp_path}/whole", processes=2)
+    undisturbed = train_run(train_dir, *words, f"--out_dir={tmp_path}/whole", processes=2, wait=False)
     job = train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", processes=2, restarts=1, wait=False)
     for line in job.stdout:
         if line.startswith("step     12"): break
@@ -2904,6 +3027,7 @@ def test_train_rank_killed_under_torchrun_resumes_by_itself(train_dir, tmp_path)
     os.kill(int(children[-1]), 9)
     rest = job.communicate(timeout=120)[0]
     assert "resuming" in rest and "at step 10" in rest
+    undisturbed.communicate(timeout=120)
     whole, killed = (model_py.load_checkpoint(f"{tmp_path}/{name}/ckpt.pt") for name in ("whole", "killed"))
     assert killed["step"] == 25 and equal_states(whole, killed)
 
@@ -2949,14 +3073,15 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
         train_here(monkeypatch, train_dir, tmp_path, out="z", shard_optimizer=True)
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12),
-    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
 def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: name)         # where a CPU's name has a number
     assert train.Machine(config.Config(device="cpu")).peak == peak
 
 
-def test_train_memory_estimate_counts_optimizer_state(train_dir):
+def test_train_memory_estimate_counts_optimizer_state():
     """What the optimizers really hold after a step, against the estimate."""
     for optimizer, rank in (("muon", 0), ("adamw", 0), ("muon", 4)):
         cfg = config.load(train_words(optimizer=optimizer, lora_rank=rank, init_from="gpt2"))
@@ -3041,7 +3166,7 @@ def test_train_fine_tuning_one_process_equals_two_ranks_peer(monkeypatch, tune_d
     train_same_log(tmp_path)
 
 
-def test_train_masked_batches_and_evaluation_peer(tune_dir, tmp_path, monkeypatch):
+def test_train_masked_batches_and_evaluation_peer(tune_dir, monkeypatch):
     monkeypatch.chdir(tune_dir)
     batches = train.Batches("data/answers/train.bin", 32, 0)
     ids, mask, seen = np.fromfile("data/answers/train.bin", "<u2"), np.fromfile("data/answers/train.mask", np.uint8), []
@@ -3567,7 +3692,8 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
 def test_sample_json_lines_are_not_lost_when_a_later_batch_is_interrupted(tmp_path, capsys, monkeypatch):
     sample_checkpoint(tmp_path)
     (tmp_path / "p.txt").write_bytes("the cat\r\nvu\r\non the mat\r\n".encode())          # as Windows writes it
-    argv, decode, calls = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"], sample.decode, itertools.count(1)
+    argv = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"]
+    decode, calls = sample.decode, itertools.count(1)
     whole = sample_json(capsys, *argv)
     assert [line["prompt"] for line in whole] == ["the cat", "vu", "on the mat"]
     def interrupted(*args, **kw):
@@ -3649,8 +3775,9 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--num_beams=2", "--temperature=0", "--interactive"], "no num_beams with interactive"),
     (["--out_dir=small"], "its tokenizer has 280 tokens, its model only 100"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
-    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"), (["--sinks=32"], "must be below half"),
-    (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"), (["--speculate=-1"], "negative")])
+    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"),
+    (["--sinks=32"], "must be below half"), (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"),
+    (["--speculate=-1"], "negative")])
 def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = sample_checkpoint("out/good")
@@ -3747,7 +3874,7 @@ def test_sample_visualize_is_one_page_with_attention_that_sums_to_one(tmp_path, 
         assert likely == sorted(likely, key=lambda x: -x[0])
 
 
-def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path, capsys):
+def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path):
     sample_checkpoint(tmp_path)
     for kind in ("linear", "ntk", "yarn", "llama3"):
         cfg = config.load([f"--out_dir={tmp_path}", f"--rope_scaling={kind}", "--rope_factor=2"])
@@ -3829,44 +3956,50 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
     folder = str(tmp_path / "hf")
     sample_main(capsys, f"--out_dir={tmp_path}/run", f"--export={folder}")
     ours, tok = model_py.GPT.load(str(tmp_path / "run" / "ckpt.pt")), Tokenizer.from_dict(trained["tokenizer"])
-    theirs, auto = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    auto = transformers.AutoTokenizer.from_pretrained(folder)
     hf_tokens_equal(tok, auto)
     idx = torch.tensor([tok.encode("This module provides")])[:, :12]
     with torch.no_grad(): torch.testing.assert_close(theirs(idx).logits, ours(idx)[0], atol=1e-4, rtol=1e-4)
     assert theirs(idx).logits.abs().max() > 0.1
     start = ["--start=module", "--max_new_tokens=30", "--seed=3"]
-    assert sample_main(capsys, f"--init_from={folder}", *start) == sample_main(capsys, f"--out_dir={tmp_path}/run", "--dtype=float32", *start)
+    text = sample_main(capsys, f"--out_dir={tmp_path}/run", "--dtype=float32", *start)
+    assert sample_main(capsys, f"--init_from={folder}", *start) == text
     # the shape is the folder's, only a smaller block_size and dropout are the config's
-    other = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=999, learning_rate=0, matrix_lr=0, embedding_lr=0, unembedding_lr=0, max_iters=2, block_size=8)
+    still = dict(learning_rate=0, matrix_lr=0, embedding_lr=0, unembedding_lr=0)
+    other = dict(still, n_layer=4, n_head=4, n_embd=64, vocab_size=999, max_iters=2, block_size=8)
     tuned = train_here(monkeypatch, train_dir, tmp_path, out="tuned", init_from=folder, **other)
-    out = capsys.readouterr().out
-    assert "n_layer 4 -> 2" in out and "vocab_size 999 -> 300" in out and "block_size" not in out.split("sets: ")[1].split("\n")[0]
+    said = capsys.readouterr().out.split("sets: ")[1].split("\n")[0]
+    assert "n_layer 4 -> 2" in said and "vocab_size 999 -> 300" in said and "block_size" not in said
     assert tuned["config"]["n_layer"] == 2 and tuned["config"]["block_size"] == 8 and tuned["tokenizer"]["hash"] == tok.hash
     for name, p in trained["model"].items(): assert torch.equal(tuned["model"][name], p), name      # every rate was zero
     # a run so begun goes on with the same words, though the config file's shape is another
-    resumed = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **{**other, "init_from": "resume", "max_iters": 4, "learning_rate": 1e-2})
+    on = dict(other, init_from="resume", max_iters=4, learning_rate=1e-2)
+    resumed = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **on)
     assert resumed["step"] == 4 and resumed["config"]["n_layer"] == 2 and resumed["config"]["init_from"] == folder
     again = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **{**other, "init_from": "resume", "max_iters": 5})
     assert again["step"] == 5 and not equal_states(again, trained)
     sample_main(capsys, f"--out_dir={tmp_path}/tuned", "--max_new_tokens=5", "--sinks=1")
     # data of another tokenizer is refused; missing data is prepared with the model's
+    bpe.Tokenizer.train(["other text"], 300).to_hf(os.path.join(folder, "tokenizer.json"))
     with pytest.raises(ValueError, match="data/tiny was prepared with tokenizer='bpe', not '.*tokenizer.json'"):
-        bpe.Tokenizer.train(["other text"], 300).to_hf(os.path.join(folder, "tokenizer.json"))
         train_here(monkeypatch, train_dir, tmp_path, out="none", init_from=folder, **other)
     new = train_here(monkeypatch, train_dir, tmp_path, out="new", init_from=folder, dataset="new", **other)
-    assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
+    hash_of_folder = Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
+    assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == hash_of_folder
     monkeypatch.chdir(train_dir)
     prepare.main(config.load(train_words(init_from=folder, dataset="new", vocab_size=257)))
     assert "data/new is prepared already, nothing to do" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "): train_here(monkeypatch, train_dir, tmp_path, out="none", init_from="gpt3")
+    with pytest.raises(ValueError, match="init_from='gpt3' is none of scratch, resume, gpt2, "):
+        train_here(monkeypatch, train_dir, tmp_path, out="none", init_from="gpt3")
 
 
 def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):
     """From a hub on 127.0.0.1: broken off and resumed, hash verified; then from the disk; a gated one is refused in a line."""
-    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    pytest.importorskip("transformers", reason="not installed: pip install transformers")
     (tmp_path / "source").mkdir()
     bpe.Tokenizer.train(["ab"], 257).to_hf(str(tmp_path / "source" / "tokenizer.json"))
-    transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**{**HF_MODELS["gpt2"][1], "vocab_size": 257})).save_pretrained(tmp_path / "source")
+    hf_made("gpt2", vocab_size=257).save_pretrained(tmp_path / "source")
     asked, cut = [], [True]
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -3920,7 +4053,8 @@ def test_bench_size_counts_what_the_model_has(capsys):
     run, = re.findall(r"this run: .* a parameter, (\S+) FLOP", out)
     assert re.search(rf"^H100  +{float(run) / 0.4 / 989e12 / 3600:,.1f}", out, re.M)
     bench.main(["size", os.path.join(HERE, "config", "gpt2_124m_classic.py"), "--lora_rank=8", "--init_from=gpt2"])
-    assert re.search(r"^gradients +2.25\n", capsys.readouterr().out, re.M)          # 12 layers * 4 matrices * 2 * 8 * 768, 4 bytes each
+    lora = 12 * 4 * 2 * 8 * 768                     # layers, matrices, A and B, rank, width: of 4 bytes each
+    assert re.search(rf"^gradients +{lora * 4 / 2 ** 20:.2f}\n", capsys.readouterr().out, re.M)
 
 
 def test_bench_takes_turns_and_the_median_counts():
@@ -3942,11 +4076,14 @@ def test_bench_train_reports_both_recipes(capsys, monkeypatch):
 
 
 def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
+    def log(i, tokens, bits):
+        record = dict(step=9, tokens=tokens, seconds=1.0, val_loss=bits, val_bpb=bits)
+        (tmp_path / str(i) / "log.jsonl").write_text(json.dumps(record) + "\n")
     for i, n in enumerate((16, 32, 64)):
         os.makedirs(tmp_path / str(i))
         shape = vars(config.GPTConfig(n_layer=1, n_head=2, n_embd=n, vocab_size=64, block_size=16))
         (tmp_path / str(i) / "config.json").write_text(json.dumps(shape))
-        (tmp_path / str(i) / "log.jsonl").write_text(json.dumps(dict(step=9, tokens=1000 * 4 ** i, seconds=1.0, val_loss=3 - i / 2, val_bpb=3 - i / 2)) + "\n")
+        log(i, 1000 * 4 ** i, 3 - i / 2)
     bench.main(["scaling", *(str(tmp_path / str(i)) for i in range(3))])
     out, compute = capsys.readouterr().out, model_py.GPT(config.GPTConfig(**shape)).estimate_flops() * 16000
     assert "bits per byte = " in out and re.search(rf"{re.escape(f'{compute:.3g}')} +2.0000 ", out)
@@ -3956,11 +4093,14 @@ def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
     (tmp_path / "bad" / "config.json").write_text("{")
     for i, bits in ((3, 3.5), (4, 4.0), (5, math.nan)):
         shutil.copytree(tmp_path / "2", tmp_path / str(i))
-        (tmp_path / str(i) / "log.jsonl").write_text(json.dumps(dict(step=9, tokens=8 ** i, seconds=1.0, val_loss=bits, val_bpb=bits)) + "\n")
-    for argv, message in ((["scaling", *(str(tmp_path / i) for i in "034")], "does not fall as their compute grows"),
-                          (["scaling", *(str(tmp_path / i) for i in "015")], "does not fall as their compute grows"),
-                          (["plot", str(tmp_path / "bad")], "config.json is damaged"), (["attention", "x"], "attention takes no arguments, not 'x'"),
-                          (["scaling", *2 * [str(tmp_path / "0")], str(tmp_path / "1")], "at least three runs"), (["plot", str(tmp_path)], "give the out_dir of a run"), (["plot"], "name the runs"), (["x"], "unknown benchmark 'x'")):
+        log(i, 8 ** i, bits)
+    runs = lambda digits: [str(tmp_path / i) for i in digits]
+    for argv, message in ((["scaling", *runs("034")], "does not fall as their compute grows"),
+                          (["scaling", *runs("015")], "does not fall as their compute grows"),
+                          (["scaling", *runs("001")], "at least three runs"),
+                          (["plot", str(tmp_path / "bad")], "config.json is damaged"),
+                          (["plot", str(tmp_path)], "give the out_dir of a run"), (["plot"], "name the runs"),
+                          (["attention", "x"], "attention takes no arguments, not 'x'"), (["x"], "unknown benchmark 'x'")):
         with pytest.raises(ValueError, match=message): bench.main(argv)
 
 
@@ -3989,8 +4129,8 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     assert all(error < 1e-5 for error in errors) and len(errors) == (4 if flash_attn.triton else 0)
 
 
-@pytest.mark.parametrize("B, H, K, T, S, mask", [(1, 2, 1, 33, 33, "causal"), (2, 1, 1, 20, 20, "full"), (1, 2, 2, 24, 24, "window"),
-                                                 (2, 4, 2, 1, 40, "full")])
+@pytest.mark.parametrize("B, H, K, T, S, mask", [
+    (1, 2, 1, 33, 33, "causal"), (2, 1, 1, 20, 20, "full"), (1, 2, 2, 24, 24, "window"), (2, 4, 2, 1, 40, "full")])
 def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T, S, mask):
     if torch.cuda.is_available(): pytest.skip("there is a GPU here, and this is the CPU's rehearsal")
     monkeypatch.setattr(bench, "WINDOW", 7)
@@ -4017,7 +4157,8 @@ def test_bench_attention_writes_its_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch, "randn", lambda *shape, **kw: torch.zeros(2, 1, 1))
     monkeypatch.setattr(bench, "take_turns", lambda works, rounds, measure: {name: 2.0 for name in works})
-    times = {("forward", "ours"): (1.0, 1.5), ("forward", "MATH"): (4.0, 1.5), ("backward", "ours"): (2.0, 1.5), ("backward", "MATH"): (8.0, 1.5)}
+    times = {("forward", "ours"): (1.0, 1.5), ("forward", "MATH"): (4.0, 1.5),
+             ("backward", "ours"): (2.0, 1.5), ("backward", "MATH"): (8.0, 1.5)}
     monkeypatch.setattr(bench, "attention_case",
                         lambda B, H, K, T, S, D, *rest: {key: v for key, v in times.items() if T > 1 or key[0] == "forward"})
     pytest.importorskip("triton", reason="do_bench is Triton's: pip install triton (Linux only)")
@@ -4028,17 +4169,18 @@ def test_bench_attention_writes_its_tables(tmp_path, monkeypatch, capsys):
     assert len(rows) == 26 * 4 + 2 * 2 and all(r["time / ours"] == ("1.0" if r["peer"] == "ours" else "4.0") for r in rows)
     wanted = 4 * 4 * 16 * 4096 * 2048 * 128 * 2.5 / 2e-3 / 1e12    # GQA: B 4, H 16, causal, backward
     row, = [r for r in rows if r["K"] == "4" and r["T"] == "4096" and r["pass"] == "backward" and r["peer"] == "ours"]
-    assert float(row["TFLOP/s"]) == pytest.approx(wanted) and float(row["% of peak"]) == pytest.approx(wanted / 5.497558, rel=1e-3)
+    assert float(row["TFLOP/s"]) == pytest.approx(wanted)
+    assert float(row["% of peak"]) == pytest.approx(wanted / 5.497558, rel=1e-3)
     if importlib.util.find_spec("matplotlib"): assert Path("out/bench/attention.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_bench_tokenizer_compares_what_is_installed(tmp_path):
     (tmp_path / "text").write_text("the cat sat on the mat, the dog did not: \u00fc\n" * 99 + "<|endoftext|>")
-    run = subprocess.run([sys.executable, os.path.join(HERE, "bench.py"), "tokenizer", str(tmp_path / "text"), "--vocab_size=290"],
-                         capture_output=True, text=True, check=True)
+    command = [sys.executable, os.path.join(HERE, "bench.py"), "tokenizer"]
+    run = subprocess.run([*command, str(tmp_path / "text"), "--vocab_size=290"], capture_output=True, text=True, check=True)
     assert re.search(r"^bpe .* same$", run.stdout, re.M) and re.search(r"^tiktoken .* same$", run.stdout, re.M)
     assert "DIFFERENT" not in run.stdout
-    run = subprocess.run([sys.executable, os.path.join(HERE, "bench.py"), "tokenizer", "nothing"], capture_output=True, text=True)
+    run = subprocess.run([*command, "nothing"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and "nothing" in run.stderr
 
 
@@ -4068,23 +4210,32 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     texts = torch.tensor(np.stack([data[i:i + n + 1] for i in np.linspace(0, 29, 24).astype(int)]).astype(np.int64))
     logp = model(texts[:, :-1])[0].log_softmax(-1).gather(2, texts[:, 1:, None])[:, n // 2:]
     assert len(set(full.values())) == 7                             # past the context each of them is another
-    assert len(rows) == 7 and all(float(x.replace(",", "")) == pytest.approx(math.exp(-logp.mean()), rel=1e-3) for x in rows.values())
+    inside = [float(x.replace(",", "")) for x in rows.values()]
+    assert inside == pytest.approx(7 * [math.exp(-logp.mean())], rel=1e-3)
     data[:8 * n].tofile("data/d/val.bin")
     with pytest.raises(ValueError, match="val.bin has 128 tokens"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])
 
 
-EVAL_LINES = [
-    {"activity_label": "Roof", "ctx_a": "A man [substeps] sits.", "ctx_b": "he", "ctx": "unused", "endings": ["runs [x] off.", "is", "jumps  up [title] End"], "label": 1},
+EVAL_LINES = [      # as HellaSwag, ARC in its two forms and MMLU publish their questions
+    {"activity_label": "Roof", "ctx_a": "A man [substeps] sits.", "ctx_b": "he", "ctx": "unused",
+     "endings": ["runs [x] off.", "is", "jumps  up [title] End"], "label": 1},
     {"ctx": "A longer context, of which the first words do not fit, " * 3 + "so", "endings": ["it is cut", "not"], "label": "0"},
-    {"question": {"stem": "Why?", "choices": [{"text": "Because", "label": "1"}, {"text": "So", "label": "2"}]}, "answerKey": "2"},
+    {"question": {"stem": "Why?", "choices": [{"text": "Because", "label": "1"}, {"text": "So", "label": "2"}]},
+     "answerKey": "2"},
     {"question": "Why?", "choices": {"text": ["Because", "So", "\u00fc"], "label": ["A", "B", "C"]}, "answerKey": "C"},
-    {"question": " 1+1? ", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "high_school_sums"}, {"question": "q", "choices": ["1", "2"], "answer": "B"},
+    {"question": " 1+1? ", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "high_school_sums"},
+    {"question": "q", "choices": ["1", "2"], "answer": "B"},
     {"ctx": "x", "endings": ["y", "z and more"], "label": 0}]
-EVAL_READ = [("Roof: A man sits. He", ["runs off.", "is", "jumps up. End"], 1), (EVAL_LINES[1]["ctx"], ["it is cut", "not"], 0),
-             ("Question: Why?\nAnswer:", ["Because", "So"], 1), ("Question: Why?\nAnswer:", ["Because", "So", "\u00fc"], 2),
-             ("The following are multiple choice questions (with answers) about high school sums.\n\n1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", list("ABCD"), 1),
-             ("q\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1), ("x", ["y", "z and more"], 0)]
+EVAL_READ = [       # what is read of each: the context, the endings, which is right
+    ("Roof: A man sits. He", ["runs off.", "is", "jumps up. End"], 1),
+    (EVAL_LINES[1]["ctx"], ["it is cut", "not"], 0),
+    ("Question: Why?\nAnswer:", ["Because", "So"], 1),
+    ("Question: Why?\nAnswer:", ["Because", "So", "\u00fc"], 2),
+    ("The following are multiple choice questions (with answers) about high school sums.\n\n"
+     "1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", ["A", "B", "C", "D"], 1),
+    ("q\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1),
+    ("x", ["y", "z and more"], 0)]
 
 
 def eval_plain(model, tok, context, ending):
@@ -4099,14 +4250,16 @@ def eval_plain(model, tok, context, ending):
 def test_bench_eval_choices_equal_a_plain_computation(tmp_path, shape):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, EVAL_LINES)) + "\n\n")
     model = sample_gpt(block_size=128, **shape)
+    assert list(map(bench.read_question, EVAL_LINES)) == EVAL_READ
     questions = bench.read_task(str(tmp_path / "q.jsonl"), sample_TOK, 128)
+    expected = [[eval_plain(model, sample_TOK, sample_TOK.decode(ids), ending) for ending in endings]
+                for (_, endings, _), (ids, *_) in zip(EVAL_READ, questions, strict=True)]
     for batch in (1, 3, 7):
         scores = [s for i in range(0, 7, batch) for s in bench.score(model, questions[i:i + batch])]
-        for (context, endings, label), found, (ids, *_, right) in zip(EVAL_READ, scores, questions, strict=True):
-            assert bench.read_question(EVAL_LINES[EVAL_READ.index((context, endings, label))]) == (context, endings, label) and right == label
-            for ending, value in zip(endings, found, strict=True):
-                assert value == pytest.approx(eval_plain(model, sample_TOK, sample_TOK.decode(ids), ending), abs=1e-4)
-    assert len(questions[1][0]) + max(map(len, questions[1][1])) == 129 and EVAL_READ[1][0].endswith(sample_TOK.decode(questions[1][0]))
+        for found, values in zip(scores, expected, strict=True): assert found == pytest.approx(values, abs=1e-4)
+    assert [right for *_, right in questions] == [label for *_, label in EVAL_READ]
+    cut, endings = questions[1][:2]                 # the context that does not fit keeps its end, as much as there is room for
+    assert len(cut) + max(map(len, endings)) == 129 and EVAL_READ[1][0].endswith(sample_TOK.decode(cut))
 
 
 @pytest.mark.parametrize("stride, n", [(32, 500), (7, 130), (64, 300), (1, 70), (32, 40), (32, 65)])
@@ -4171,10 +4324,12 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
         assert sum(scored) == anew and ("going on, 23 of 23" in capsys.readouterr().out) == (not anew)
 
 
-@pytest.mark.parametrize("line, message", [("{", "line 2: not HellaSwag's"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not HellaSwag's"), ("[]", "line 2"), ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2"),
-                                           ('{"ctx": "a", "endings": ["b", " "], "label": 0}', "line 2"), ('{"question": "a", "choices": ["b"], "answer": "C"}', "line 2"),
-                                           ('{"question": {"stem": 1}, "answerKey": "A", "choices": {}}', "line 2"),
-                                           ('{"ctx": "a", "endings": ["%s"], "label": 0}' % ("x y " * 90), "line 2: an ending of")])
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 2: not HellaSwag's"), ("[]", "line 2"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not HellaSwag's"),
+    ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2"), ('{"ctx": "a", "endings": ["b", " "], "label": 0}', "line 2"),
+    ('{"question": "a", "choices": ["b"], "answer": "C"}', "line 2"),
+    ('{"question": {"stem": 1}, "answerKey": "A", "choices": {}}', "line 2"),
+    ('{"ctx": "a", "endings": ["%s"], "label": 0}' % ("x y " * 90), "line 2: an ending of")])
 def test_bench_eval_bad_questions_are_named(tmp_path, line, message):
     (tmp_path / "q.jsonl").write_text(json.dumps(EVAL_LINES[-1]) + "\n" + line)
     with pytest.raises(ValueError, match=f"q.jsonl, {message}") as e: bench.read_task(str(tmp_path / "q.jsonl"), sample_TOK, 64)
@@ -4186,31 +4341,36 @@ def test_bench_eval_user_errors(tmp_path, monkeypatch):
     sample_checkpoint("out/x")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.jsonl").write_text("\n")
-    for words, message in (([], "say what to evaluate"), (["--task=nope"], "none of hellaswag"), (["--input=nope.txt"], "no file 'nope.txt'"), (["--input=empty.txt"], "nothing to score"),
-                           (["--task=one.jsonl"], "has no questions"), (["--input=empty.txt", "--stride=65"], "stride=65 is longer")):
+    for words, message in (([], "say what to evaluate"), (["--task=nope"], "none of hellaswag"),
+                           (["--task=one.jsonl"], "has no questions"), (["--input=nope.txt"], "no file 'nope.txt'"),
+                           (["--input=empty.txt"], "nothing to score"),
+                           (["--input=empty.txt", "--stride=65"], "stride=65 is longer")):
         with pytest.raises(ValueError, match=message): bench.main(["eval", "--device=cpu", *words])
 
 
 def test_bench_eval_unpacks_the_published_files(tmp_path, monkeypatch):
     """Archives built as the real ones are, in place of the downloads."""
     monkeypatch.chdir(tmp_path)
-    arc, urls = json.dumps(EVAL_LINES[2]), []
+    arc = json.dumps(EVAL_LINES[2]) + "\n"
+    questions = {"Easy-Train": 4, "Easy-Test": 2, "Challenge-Train": 3, "Challenge-Test": 1}
+    tables = {"data/test/anatomy_test.csv": b'"A, ""b""\nc",1,2,3,4,D\r\nq,5,6,7,8,A\r\n',
+              "data/dev/anatomy_dev.csv": b"no,1,2,3,4,A\n", "data/test/abstract_algebra_test.csv": b"r,1,2,3,4,B\n"}
     def fetch(url, path):
-        urls.append(url)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if url.endswith(".zip"):
             with zipfile.ZipFile(path, "w") as z:
-                for kind in ("Easy", "Challenge"):
-                    for split in ("Train", "Test"): z.writestr(f"ARC-V1-Feb2018-2/ARC-{kind}/ARC-{kind}-{split}.jsonl", (arc + "\n") * (1 + (kind == "Easy") + 2 * (split == "Train")))
+                for name, n in questions.items():
+                    z.writestr(f"ARC-V1-Feb2018-2/ARC-{name.split('-')[0]}/ARC-{name}.jsonl", arc * n)
         elif url.endswith(".tar"):
             with tarfile.open(path, "w") as tar:
-                for name, data in (("data/test/anatomy_test.csv", b'"A, ""b""\nc",1,2,3,4,D\r\nq,5,6,7,8,A\r\n'), ("data/dev/anatomy_dev.csv", b"no,1,2,3,4,A\n"), ("data/test/abstract_algebra_test.csv", b"r,1,2,3,4,B\n")):
+                for name, data in tables.items():
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         else: open(path, "w").write(json.dumps(EVAL_LINES[0]))
     monkeypatch.setattr(prepare, "fetch", fetch)
-    read = {task: bench.read_task(bench.task_file(task), sample_TOK, 640) for task in ("hellaswag", "arc_easy", "arc_challenge", "mmlu")}
+    tasks = "hellaswag", "arc_easy", "arc_challenge", "mmlu"
+    read = {task: bench.read_task(bench.task_file(task), sample_TOK, 640) for task in tasks}
     assert {task: len(q) for task, q in read.items()} == {"hellaswag": 1, "arc_easy": 2, "arc_challenge": 1, "mmlu": 3}
     assert [q[3] for q in read["mmlu"]] == [1, 3, 0] and "abstract algebra.\n\nr\nA. 1" in sample_TOK.decode(read["mmlu"][0][0])
     assert 'A, "b"\nc\nA. 1\n' in sample_TOK.decode(read["mmlu"][1][0])

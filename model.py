@@ -240,7 +240,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     slope = 1 - logits.square()                                 # tanh' = 1 - tanh^2
                     logits *= cap
                 logits = logits.log_softmax(-1)                                 # one name, so that one copy stays
-                compiled = torch.compiler.is_compiling()        # comparisons fuse; a gather and a scatter write float32 logits out
+                compiled = torch.compiler.is_compiling()        # comparisons fuse; gather and scatter write float32 logits out
                 hit = torch.arange(len(w), device=x.device) == t if compiled else None          # (rows, V)
                 right = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)  # (rows, 1)
                 loss -= (k * right).sum()

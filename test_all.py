@@ -3651,7 +3651,8 @@ def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):
     for kv, new in ((4, 20), (1, 20), (1, 90)):
         sample_rows(sample_gpt(n_kv_head=kv), SAMPLE_PROMPTS, max_new_tokens=new)
         cache = caches.pop()
-        assert not caches and sum(t.nbytes for t in cache.k + cache.v) == 2 * 2 * len(cache.lengths) * kv * min(9 + new, 64) * 8 * 4
+        held = sum(t.nbytes for t in cache.k + cache.v)
+        assert not caches and held == 2 * 2 * len(cache.lengths) * kv * min(9 + new, 64) * 8 * 4
     model, stats = sample_gpt(n_kv_head=1), Counter()
     sample_rows(model, [[5]], stats=stats)                              # 20 steps read all weights, and 1, 2, .. 20 positions
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))

@@ -298,7 +298,7 @@ def bench_context(argv):
     scaling, and the rolling window with and without attention sinks. Columns differ in their text: compare within one."""
     cfg = config.load([*argv, "--rope_scaling=none", "--rope_factor=1"])
     path = f"data/{read_run(cfg.out_dir or 'out/<run>')[0]['dataset']}/val.bin"
-    plain, rows = sampler.load(replace(cfg, compile=True))[0], []       # compile: no packing, which only sampling understands
+    plain, rows = sampler.load(cfg)[0], []
     n = plain.config.block_size
     data, lengths, last = np.memmap(path, dtype="<u2", mode="r"), (n, 2 * n, 4 * n, 8 * n), n // 2
     if len(data) <= 8 * n: raise ValueError(f"{path} has {len(data):,} tokens: more than 8 times block_size={n} are needed")
@@ -564,7 +564,7 @@ def bench_eval(argv):
     """A checkpoint (--out_dir), or others' weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
     cfg, rows = config.load(argv), []
     if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=TEXT, --task=hellaswag or FILE.jsonl")
-    model, tok, about = sampler.load(replace(cfg, compile=True))        # compile: no packing, which only sampling understands
+    model, tok, about = sampler.load(cfg)
     context = model.config.block_size
     stride = cfg.stride or max(context // 2, 1)
     if stride > context: raise ValueError(f"stride={stride} is longer than block_size={context}: tokens would be left out")

@@ -83,7 +83,7 @@ def first_token(tok):
     """[the id that a text begins with], [] if the tokenizer has none."""
     return [tok.special_tokens[t] for t in (BEGIN, ENDOFTEXT) if t in tok.special_tokens][:1]
 
-def load(cfg):
+def load(cfg, pack=False):
     """(model, tokenizer, a line about them) of out_dir, of the newest run, or, with init_from and no out_dir, of a Hugging Face
     folder; device, dtype, int8, length of context as configured. tokenizer.first: ids to begin with where there is no prompt."""
     import prepare                                              # here, for only the weights of others need it
@@ -105,13 +105,13 @@ def load(cfg):
     # trained on one text alone, a model has never seen what follows an end-of-text token: it begins with a line end instead
     tok.first = (first_token(tok) if documents != 1 else []) or tok.encode("\n")
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' * int8}"
-    return place(model, device, dtype, cfg.quantize, pack=not cfg.compile), tok, about
+    return place(model, device, dtype, cfg.quantize, pack), tok, about
 
 def export(cfg):
     """Write cfg.export, a folder for transformers' AutoModelForCausalLM and AutoTokenizer, whole or not at all."""
     folder, dtype = os.path.abspath(cfg.export), "float32" if cfg.dtype == "auto" else cfg.dtype
     if os.path.exists(folder): raise ValueError(f"--export={cfg.export} exists: delete it or choose another folder")
-    cfg = dataclasses.replace(cfg, device="cpu", dtype=dtype, quantize="none", compile=True)        # compile: so it is not packed
+    cfg = dataclasses.replace(cfg, device="cpu", dtype=dtype, quantize="none")
     model, tok, about = load(cfg)
     begin, end = (next((t for t in names if t in tok.special_tokens), None) for names in ((BEGIN, *ENDS), ENDS))
     os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -170,7 +170,8 @@ def draw(logits, u, cfg):
     return (i if top is None else top.gather(1, i))[:, 0]
 
 def penalise(logits, texts, penalty):
-    """Make tokens of each row's text (ids) less likely: positive logits (R, T, V) divided by the penalty, negative multiplied."""
+    """Make tokens of each row's text (ids) less likely: positive logits (R, T, V) divided by the penalty, negative multiplied;
+    the same tokens in all T places, for a draft has none that the text has not."""
     seen = torch.stack([torch.bincount(torch.tensor(text), minlength=logits.shape[-1]) > 0 for text in texts])
     return torch.where(seen[:, None].to(logits.device), torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -209,27 +210,19 @@ def new_cache(model, rows, length):
     weight = model.transformer.wte.weight
     return KVCache(model.config, rows, min(length, model.config.block_size), weight.device, weight.dtype)
 
-def prefill(model, texts, cache, chunk):
-    """Read texts (lists of ids, of any lengths) behind what a cache of equal rows holds, `chunk` positions at a time. Short ones
-    are padded on the right: causal, so no token ever sees the padding."""
-    past, texts = cache.end, [torch.tensor(text, dtype=torch.long) for text in texts]
-    idx = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(cache.lengths.device)
-    for part in idx.split(chunk, dim=1) if idx.numel() else (): model.hidden(part, cache)
-    cache.set_lengths([past + len(text) for text in texts])
-
 def make_room(model, cache, row, length, text, sinks, need=1):
     """Free at least `need` positions of one row and return its new length; text: the ids it was fed. RoPE: drop the oldest after
     the first `sinks`, turn the keys behind them back by as many positions. Else: read the sinks and the newer half again."""
-    size, keep = cache.max_len, min(sinks, cache.max_len // 2 - 1)
-    drop = max(need, (size - keep) // 8 if model.config.pos == "rope" else size // 2)      # many at once: no cost per token
-    if keep + drop >= length: raise ValueError(f"{need} more tokens do not fit block_size={size}: give shorter text")
+    size = cache.max_len
+    drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once: no cost per token
+    if sinks + drop >= length: raise ValueError(f"{need} more tokens do not fit block_size={size}: give shorter text")
     if model.config.pos == "rope":
-        cos, sin = model.table0[drop], model.table1[drop]   # (D/2)
-        norm = (cos.square() + sin.square()).sqrt()         # YaRN's tables are scaled, a rotation must not be
-        k, v = (torch.stack([layer[row, :, keep + drop:length] for layer in store]) for store in (cache.k, cache.v))
-        new, k = keep, apply_rope(k.float(), cos / norm, -sin / norm)                       # (n_layer, K, kept, D)
+        tables = torch.stack((model.table0[drop], model.table1[drop]))      # (2, D/2)
+        cos, sin = nn.functional.normalize(tables, dim=0)   # YaRN's are scaled, a rotation must not be
+        k, v = (torch.stack([layer[row, :, sinks + drop:length] for layer in store]) for store in (cache.k, cache.v))
+        new, k = sinks, apply_rope(k.float(), cos, -sin)    # (n_layer, K, kept, D)
     else:
-        text, fresh = text[:keep] + text[keep + drop - length:], new_cache(model, 1, length - drop)
+        text, fresh = text[:sinks] + text[sinks + drop - length:], new_cache(model, 1, length - drop)
         model.hidden(torch.tensor([text], device=cache.lengths.device), fresh)
         new, k, v = 0, [layer[0] for layer in fresh.k], [layer[0] for layer in fresh.v]
     for layer, kept in zip(cache.k + cache.v, [*k, *v]): layer[row, :, new:length - drop] = kept
@@ -243,6 +236,21 @@ def align(model, cache, rows, need, cfg):
             row.length = make_room(model, cache, r, row.length, row.ids[:row.read], cfg.sinks, over)
     cache.set_lengths([row.length for row in rows])
 
+def prefill(model, rows, cfg, stats, cache=None):
+    """Read the ids of each row but its last, cfg.prefill_chunk at a time, and return the cache: the one that holds the only row's
+    earlier text, or a new one. Short texts are padded on the right: causal, so no token ever sees the padding."""
+    clock, texts = time.perf_counter(), [tuple(row.ids[row.read:-1]) for row in rows]
+    once = list(dict.fromkeys(texts))           # equal prompts are read once
+    if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
+    else: cache = new_cache(model, len(once), max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate)
+    idx = nn.utils.rnn.pad_sequence([torch.tensor(text, dtype=torch.long) for text in once], batch_first=True)
+    for part in idx.to(cache.lengths.device).split(cfg.prefill_chunk, dim=1) if idx.numel() else (): model.hidden(part, cache)
+    for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
+    if len(once) < len(rows): cache.reorder([once.index(text) for text in texts])
+    cache.lengths.tolist()                      # waits for the device
+    stats.update(prompt_tokens=sum(map(len, once)), prompt_seconds=time.perf_counter() - clock)
+    return cache
+
 @torch.inference_mode()
 def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     """Continue rows (Row objects) together until every one has finished, and yield them after each step; with num_beams continue
@@ -250,26 +258,17 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     The cache lacks each row's last id: a step feeds that, at first the prompt's last, with a draft of what may follow.
     cache: where the one row has its earlier text. static: compile, with shapes that stay (beams have none). stats: a Counter of
     tokens, seconds, steps and bytes read, those of the prompts apart."""
-    device, beams, clock = model.transformer.wte.weight.device, cfg.num_beams > 1, time.perf_counter()
-    texts = [tuple(row.ids[row.read:-1]) for row in rows]
-    once = list(dict.fromkeys(texts))           # equal prompts are read once
-    if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
-    else: cache = new_cache(model, len(once), max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate)
-    prefill(model, once, cache, cfg.prefill_chunk)
-    for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
-    if len(once) < len(rows): cache.reorder([once.index(text) for text in texts])
-    static = cache.static = static and not beams
-    live, found = rows, [] if beams else rows
+    device, beams, live = model.transformer.wte.weight.device, cfg.num_beams > 1, rows
+    found, static = [] if beams else rows, static and not beams
+    cache = prefill(model, rows, cfg, stats, cache)
+    cache.static, clock = static, time.perf_counter()
     step = lambda idx, cache: model.head(model.hidden(idx, cache))
     # on a GPU as CUDA graphs; with coordinate descent, products with one row become kernels that read weights at full bandwidth,
     # int8 as int8, and have the norm before them in them
     options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if device.type == "cuda" else None
     if static: step = torch.compile(step, dynamic=False, options=options)
-    weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
     place_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)         # what the cache has of one position
-    cache.lengths.tolist()                      # waits for the device
-    stats.update(prompt_tokens=sum(map(len, once)), prompt_seconds=time.perf_counter() - clock)
-    clock = time.perf_counter()
+    weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
     while live:
         align(model, cache, live, 1, cfg)
         room = min(cfg.speculate, cache.max_len - max(row.length for row in live) - 1)
@@ -288,6 +287,8 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     stats.update(tokens=sum(len(row.tokens) for row in found), seconds=time.perf_counter() - clock)
 
 # ---------------------------------------------------------------------------- what people type and see
+
+def say(line): print(line, file=sys.stderr, flush=True)
 
 def read_file(path):
     try: return Path(path).read_text("utf-8")
@@ -321,17 +322,16 @@ def read_stops(cfg, tok):
         else: strings.append(stop.replace("\\n", "\n").replace("\\t", "\t").encode())
     return ends, strings
 
-def report(stats, device, say):
+def report(stats, device):
     """Rates of reading and writing, and decoding's memory traffic against what a plain sum over 256 MB reaches here."""
     x = torch.ones(2 ** 26, device=device)
     peak = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1)) / 1e9
-    used, rate = stats["bytes"] / stats["seconds"] / 1e9, stats["tokens"] / stats["seconds"]
-    n = stats["prompt_tokens"]          # none of a prompt of one token: the first step reads that
-    say((f"\nprefill {n:,} tokens at {n / stats['prompt_seconds']:,.0f} tok/s | " if n else "\n")
-        + f"decode {stats['tokens']:,} at {rate:,.1f} tok/s, {stats['tokens'] / stats['steps']:.2f} a pass | weights and cache "
-        f"read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
+    used, read, written = stats["bytes"] / stats["seconds"] / 1e9, stats["prompt_tokens"], stats["tokens"]
+    prefilled = f"prefill {read:,} tokens at {read / stats['prompt_seconds']:,.0f} tok/s | " if read else ""     # or in step one
+    say(f"\n{prefilled}decode {written:,} at {written / stats['seconds']:,.1f} tok/s, {written / stats['steps']:.2f} a pass | "
+        f"weights and cache read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
-def interact(model, tok, cfg, begin, ends, stops, say):
+def interact(model, tok, cfg, begin, ends, stops):
     """A conversation behind the ids of `begin`: each line typed goes, with its line end, into the cache, and is continued."""
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
@@ -365,10 +365,9 @@ def visualize(model, row, path):
     for hook in hooks: hook.remove()
     spans = [f"<span>{html.escape(name(ids[0]))}</span>"]
     for t, p in zip(ids[1:], logits.float().softmax(-1).cpu()):
-        likely = [(p[i].item(), name(i)) for i in [t] + p.topk(min(8, len(p))).indices.tolist()]
-        title, red = "\n".join(f"{q:.1%} {text!r}" for q, text in likely), min(0.8, -math.log(likely[0][0] + 1e-9) / 10)
-        style = f"background: rgba(230, 60, 30, {red:.2f})"
-        spans.append(f'<span title="{html.escape(title)}" style="{style}">{html.escape(name(t))}</span>')
+        title = html.escape("\n".join(f"{p[i].item():.1%} {name(i)!r}" for i in [t, *p.topk(8).indices.tolist()]))
+        style = f"background: rgba(230, 60, 30, {min(0.8, -math.log(p[t] + 1e-9) / 10):.2f})"
+        spans.append(f'<span title="{title}" style="{style}">{html.escape(name(t))}</span>')
     maps = base64.b64encode(torch.cat(maps).numpy().tobytes()).decode()
     Path(path).write_text(PAGE % (c.n_layer - 1, c.n_head - 1, "".join(spans), maps, c.n_head), encoding="utf-8")
 
@@ -390,39 +389,39 @@ spans.forEach((span, on) => {
 
 def main(cfg):
     if cfg.export: return export(cfg)
-    model, tok, about = load(cfg)
-    size, say = model.config.block_size, lambda line: print(line, file=sys.stderr, flush=True)
+    model, tok, about = load(cfg, pack=not cfg.compile)
+    size, stats = model.config.block_size, Counter()
     (prompts, texts), (ends, stops) = read_prompts(cfg, tok, size), read_stops(cfg, tok)
     if 2 * cfg.sinks >= size: raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={size}")
     if cfg.interactive and cfg.num_beams > 1: raise ValueError("beams have no text before the end: no num_beams with interactive")
     say(f"{about} | {model.set_backend(training=False)}\n")
-    if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops, say)
-    beams, as_json, stats, shown, done = cfg.num_beams > 1, bool(cfg.prompts) or cfg.logprobs, Counter(), 0, 0
+    if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops)
+    beams, ranked, as_json = cfg.num_beams > 1, cfg.best_of > cfg.num_samples, bool(cfg.prompts) or cfg.logprobs
     draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
-    groups = [[Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for j in range(draws)] for i, p in enumerate(prompts)]
-    rows = [row for group in groups for row in group]
+    rows = [Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for i, p in enumerate(prompts) for j in range(draws)]
     page = lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
-    for at in range(0, len(rows), together):
-        for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=bool(cfg.compile)):
-            if as_json or beams or draws > cfg.num_samples: continue
-            # stream the first row that has not finished; those behind it catch up in their turn
-            new = page(rows[:1 + next((j for j, row in enumerate(rows) if not row.finish), len(rows))])[shown:]
-            print(new, end="", flush=True)
-            shown += len(new)
-        if beams: groups[at] = found
-        while done < len(groups) and all(row.finish for row in groups[done]):       # each prompt's as soon as all have ended
-            best, text = groups[done], texts[done]
-            if draws > cfg.num_samples: best = sorted(best, key=lambda row: -row.score(cfg.length_penalty))
-            best = best[:cfg.num_samples]
-            if cfg.visualize and done == 0: visualize(model, best[0], cfg.visualize)
-            if not as_json: print(page(best)[shown:])
-            for j, row in enumerate(best if as_json else ()):
-                data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
-                            logprob=sum(row.logprobs))
-                if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
-                print(json.dumps(data, ensure_ascii=False), flush=True)
-            done += 1
-    report(stats, model.transformer.wte.weight.device, say)
+    shown = at = 0
+    for i, text in enumerate(texts):
+        while at < (i + 1) * draws:         # a batch may end several prompts, a prompt take several batches
+            for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=bool(cfg.compile)):
+                if as_json or beams or ranked: continue
+                # stream the first row that has not finished; those behind it catch up in their turn
+                ended = next((j for j, row in enumerate(rows) if not row.finish), draws)
+                new = page(rows[:ended + 1])[shown:]
+                print(new, end="", flush=True)
+                shown += len(new)
+            at += together
+        best = found if beams else rows[i * draws:(i + 1) * draws]
+        if ranked: best = sorted(best, key=lambda row: -row.score(cfg.length_penalty))
+        best = best[:cfg.num_samples]
+        if cfg.visualize and i == 0: visualize(model, best[0], cfg.visualize)
+        if not as_json: print(page(best)[shown:])
+        for j, row in enumerate(best if as_json else ()):
+            data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
+                        logprob=sum(row.logprobs))
+            if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
+            print(json.dumps(data, ensure_ascii=False), flush=True)
+    report(stats, model.transformer.wte.weight.device)
 
 if __name__ == "__main__":
     config.run(main)

@@ -3333,9 +3333,11 @@ def test_sample_ragged_batch_equals_each_row_recomputed(shape, chunk):
 def test_sample_prefill_then_a_step_gives_the_uncached_logits_of_every_row():
     model, prompts = sample_gpt(), SAMPLE_PROMPTS[:3]
     for chunk in (1, 2, 3, 7, 64):
-        cache = model_py.KVCache(model.config, 3, 20, sample_CPU, torch.float32)
-        sample.prefill(model, [p[:-1] for p in prompts], cache, chunk)
-        assert cache.lengths.tolist() == [0, 8, 2]
+        cfg = config.Config(prefill_chunk=chunk)
+        rows, stats = [sample.Row(p, 0, sample_TOK, cfg) for p in prompts], Counter()
+        cache = sample.prefill(model, rows, cfg, stats)
+        sample.align(model, cache, rows, 1, cfg)
+        assert cache.lengths.tolist() == [0, 8, 2] and stats["prompt_tokens"] == 10
         logits = model(torch.tensor([p[-1:] for p in prompts]), cache=cache)[0][:, 0]
         for row, p in zip(logits, prompts):
             torch.testing.assert_close(row, model(torch.tensor([p]))[0][0, -1], atol=1e-4, rtol=1e-4)

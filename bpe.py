@@ -565,9 +565,7 @@ class Tokenizer:
 
     def decode_stream(self, ids):
         """Yields text as ids arrive, holding back the bytes of a character until it is whole."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for data, last in itertools.chain(((self.decode_bytes([int(i)]), False) for i in ids), [(b"", True)]):
-            if text := decoder.decode(data, last): yield text
+        return codecs.iterdecode((self.decode_bytes([int(i)]) for i in ids), "utf-8", "replace")
 
     # Files. The file's own form is JSON of to_dict(); a checkpoint may carry the dict itself.
 

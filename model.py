@@ -226,7 +226,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     (V, C), targets (N) with -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, rows=None):
-        rows, device = rows or (2048 if x.is_cuda else 512), x.device.type      # on a CPU few enough to stay in its cache
+        rows, device = rows or (4096 if x.is_cuda else 512), x.device.type      # on a CPU few enough to stay in its cache
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x, w, train, train_head = x.to(dtype), weight.to(dtype), any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)              # (N) of each row in the mean

@@ -233,7 +233,7 @@ def prepare_data(cfg, run, old):
 def estimate_memory(cfg, model, world=1):
     """Bytes by part for one training process. Weights and gradients are float32; AdamW keeps two more numbers a weight, Muon one.
     Activations kept for the backward pass: per layer and token 18*C elements outside the MLP and 4 times its width in it, a bit
-    under the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; of the logits 2048 rows."""
+    under the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; of the logits 4096 rows."""
     n, rows = model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
@@ -242,7 +242,7 @@ def estimate_memory(cfg, model, world=1):
     return {"weights": 4 * n * copies, "gradients": 4 * trained,
             "optimizer": (8 * trained - 4 * muon) // (world if cfg.shard_optimizer else 1),
             "activations": cfg.n_layer * per_layer * rows * (2 if cfg.dtype == "float32" else 1),
-            "logits": 12 * min(2048, rows) * cfg.vocab_size}
+            "logits": 12 * min(4096, rows) * cfg.vocab_size}
 
 def plan(cfg, model, run, tokens, epoch):
     """What the run is going to be, on a few lines, with a warning if it cannot fit; tokens, epoch: of a step and an epoch."""
@@ -333,8 +333,8 @@ def build(cfg, run, folder, old):
         model.load_state_dict(old["model"])
         if reference: reference.load_state_dict(old["reference"])
         for optimizer, saved in zip(optimizers, old["optimizers"], strict=True):        # its moments, but this run's rates
-            groups = [new | dict(params=was["params"]) for new, was in zip(optimizer.param_groups, saved["param_groups"])]
-            optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+            for new, was in zip(optimizer.param_groups, saved["param_groups"]): was.update(new, params=was["params"])
+            optimizer.load_state_dict(saved)
         if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if its run did not need one
     return model, reference, optimizers, scaler
 
@@ -376,11 +376,11 @@ def train(cfg, run):
     def save(*paths):
         if cfg.shard_optimizer:
             for optimizer in optimizers: optimizer.consolidate_state_dict(to=0)
-        for path in paths if run.rank == 0 else ():
-            save_checkpoint(path, dict(
-                model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
-                config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer))
+        if run.rank > 0: return
+        state = dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
+                     reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
+                     config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer)
+        for path in paths: save_checkpoint(path, state)
 
     profiler = cfg.profile and run.rank == 0 and torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),

@@ -13,8 +13,8 @@ Every figure of the README, measured against the peer on the same machine in the
 
 Speed is a ratio: contestants take turns within one run and the median counts, so a machine that slows down slows all of them.
 """
-import csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig, tarfile
-import tempfile, time, warnings, zipfile
+import contextlib, csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig
+import tarfile, tempfile, time, warnings, zipfile
 from collections import Counter
 from dataclasses import fields, replace
 from functools import partial
@@ -163,56 +163,55 @@ def attention_without_gpu():
 
 # ---------------------------------------------------------------------------- the tokenizer
 
-def tokenizer_contender(job, name, path, vocab_size, vocab, started):
+def contender(job, name, path, vocab_size, vocab, started):
     """One training or encoding, in a process of its own: prints seconds, peak MB, tokens and a digest of the result as JSON."""
-    module, size, result, ids, f = importlib.import_module(name), int(vocab_size), [], [], open(path, "rb")
-    blocks = iter(lambda: f.read(1 << 20), b"")
-    pieces = (piece.decode() for piece in bpe.cut(blocks))      # their words are the words of the whole file
+    import resource                             # not on Windows
+    module, size, f, ids = importlib.import_module(name), int(vocab_size), open(path, "rb"), []
     if job == "encode":
         ours = bpe.Tokenizer.load(vocab)
-        ours.encode("a")        # what tiktoken makes at its start, ours makes when first used
-        if name == "bpe": encode = partial(lambda text: ours.encode_batch([text])[0], f.read().decode())
-        elif name == "tiktoken": encode = partial(ours.to_tiktoken().encode_ordinary, f.read().decode())
+        if name == "bpe":
+            ours.encode("a")                    # what tiktoken makes at its start, ours makes when first used
+            encode = lambda text: ours.encode_batch([text])[0]
+        elif name == "tiktoken": encode = ours.to_tiktoken().encode_ordinary
         else:
-            ours.special_tokens = {}                            # theirs would find them in the text
+            ours.special_tokens = {}            # theirs would find them in the text
             ours.to_hf(vocab + ".hf")
-            theirs = module.Tokenizer.from_file(vocab + ".hf")
-            encode = lambda: np.concatenate([theirs.encode_batch_fast([piece])[0].ids for piece in pieces])
-        started = time.time()
-        ids = encode()
-    elif name == "bpe":
-        tok = bpe.Tokenizer.train([blocks], size, special_tokens=())
-        result = tok.vocab.values()
-    elif name == "rustbpe":
-        tok = module.Tokenizer()
-        tok.train_from_iterator(pieces, size, pattern=bpe.GPT2_SPLIT)
-        result = [bytes(word) for word, _ in sorted(tok.get_mergeable_ranks(), key=lambda rank: rank[1])]
-    else:       # Hugging Face breaks ties by its own order of the bytes: test_all.py compares, renumbered
-        tok, level = module.Tokenizer(module.models.BPE()), module.pre_tokenizers.ByteLevel
-        tok.pre_tokenizer, options = level(add_prefix_space=False), dict(initial_alphabet=level.alphabet(), show_progress=False)
-        tok.train_from_iterator(pieces, module.trainers.BpeTrainer(vocab_size=size, **options))
-    import resource                             # not on Windows
+            theirs = module.Tokenizer.from_file(vocab + ".hf").encode_batch_fast
+            encode = lambda text: np.concatenate([theirs([piece.decode()])[0].ids for piece in bpe.cut([text])])
+        text, started = f.read().decode(), time.time()
+        ids = encode(text)
+    else:
+        blocks = iter(lambda: f.read(1 << 20), b"")
+        pieces = (piece.decode() for piece in bpe.cut(blocks))      # their words are the words of the whole file
+        if name == "bpe": tok = bpe.Tokenizer.train([blocks], size, special_tokens=())
+        elif name == "rustbpe":
+            tok = module.Tokenizer()
+            tok.train_from_iterator(pieces, size, pattern=bpe.GPT2_SPLIT)
+        else:
+            tok, level = module.Tokenizer(module.models.BPE()), module.pre_tokenizers.ByteLevel
+            tok.pre_tokenizer = level(add_prefix_space=False)
+            options = dict(vocab_size=size, initial_alphabet=level.alphabet(), show_progress=False)
+            tok.train_from_iterator(pieces, module.trainers.BpeTrainer(**options))
     spent = time.time() - float(started)        # of a training: of the whole process, start-up and reading included
     if job == "encode": result = [np.asarray(ids, np.uint32).tobytes()]
-    elif name == "bpe": tok.save(vocab)
+    elif name == "bpe":
+        result = tok.vocab.values()
+        tok.save(vocab)
+    elif name == "rustbpe": result = [bytes(word) for word, _ in sorted(tok.get_mergeable_ranks(), key=lambda rank: rank[1])]
+    else: result = []       # Hugging Face breaks ties by its own order of the bytes: test_all.py compares, renumbered
     print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=result and hashlib.sha256(b"\0".join(result)).hexdigest(),
                           MB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 
-def tree_megabytes(pid):
-    """Memory of a process and its workers now, shared pages counted once; 0 where it has ended or there is no /proc."""
-    try:
-        kids = [kid for path in Path(f"/proc/{pid}/task").glob("*/children") for kid in path.read_text().split()]
-        own = re.search(r"^Pss:\s*(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
-        return int(own[1]) / 1024 + sum(map(tree_megabytes, kids))
-    except (OSError, TypeError): return 0
-
 def contend(job, name, *words):
-    """What the contender printed, its peak memory raised to that of its whole tree of processes, seen every tenth of a second."""
+    """What the contender printed; its peak memory together with its workers', seen every tenth of a second, shared pages once."""
     call = [sys.executable, f"{HERE}/bench.py", "tokenizer", "contender", job, name, *words, str(time.time())]
     env = os.environ | ({"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} if job == "encode" else {})
     peak, process = 0, subprocess.Popen(call, stdout=subprocess.PIPE, env=env)
     while process.poll() is None:
-        peak = max(peak, tree_megabytes(process.pid))
+        with contextlib.suppress(OSError, TypeError):           # no /proc here, or one of them has just ended
+            kids = [kid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for kid in path.read_text().split()]
+            said = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (process.pid, *kids)]
+            peak = max(peak, sum(int(re.search(r"^Pss:\s*(\d+)", text, re.M)[1]) for text in said) / 1024)
         time.sleep(0.1)
     if process.returncode: raise ValueError(f"{name} could not {job}, see above")
     result = json.loads(process.stdout.read())
@@ -220,7 +219,7 @@ def contend(job, name, *words):
 
 def bench_tokenizer(argv):
     """Each run a process of its own, slow ones once. --vocab_size; --tokenizer=gpt2 or FILE of bpe.py: only encode."""
-    if argv[:1] == ["contender"]: return tokenizer_contender(*argv[1:])
+    if argv[:1] == ["contender"]: return contender(*argv[1:])
     cfg = config.load(["--vocab_size=32000", *(word for word in argv if word.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
         path = next((word for word in argv if not word.startswith("--")), "")
@@ -444,7 +443,7 @@ def task_file(task):
     """The JSONL file of a task: a path, or one of TASKS, downloaded and unpacked into data/eval."""
     if task not in TASKS and os.path.isfile(task): return task
     if task not in TASKS: raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a file")
-    (url, wanted), path, lines = TASKS[task], f"data/eval/{task}.jsonl", []
+    (url, wanted), path = TASKS[task], f"data/eval/{task}.jsonl"
     archive = f"data/eval/{os.path.basename(url)}" if wanted else path
     if not os.path.exists(path): prepare.fetch(url, archive)
     if os.path.exists(path): return path
@@ -454,12 +453,9 @@ def task_file(task):
             files = {name: read(name).read().decode() for name in sorted(names) if re.search(wanted, name)}
     except (tarfile.TarError, zipfile.BadZipFile, ValueError) as e:
         raise ValueError(f"{archive} is damaged ({e}): delete it to fetch it again") from None
-    for name, text in files.items():
-        if url == ARC: lines.append(text)
-        else:
-            for question, *choices, answer in csv.reader(io.StringIO(text, newline="")):
-                item = dict(subject=os.path.basename(name)[:-9], question=question, choices=choices, answer=answer)
-                lines.append(json.dumps(item))
+    lines = list(files.values()) if url == ARC else [
+        json.dumps(dict(subject=os.path.basename(name)[:-9], question=question, choices=choices, answer=answer))
+        for name, text in files.items() for question, *choices, answer in csv.reader(io.StringIO(text, newline=""))]
     prepare.write(path, lambda f: f.write("\n".join(lines).encode()))
     return path
 

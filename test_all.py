@@ -2806,6 +2806,16 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
     assert capsys.readouterr().out.count("1 skipped, not finite") == 3
     assert [r["skipped"] for r in train_log(tmp_path / "run") if "loss" in r] == [0, 0, 1, 1, 0, 1, 0]
     calls, weights = itertools.count(1), {}
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned({3, 4, 6}))     # the same, said in fewer lines
+    train_here(monkeypatch, train_dir, tmp_path, out="rare", max_iters=7, max_bad_steps=3, log_interval=5)
+    each, rare = ([r for r in train_log(tmp_path / out) if "loss" in r] for out in ("run", "rare"))
+    assert [(r["step"], r["skipped"]) for r in rare] == [(1, 0), (5, 2), (7, 1)] and rare[1]["norm"] == each[4]["norm"]
+    assert rare[1]["loss"] == pytest.approx((each[1]["loss"] + each[4]["loss"]) / 2) and rare[2]["loss"] == each[6]["loss"]
+    calls, weights = itertools.count(1), {}
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(4, 99))))
+    with pytest.raises(ValueError, match="7 steps in a row"):           # 2 of them were in the line before
+        train_here(monkeypatch, train_dir, tmp_path, out="streak", max_bad_steps=6, log_interval=5)
+    calls, weights = itertools.count(1), {}
     for every, message in ((2, "the last good checkpoint is .*ckpt.pt: go on"), (10, "there is none saved: begin again")):
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
         with pytest.raises(ValueError, match=f"4 steps in a row had a non-finite gradient: {message}"):

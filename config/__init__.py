@@ -73,7 +73,7 @@ class GPTConfig:
 class Config(GPTConfig):
     """GPTConfig plus the knobs of data, tokenizer, training and sampling. `cfg.model()` is the GPTConfig alone."""
     # data (prepare.py)
-    dataset: str = "stdlib"         # stdlib, shakespeare, tinystories, fineweb; stdlib_x: once more, apart; or yours and --input
+    dataset: str = "stdlib"         # stdlib, shakespeare, tinystories, fineweb (stdlib_x: same text, apart); or yours by --input
     input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated; bench.py eval: to measure
     tokenizer: str = "bpe"          # bpe = train our own on the training split; gpt2; or the path of a tokenizer.json
     split_pattern: Literal["gpt2", "gpt4"] = "gpt2"                 # how bpe cuts text into words before merging

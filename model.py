@@ -243,7 +243,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 compiled = torch.compiler.is_compiling()        # comparisons fuse; gather and scatter write float32 logits out
                 hit = torch.arange(len(w), device=x.device) == t if compiled else None          # (rows, V)
                 right = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)  # (rows, 1)
-                loss -= (k * right).sum()
+                loss = loss - (k * right).sum()     # subtle: in place, torch 2.11's compiler would make all gradients zero
                 if not train: continue
                 g = (logits.exp() - hit.float()) * k if compiled else logits.exp_().mul_(k).scatter_add_(1, t, -k)
                 if cap: g *= slope

@@ -79,7 +79,8 @@ class KVCache:
         shape = (batch_size, config.kv_heads, max_len, config.head_dim)
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
-        self.max_len, self.end, self.ragged, self.static = max_len, 0, False, False    # end: the longest row, known on the host
+        self.max_len = self.span = max_len                                  # span: S, the keys that attention is given
+        self.end, self.ragged, self.static = 0, False, False                # end: the longest row, known on the host
 
     def set_lengths(self, lengths):
         """lengths: one int per row. Forget everything beyond them; all zero empties the cache."""
@@ -100,7 +101,7 @@ class KVCache:
         pos = torch.arange(T, device=self.lengths.device) + (self.lengths[:, None] if self.ragged else self.end)
         self.lengths += T
         if not self.static: self.end += T
-        self.span = self.max_len if self.static else self.end       # S, the keys that attention is given
+        self.span = self.max_len if self.static else self.end
         return pos
 
     def update(self, layer, pos, k, v):

@@ -169,20 +169,15 @@ def draw(logits, u, cfg):
     i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)   # right: never p = 0
     return (i if top is None else top.gather(1, i))[:, 0]
 
-def penalise(logits, texts, penalty):
-    """Make tokens of each row's text (ids) less likely: positive logits (R, T, V) divided by the penalty, negative multiplied;
-    the same tokens in all T places, for a draft has none that the text has not."""
-    seen = torch.stack([torch.bincount(torch.tensor(text), minlength=logits.shape[-1]) > 0 for text in texts])
-    return torch.where(seen[:, None].to(logits.device), torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+def penalise(logits, seen, penalty):
+    """Make the tokens that a row's text has, seen (R, V), less likely: positive logits (R, T, V) divided by the penalty, negative
+    multiplied; the same in all T places, for a draft has none that the text has not."""
+    return torch.where(seen[:, None], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-def extend(rows, logits, own, drafts, cfg):
-    """Add to each row the token drawn from its logits (R, T, V), then as many more as its draft foretold. own: the logits without
-    repetition penalty, for the log-probabilities. Returns [(r, row)] of those that have not finished."""
-    T = logits.shape[1]
-    u = torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows], device=logits.device)      # (R, T)
-    picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
-    logp = own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)
-    for row, draft, tokens, nats in zip(rows, drafts, picked.tolist(), logp.tolist()):
+def extend(rows, picked, logp, drafts):
+    """Add to each row the token drawn for it, picked (R, T), then as many more as its draft foretold; logp (R, T): their
+    log-probabilities. Returns [(r, row)] of those that have not finished."""
+    for row, draft, tokens, nats in zip(rows, drafts, picked, logp):
         for token, p, foretold in zip(tokens, nats, [*draft, None]):
             if row.finish: break
             row.add(token, p)
@@ -251,6 +246,28 @@ def prefill(model, rows, cfg, stats, cache=None):
     stats.update(prompt_tokens=sum(map(len, once)), prompt_seconds=time.perf_counter() - clock)
     return cache
 
+def feed(rows, drafts, T, limit, cfg, device):
+    """What a step wants to know of each row: its last id and its draft (R, T), numbers to draw with (R, T), and with a repetition
+    penalty which ids its text has (R, limit)."""
+    ids = [row.ids[-1:] + draft + [0] * (T - 1 - len(draft)) for row, draft in zip(rows, drafts)]
+    inputs = [torch.tensor(ids), torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows])]
+    if cfg.repetition_penalty != 1:
+        inputs.append(torch.stack([torch.bincount(torch.tensor(row.ids), minlength=limit)[:limit] > 0 for row in rows]))
+    return [x.to(device) for x in inputs]
+
+def record(step, inputs):
+    """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph. So the host launches one thing a
+    token and not hundreds of kernels behind torch.compile's guards, which alone take it 0.12 ms with 22 layers."""
+    if not inputs[0].is_cuda: return step
+    step(*inputs)                               # compiles, which cannot be recorded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph): outputs = step(*inputs)
+    def replay(*new):
+        for buffer, x in zip(inputs, new): buffer.copy_(x)
+        graph.replay()
+        return outputs
+    return replay
+
 @torch.inference_mode()
 def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     """Continue rows (Row objects) together until every one has finished, and yield them after each step; with num_beams continue
@@ -262,11 +279,17 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     found, static = [] if beams else rows, static and not beams
     cache = prefill(model, rows, cfg, stats, cache)
     cache.static, clock = static, time.perf_counter()
-    step = lambda idx, cache: model.head(model.hidden(idx, cache))
-    # on a GPU as CUDA graphs; with coordinate descent, products with one row become kernels that read weights at full bandwidth,
-    # int8 as int8, and have the norm before them in them
-    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if device.type == "cuda" else None
-    if static: step = torch.compile(step, dynamic=False, options=options)
+    read = lambda new, cache: model.head(model.hidden(new, cache))
+    # with coordinate descent, on a GPU a product with one row becomes a kernel that reads weights at full bandwidth, int8 as
+    # int8, and has the norm before it in it
+    options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
+    if static: read = torch.compile(read, dynamic=False, options=options)
+    def step(new, u, seen=None):        # what `feed` returns -> logits (R, T, V), tokens drawn and their log-probabilities (R, T)
+        own = read(new, cache)[:, :, :limit].float()
+        logits = own if seen is None else penalise(own, seen, cfg.repetition_penalty)
+        picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
+        return logits, picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)
+    recorded = {}                       # steps by T, for the batch as it is
     place_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)         # what the cache has of one position
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
     while live:
@@ -274,16 +297,19 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
         room = min(cfg.speculate, cache.max_len - max(row.length for row in live) - 1)
         drafts = [row.draft(min(room, row.limit - len(row.tokens) - 1)) for row in live]
         T = 1 + (room if static else max(map(len, drafts)))
-        new = torch.tensor([row.ids[-1:] + d + [0] * (T - 1 - len(d)) for row, d in zip(live, drafts)], device=device)
+        inputs = feed(live, drafts, T, limit, cfg, device)
+        if static and T not in recorded:
+            recorded[T] = record(step, inputs)
+            align(model, cache, live, 1, cfg)                   # what recording wrote is forgotten
         stats.update(steps=1, bytes=weights + place_bytes * sum(row.length + T for row in live))
-        for t in (*cache.k, *cache.v, cache.lengths) if static else (): torch._dynamo.mark_static_address(t)    # for CUDA graphs
-        own = step(new, cache)[:, :, :limit].float()                                            # (R, T, V)
-        logits = own if cfg.repetition_penalty == 1 else penalise(own, [row.ids for row in live], cfg.repetition_penalty)
-        grown = branch(live, logits[:, 0], found, cfg) if beams else extend(live, logits, own, drafts, cfg)
+        logits, picked, logp = recorded.get(T, step)(*inputs)
+        grown = branch(live, logits[:, 0], found, cfg) if beams else extend(live, picked.tolist(), logp.tolist(), drafts)
         yield found
         if static and 2 * len(grown) > len(live): continue      # each shape is compiled: those that have finished wait
         parents, live = [r for r, _ in grown], [row for _, row in grown]
-        if live and parents != list(range(len(cache.lengths))): cache.reorder(parents)
+        if live and parents != list(range(len(cache.lengths))):
+            cache.reorder(parents)
+            recorded.clear()
     stats.update(tokens=sum(len(row.tokens) for row in found), seconds=time.perf_counter() - clock)
 
 # ---------------------------------------------------------------------------- what people type and see

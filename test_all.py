@@ -8,6 +8,7 @@ What every stage promises, each against an independent twin: naive code, float64
 import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
 import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before numpy and torch: for matrices so small, threads only wait for each other
@@ -21,6 +22,8 @@ if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from bpe import GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT, Tokenizer
 import bench
@@ -3415,7 +3418,8 @@ def test_sample_draw_edges_never_pick_what_is_filtered():
 
 def test_sample_repetition_penalty_against_plain_python_and_with_drafts():
     logits = torch.tensor([[[2.0, -2.0, 1.0]], [[2.0, -2.0, 1.0]]])
-    assert sample.penalise(logits, [[1, 0, 1], [2]], 2.0).tolist() == [[[1.0, -4.0, 1.0]], [[2.0, -2.0, 0.5]]]
+    seen = torch.tensor([[True, True, False], [False, False, True]])
+    assert sample.penalise(logits, seen, 2.0).tolist() == [[[1.0, -4.0, 1.0]], [[2.0, -2.0, 0.5]]]
     model, prompt, ids = sample_gpt(), [5, 6, 5], [5, 6, 5]
     for _ in range(20):
         l = model(torch.tensor([ids]))[0][0, -1, :280]
@@ -3586,6 +3590,60 @@ def test_sample_static_shapes_give_the_same_text(monkeypatch):
             kw = dict(max_new_tokens=80, speculate=speculate, ends={7, 8, 9})
             a, b = sample_rows(model, prompts, **kw), sample_rows(model, prompts, static=True, **kw)
             assert [r.tokens for r in a] == [r.tokens for r in b]
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph on the CPU: while it records, what would be written to memory from before is noted, not done; replay() does
+    all again with the same tensors. What the host decided in the recording, it does not decide again."""
+    def __init__(self):
+        super().__init__()
+        self.calls, self.mine = [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, memory = kwargs or {}, lambda t: t.untyped_storage()._cdata
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        assert not {"lift_fresh", "_local_scalar_dense"} & {func._opname}, f"{func}: host and device must not meet"
+        writes = func._schema.is_mutable
+        out = args[0] if writes and memory(args[0]) not in self.mine else func(*args, **kwargs)
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and memory(t) not in map(memory, tensors): self.mine.add(memory(t))
+        self.calls.append((func, args, kwargs, out, writes))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out, writes in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(*map(tree_leaves, (out, again))) if not writes else ():
+                if isinstance(old, torch.Tensor): old.copy_(new)
+
+
+def test_sample_recorded_steps_give_the_same_text(monkeypatch):
+    recordings, caches, align = [], [], sample.align
+    monkeypatch.setattr(sample, "align", lambda model, cache, *args: caches.append(cache) or align(model, cache, *args))
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recordings.append(Tape()) or recordings[-1])
+    # a real recording computes nothing; the tape does, so it starts where there is room
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape: caches[-1].lengths.zero_() is None or tape)
+    for shape in (dict(window_pattern="SL", window=6), dict(pos="learned")):
+        model = sample_gpt(**shape)
+        for kw in (dict(), dict(speculate=3), dict(repetition_penalty=1.3, top_k=50), dict(temperature=0, speculate=2)):
+            kw = dict(max_new_tokens=80, ends={7, 8, 9}) | kw           # past the context, and rows end at different times
+            a = sample_rows(model, SAMPLE_PROMPTS, **kw)
+            recordings.clear()
+            b = sample_rows(model, SAMPLE_PROMPTS, static=True, **kw)
+            assert [r.tokens for r in a] == [r.tokens for r in b] and len(recordings) < 8
+            for x, y in zip(a, b): assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kw", [dict(), dict(speculate=3), dict(repetition_penalty=1.3)])
+def test_sample_gpu_recorded_steps_give_the_same_text(kw):
+    model = sample_gpt(n_embd=64).cuda()
+    kw = dict(max_new_tokens=80, temperature=0, ends={7, 8, 9}) | kw
+    a, b = (sample_rows(model, SAMPLE_PROMPTS, static=static, **kw) for static in (False, True))
+    for x, y in zip(a, b): assert x.tokens == y.tokens and x.logprobs == pytest.approx(y.logprobs, abs=1e-2)
 
 
 def test_sample_rope_scaling_against_the_papers_formulas():

@@ -229,35 +229,36 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, cap, rows=None):
         rows, device = rows or (4096 if x.is_cuda else 512), x.device.type      # on a CPU few enough to stay in its cache
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, w, train, train_head = x.to(dtype), weight.to(dtype), any(ctx.needs_input_grad), ctx.needs_input_grad[1]
-        share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)              # (N) of each row in the mean
+        (train_x, train_head), counts = ctx.needs_input_grad[:2], (targets >= 0).float()        # counts (N)
+        x, w = x.to(dtype), weight.to(dtype)
         loss, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight) if train_head else None
+        compiled = torch.compiler.is_compiling()        # then comparisons fuse; gather and scatter would write float32 logits out
         with torch.autocast(device, enabled=False):
             for i in range(0, len(x), rows):
-                part, k, t = x[i:i + rows], share[i:i + rows, None], targets[i:i + rows, None].clamp(min=0)     # k, t (rows, 1)
+                part, k, t = x[i:i + rows], counts[i:i + rows, None], targets[i:i + rows, None].clamp(min=0)    # k, t (rows, 1)
                 logits = (part @ w.T).float()                                   # (rows, V)
                 if cap:
                     logits.div_(cap).tanh_()
                     slope = 1 - logits.square()                                 # tanh' = 1 - tanh^2
                     logits *= cap
                 logits = logits.log_softmax(-1)                                 # one name, so that one copy stays
-                compiled = torch.compiler.is_compiling()        # comparisons fuse; gather and scatter write float32 logits out
                 hit = torch.arange(len(w), device=x.device) == t if compiled else None          # (rows, V)
                 right = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)  # (rows, 1)
                 loss = loss - (k * right).sum()     # subtle: in place, torch 2.11's compiler would make all gradients zero
-                if not train: continue
+                if not (train_x or train_head): continue
                 g = (logits.exp() - hit.float()) * k if compiled else logits.exp_().mul_(k).scatter_add_(1, t, -k)
                 if cap: g *= slope
                 g = g.to(dtype)
                 dx[i:i + rows] = g @ w
                 if train_head: dw += g.T @ part
-        ctx.save_for_backward(dx, dw)
-        return loss
+        n = counts.sum().clamp(min=1)
+        ctx.save_for_backward(dx, dw, n)        # of the sum: those of the mean float16 would lose before they meet the loss scale
+        return loss / n
 
     @staticmethod
     def backward(ctx, scale):
-        dx, dw = ctx.saved_tensors
-        return dx * scale, None if dw is None else dw * scale, None, None, None
+        dx, dw, n = ctx.saved_tensors
+        return dx * (scale / n), None if dw is None else dw * (scale / n), None, None, None
 
 # ---------------------------------------------------------------------------- the model
 
@@ -317,8 +318,9 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None: return self.head(x), None
         if by_row: return None, self.log_probs(x, targets)
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return None, LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.logit_softcap)
+        # detached, for the loss sees only whether a tensor wants a gradient: in an evaluation it computed one for nothing
+        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap)
 
     def hidden(self, idx, cache=None):
         """idx (B, T) -> what the head reads, (B, T, C); whoever needs few positions' logits calls head on those alone."""
@@ -327,15 +329,15 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}: shorten the text")
         pos = cache.grow(T) if cache is not None else torch.arange(T, device=idx.device)        # (T,) or (B, T)
-        x, rope, starts, masks = self.transformer.wte(idx), None, None, {}                      # x (B, T, C)
+        x, rope, starts = self.transformer.wte(idx), None, None                                 # x (B, T, C)
         if self.config.pos == "learned": x = x + self.transformer.wpe(pos)
         elif self.config.pos == "sinusoidal": x = x + self.table0[pos].type_as(x)
         else: rope = tuple(t[pos] if pos.dim() == 1 else t[pos][:, None] for t in (self.table0, self.table1))
         x = F.dropout(x, self.config.dropout, self.training)
         if self.doc_mask is not None and cache is None:
             starts = torch.where(idx == self.doc_mask, pos, 0).cummax(1).values                 # (B, T)
-        for window in set(self.config.windows):                                                 # once, not in every layer
-            masks[window] = starts if self.backend == "flash_attn" else sdpa_mask(pos, cache.span if cache else T, window, starts)
+        S, flash = cache.span if cache is not None else T, self.backend == "flash_attn"
+        masks = {w: starts if flash else sdpa_mask(pos, S, w, starts) for w in set(self.config.windows)}    # not in every layer
         again = self.grad_checkpoint and self.training and cache is None
         for block in self.transformer.h:
             args = x, rope, cache, pos, masks
@@ -359,31 +361,31 @@ class GPT(nn.Module):
         """Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding
         look-ups), 4 if it is frozen, and 12*H*D*T a layer for the attention matrix (its window instead of T), not halved for
         causality; PaLM, arXiv:2204.02311, appendix B."""
-        c, looked_up = self.config, ("transformer.wpe.weight", *["transformer.wte.weight"] * (not self.config.tie_weights))
-        products = [p for name, p in self.named_parameters() if name not in looked_up]
-        flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in products)
+        c, looked_up = self.config, {"transformer.wpe.weight", "transformer.wte.weight"}
+        if c.tie_weights: looked_up.remove("transformer.wte.weight")        # as the head it multiplies
+        flops = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in self.named_parameters() if name not in looked_up)
         return flops + 12 * c.n_head * c.head_dim * sum(min(window or c.block_size, c.block_size) for window in c.windows)
 
     def configure_optimizers(self, cfg):
         """cfg: a config.Config -> list of optimizers, each trained parameter in exactly one group. adamw: weight decay on
         matrices, none on gains and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head
         and the rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW."""
-        make = lambda kind, groups, **kw: kind(groups, **kw)
-        if cfg.shard_optimizer:
+        def make(kind, groups, **kw):
+            if not cfg.shard_optimizer: return kind(groups, **kw)
             from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for importing it takes a second
-            make = lambda kind, groups, **kw: ZeroRedundancyOptimizer(groups, kind, **kw)
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        matrices, embeddings, head = ([p for name, p in named if p.dim() == 2 and name.startswith(begin)]
-                                      for begin in ("transformer.h.", "transformer.w", "lm_head"))      # no head if it is tied
-        rest, muon = [p for _, p in named if p.dim() < 2], cfg.optimizer == "muon" and embeddings
-        if muon:
-            groups = [dict(params=embeddings, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr), dict(params=rest)]
-        else: groups = [dict(params=matrices + head + embeddings, weight_decay=cfg.weight_decay), dict(params=rest)]
-        optimizers = [make(torch.optim.AdamW, [g for g in groups if g["params"]], lr=cfg.learning_rate, weight_decay=0.0,
-                           betas=(cfg.beta1, cfg.beta2), eps=1e-10 if cfg.optimizer == "muon" else 1e-8,
-                           fused=self.lm_head.weight.device.type in ("cuda", "cpu"))]
-        if muon: optimizers += [make(torch.optim.Muon, matrices, lr=cfg.matrix_lr, momentum=0.95, weight_decay=cfg.weight_decay)]
-        return optimizers
+            return ZeroRedundancyOptimizer(groups, kind, **kw)
+        matrices, embeddings, head, rest = [], [], [], []
+        for name, p in self.named_parameters():
+            kind = rest if p.dim() < 2 else matrices if ".h." in name else head if name == "lm_head.weight" else embeddings
+            if p.requires_grad: kind.append(p)
+        muon = cfg.optimizer == "muon" and len(embeddings) > 0      # LoRA trains none
+        if muon: groups = [dict(params=embeddings, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr)]
+        else: groups = [dict(params=matrices + head + embeddings, weight_decay=cfg.weight_decay)]
+        adamw = make(torch.optim.AdamW, [g for g in (*groups, dict(params=rest)) if g["params"]], lr=cfg.learning_rate,
+                     weight_decay=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-10 if cfg.optimizer == "muon" else 1e-8,
+                     fused=self.lm_head.weight.device.type in ("cuda", "cpu"))
+        if not muon: return [adamw]
+        return [adamw, make(torch.optim.Muon, matrices, lr=cfg.matrix_lr, momentum=0.95, weight_decay=cfg.weight_decay)]
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
@@ -548,9 +550,11 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
         for ours, t in zip(parts, whole.chunk(len(parts))):
             if ours == "transformer.wpe.weight": t = t[:config.block_size]
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
-            if not torch.equal(state.setdefault(ours, t), t):
+            first = state.setdefault(ours, t)           # a tied head comes twice, and what is both gate and up
+            if not torch.equal(first, t):
                 raise ValueError(f"{path}: {key} is unlike its twin: a tied head must be the embedding, gate_proj be up_proj")
-    if missing: raise ValueError(f"{folder} lacks {min(missing)}" + f" and {len(missing) - 1} more tensors" * (len(missing) > 1))
+    more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+    if missing: raise ValueError(f"{folder} lacks {min(missing)}{more}")
     with torch.device("meta"): model = GPT(config)
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # wte is another tensor now

@@ -54,7 +54,7 @@ def test_config_order_types_and_flags():
     (["--max_iter=3"], "did you mean 'max_iters'"), (["nothing.py"], "no config file"),
     # of another type
     (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
-    (["--max_iters=None"], "wants int, not 'None'"), (["--bias=1"], "wants True or False"),
+    (["--max_iters=1e30"], "wants int"), (["--max_iters=None"], "wants int, not 'None'"), (["--bias=1"], "wants True or False"),
     (["--compile=1"], "wants True or False or None, not '1'"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"),
     (["--learning_rate=nan"], "wants float, not nan"), (["--learning_rate=1e999"], "wants float"),
     # out of range
@@ -336,6 +336,8 @@ def test_model_flops_against_torch_counter():
     idx = torch.randint(64, (1, 32))
     with FlopCounterMode(display=False) as counter: model(idx, idx)[1].backward()
     assert counter.get_total_flops() == 32 * (model.estimate_flops() - 12 * 2 * 32 * 32)
+    with torch.no_grad(), FlopCounterMode(display=False) as evaluation: model(idx, idx)
+    assert evaluation.get_total_flops() == counter.get_total_flops() / 3                # no gradient, nowhere
 
 
 def model_interpreted(model):
@@ -436,6 +438,15 @@ def test_model_fused_loss_against_plain_cross_entropy(cap):
         ours = work(x, w)
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad(3 * ours, (x, w)), grads): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_model_fused_loss_in_float16_keeps_the_gradients_of_many_rows():
+    """Divided by so many rows they are less than float16 can hold; the loss scale meets them only afterwards."""
+    x, w = (torch.randn(n, 8, requires_grad=True) for n in (20000, 512))
+    targets = torch.randint(512, (20000,))
+    exact = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ w.T, targets), (x, w))
+    with torch.autocast("cpu", torch.float16): loss = model_py.LinearCrossEntropy.apply(x, w, targets, 0.0)
+    for a, b in zip(torch.autograd.grad(65536 * loss, (x, w)), exact): assert (a / 65536 - b).norm() < 0.01 * b.norm()
 
 
 def test_model_masked_targets_give_no_loss_and_no_gradient():
@@ -2977,7 +2988,8 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     bins = dict(data["meta"]["sha256"], **{"train.bin": "another"})
     model_py.save_checkpoint(str(path), {**data, "meta": {**data["meta"], "sha256": bins}})
     assert "resuming on other text" not in capsys.readouterr().out
-    with open(tmp_path / "run" / "log.jsonl", "ab") as f: f.write(b'{"step": 1, "lo\n\0\xff\n{"step": 2, "loss"')   # a crash
+    with open(tmp_path / "run" / "log.jsonl", "ab") as f:                   # a crash
+        f.write(b'{"step": 1, "lo\n{"step": 1, "a": {"step": 2}\n\0\xff\n3\n{"step": 2, "lo')
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3)
     assert "resuming on other text" in capsys.readouterr().out
     assert [r["step"] for r in train_log(tmp_path / "run") if "loss" in r] == [1, 2, 3]
@@ -3065,9 +3077,10 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     assert sorted(p for p in os.listdir(tmp_path / "run") if p.startswith("ckpt_")) == ["ckpt_000016.pt", "ckpt_000020.pt"]
     assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
     os.makedirs(tmp_path / "[a]")
-    for step in (999999, 1000000): (tmp_path / "[a]" / f"ckpt_{step}.pt").touch()
+    for step in (999999, 1000000, "mine"): (tmp_path / "[a]" / f"ckpt_{step}.pt").touch()
     train_here(monkeypatch, train_dir, tmp_path, out="[a]", max_iters=5, keep_checkpoints=1, profile=9)    # too short for it
-    assert [p for p in os.listdir(tmp_path / "[a]") if p.startswith("ckpt_")] == ["ckpt_1000000.pt"]
+    assert [p for p in os.listdir(tmp_path / "[a]") if p[:6] == "ckpt_1"] == ["ckpt_1000000.pt"]
+    assert not (tmp_path / "[a]" / "ckpt_999999.pt").exists() and (tmp_path / "[a]" / "ckpt_mine.pt").exists()
     assert json.load(open(tmp_path / "[a]" / "trace.json"))["traceEvents"]
     (tmp_path / "file").touch()
     for out in ("file", "file/x"):
@@ -3088,7 +3101,8 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
 
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12)])
 def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: name)         # where a CPU's name has a number
     assert train.Machine(config.Config(device="cpu")).peak == peak
@@ -3161,6 +3175,9 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
         chosen, rejected = gain("train").T
         assert (chosen > rejected).float().mean() > 0.9
         assert log[-1] == pytest.approx(torch.nn.functional.softplus(0.1 * gain("val").diff(dim=1)).mean().item(), rel=1e-4)
+    if kind == "answers":
+        with pytest.raises(ValueError, match="no target counts in the first eval_tokens=1"):
+            tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", eval_tokens=1)
     other = dict(objective="tokens", dataset="tiny", input="notes") if kind == "pairs" else {}
     with pytest.raises(ValueError, match="checkpoint differs: (lora_rank|objective)"):
         tune_here(monkeypatch, tune_dir, tmp_path, kind, **dict(out="half", init_from="resume", lora_rank=2) | other)

@@ -13,7 +13,7 @@ A step means tokens_per_step tokens, however many devices share them: batches ar
 one process and eight see the same data and a resumed run goes on as if it had never stopped.
 Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import copy, dataclasses, datetime, errno, functools, itertools, json, math, os, re, signal, subprocess, sys, time
+import contextlib, copy, dataclasses, datetime, errno, functools, itertools, json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ from config import require
 from model import GPT, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint
 
 # dense bf16 peak in FLOP/s (V100: fp16) by the makers' data sheets; the first that is words of the device's name. None: no MFU.
-PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
-              "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
+PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12,
+              "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
 
 # ---------------------------------------------------------------------------- data
 
@@ -114,6 +114,7 @@ def evaluate(model, batches, cfg, run, reference=None):
         total += batches.weigh(rows) * torch.tensor([loss.item(), 1]).double()
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
+    require(total[1] > 0, f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise it")
     return (total[0] / total[1]).item()
 
 def lr_factor(step, cfg):
@@ -231,38 +232,44 @@ def prepare_data(cfg, run, old):
     with open(path, encoding="utf-8") as f: return meta, json.load(f)
 
 def estimate_memory(cfg, model, world=1):
-    """Bytes by part for one training process. Weights and gradients are float32; AdamW keeps two more numbers a weight, Muon one.
-    Activations kept for the backward pass: per layer and token 18*C elements outside the MLP and 4 times its width in it, a bit
-    under the 34*C bytes of Korthikanti et al. 2022, arXiv:2205.05198, without its attention matrix; of the logits 4096 rows."""
-    n, rows = model.num_params(), cfg.batch_size * cfg.block_size
+    """Bytes by part for one training process. Weights and gradients are float32, with a copy in 16 bits for autocast and in DDP's
+    buckets; AdamW keeps two more numbers a weight, Muon one. Activations kept for the backward pass: per layer and token 18*C
+    bytes outside the MLP and 4 times its width in it, which are the 34*C of Korthikanti et al. 2022, arXiv:2205.05198, without
+    its attention matrix; of the logits 4096 rows, and the head's gradient."""
+    full, n, rows = cfg.dtype == "float32", model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
     copies = 2 if cfg.objective == "dpo" and trained == n else 1    # dpo's reference; with LoRA it has the same weights
     per_layer = 2 * cfg.n_embd if cfg.grad_checkpoint else 18 * cfg.n_embd + 4 * cfg.inner * (2 if cfg.mlp == "swiglu" else 1)
-    return {"weights": 4 * n * copies, "gradients": 4 * trained,
+    return {"weights": (4 if full else 6) * n * copies, "gradients": 4 * trained * (2 if world > 1 else 1),
             "optimizer": (8 * trained - 4 * muon) // (world if cfg.shard_optimizer else 1),
-            "activations": cfg.n_layer * per_layer * rows * (2 if cfg.dtype == "float32" else 1),
-            "logits": 12 * min(4096, rows) * cfg.vocab_size}
+            "activations": cfg.n_layer * per_layer * rows * (2 if full else 1),
+            "logits": (12 * min(4096, rows) + 4 * cfg.n_embd) * cfg.vocab_size}
 
 def plan(cfg, model, run, tokens, epoch):
     """What the run is going to be, on a few lines, with a warning if it cannot fit; tokens, epoch: of a step and an epoch."""
     flops, n, total = model.estimate_flops(), model.num_params(), cfg.max_iters * tokens
+    cfg = dataclasses.replace(cfg, dtype=str(run.dtype).removeprefix("torch."))
     needed = sum(estimate_memory(cfg, model, run.world).values())
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf      # not on Windows
-    room = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else ram
+    gpu = run.device.type == "cuda"         # on which the weights are already
+    room = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_allocated(run.device) if gpu else ram
     hours = f", {flops * total / (0.4 * run.peak * run.world) / 3600:,.2f} hours at 40% of peak" if run.peak else ""
     short = f", but there is room for {room / 2 ** 20:,.0f}: WARNING, lower --batch_size or use --grad_checkpoint"
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
             f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
             f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed / 2 ** 20:,.0f} MiB a device"
             f"{short if needed > room else ''}\n"
-            f"device {run.name}, {str(run.dtype).removeprefix('torch.')}, compile {'on' if run.compile else 'off'}")
+            f"device {run.name}, {cfg.dtype}, compile {'on' if run.compile else 'off'}")
 
 # ---------------------------------------------------------------------------- what a run leaves behind
 
 def read_log(path):
-    """The records of a log.jsonl, without the lines that a crash has cut short."""
-    return [json.loads(line) for line in re.findall(rb'^{"step": .+}$', Path(path).read_bytes(), re.M)]
+    """The records of a log.jsonl, without the lines that a crash has damaged."""
+    records = []
+    for line in Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError): records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict) and "step" in r]
 
 class Log:
     """What a run says of its steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between them losses add up on
@@ -299,8 +306,8 @@ class Log:
     def line(self, step, factor, norm):
         """Waits for the device and says what the steps since the last line have brought; factor, norm: of the last of them."""
         if self.run.world > 1: dist.all_reduce(self.sums)
-        loss, good = (self.sums / self.run.world).tolist()
-        loss, skipped, norm = loss / good if good else math.nan, step - self.step - round(good), norm.item()
+        total, good = (self.sums / self.run.world).tolist()
+        loss, skipped, norm = total / good if good else math.nan, step - self.step - round(good), norm.item()
         seconds = time.perf_counter() - self.began
         rate = (step - self.step) * self.tokens_per_step / (seconds - self.seconds)
         mfu = self.flops * rate / self.run.world / self.run.peak if self.run.peak else None
@@ -314,7 +321,7 @@ class Log:
 def show_sample(out_dir, device):
     """In a process of its own: what a reader would type, and proof that the checkpoint suffices."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
-    subprocess.run([sys.executable, script, f"--out_dir={out_dir}", "--max_new_tokens=200", f"--device={device.type}"])
+    subprocess.run([sys.executable, script, f"--out_dir={out_dir}", "--max_new_tokens=200", f"--device={device}"])
     print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"", flush=True)
 
 # ---------------------------------------------------------------------------- the run
@@ -364,7 +371,7 @@ def train(cfg, run):
     attention, raw_model.grad_checkpoint = raw_model.set_backend(), cfg.grad_checkpoint
     raw_model.doc_mask = meta["eot"] if cfg.doc_mask else None
     model = torch.compile(raw_model) if run.compile else raw_model
-    if run.world > 1: model = DDP(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    if run.world > 1: model = DDP(model, [run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
 
     batches, val_batches = (Batches(os.path.join("data", cfg.dataset, split + ".bin"), cfg.block_size, cfg.seed,
                                     meta["eot"] if pairs else None) for split in ("train", "val"))
@@ -410,7 +417,7 @@ def train(cfg, run):
         step += 1
         if profiler: profiler.step()
 
-        # on the device all of the above is only queued: what follows waits for it, and only when there is something to say
+        # on a GPU all of the above is only queued (not so with dpo): what follows waits for it, and only if there is news
         stopping = run.any(signals) and step < cfg.max_iters
         sampling = cfg.sample_interval and step % cfg.sample_interval == 0 and step < cfg.max_iters
         evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling         # samples are of a checkpoint
@@ -424,11 +431,13 @@ def train(cfg, run):
             val, size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
             bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # bits per byte, as of the whole split
             better, best = val < best, min(best, val)       # in this order no NaN stays
-            text = f"validation: {val:.4f}" + f" nats per token, {bpb:.4f} bits per byte" * (not pairs) + " | best" * better
-            log.write(step, text, val_loss=val, **({} if pairs else {"val_bpb": bpb}))
-            save(*[best_path] * better, last, *[os.path.join(out_dir, f"ckpt_{step:06d}.pt")] * bool(cfg.keep_checkpoints))
+            end, paths = (" | best", [best_path, last]) if better else ("", [last])
+            record, unit = ({}, "") if pairs else (dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte")
+            log.write(step, f"validation: {val:.4f}{unit}{end}", val_loss=val, **record)
+            if cfg.keep_checkpoints: paths.append(os.path.join(out_dir, f"ckpt_{step:06d}.pt"))
+            save(*paths)
             if cfg.keep_checkpoints and run.rank == 0:
-                kept = sorted(Path(out_dir).glob("ckpt_*.pt"), key=lambda path: (len(path.name), path.name))
+                kept = sorted(Path(out_dir).glob("ckpt_[0-9]*.pt"), key=lambda path: (len(path.name), path.name))
                 for path in kept[:-cfg.keep_checkpoints]: path.unlink()
             if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
             log.began = time.perf_counter() - log.seconds       # only steps count
@@ -450,8 +459,7 @@ def main(cfg):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR): raise
         raise OSError(f"{e}: free space or choose another --out_dir; the last checkpoint stands") from None
-    finally:
-        if run.world > 1: dist.destroy_process_group()
+    if run.world > 1: dist.destroy_process_group()      # not after an error: the others may be waiting for this rank
 
 if __name__ == "__main__":
     config.run(main)

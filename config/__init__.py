@@ -67,7 +67,7 @@ class GPTConfig:
     def windows(self):
         """How many tokens each layer sees, 0 = all: window_pattern="SL", window=64, n_layer=5 -> [64, 0, 64, 0, 0]"""
         letters = (self.window_pattern or "L") * self.n_layer
-        return [self.window * (letter == "S") for letter in letters[:self.n_layer - 1]] + [0]
+        return [self.window if letter == "S" else 0 for letter in letters[:self.n_layer - 1]] + [0]
 
 @dataclasses.dataclass
 class Config(GPTConfig):
@@ -102,11 +102,11 @@ class Config(GPTConfig):
     lora_rank: int = 0              # freeze the model and learn low-rank additions to its attention; 0 = train every weight
     # optimizer (model.py, train.py)
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest
-    learning_rate: float = 6e-4     # AdamW's, for every parameter that has no rate of its own below
+    learning_rate: float = 6e-4     # AdamW's; with Muon of gains and biases alone, which the defaults do not have
     matrix_lr: float = 0.01         # Muon: hidden matrices
     embedding_lr: float = 0.05      # with Muon: AdamW's rate for the embedding
     unembedding_lr: float = 0.004   # with Muon: AdamW's rate for the head
-    weight_decay: float = 0.0       # decoupled, on matrices only
+    weight_decay: float = 0.0       # decoupled, on the blocks' matrices; without Muon on embedding and head, too
     beta1: float = 0.8              # AdamW's momentum
     beta2: float = 0.95             # AdamW's second moment
     grad_clip: float = 1.0          # largest gradient norm; 0 = no clipping
@@ -178,12 +178,13 @@ def coerce(key, value, word=False):
     kind = KINDS[key]
     choices = (True, False) if kind is bool else typing.get_args(kind)
     if word and choices: value = {str(choice).lower(): choice for choice in choices}.get(value.lower(), value)
-    elif word and kind in (int, float):
+    elif word and kind is not str:
         with contextlib.suppress(ValueError): value = float(value)
-    if kind in (int, float):
-        if type(value) in (int, float) and math.isfinite(value) and kind(value) == value: return kind(value)
-    elif type(value) is kind is str or repr(value) in map(repr, choices): return value      # repr: 1 is not True here
-    raise ValueError(f"{key} wants {' or '.join(map(repr, choices)) or kind.__name__}, not {value!r}")
+    if choices: fits = any(value == choice and type(value) is type(choice) for choice in choices)       # 1 is not True here
+    elif kind is str: fits = type(value) is str
+    else: fits = type(value) in (int, float) and abs(value) < 2 ** 63 and kind(value) == value
+    require(fits, f"{key} wants {' or '.join(map(repr, choices)) or kind.__name__}, not {value!r}")
+    return value if choices else kind(value)
 
 def read(path):
     """{knob: value} of a config file."""

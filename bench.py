@@ -137,8 +137,8 @@ def bench_attention(argv, out="out/bench"):
             keys = {"causal": S / 2, "full": S, "window": WINDOW}[mask] * (2.5 if which == "backward" else 1)
             rate, ours = 4 * B * H * T * D * keys / ms / 1e9, found[which, "ours"][0]
             rows.append([B, H, K, T, S, D, mask, which, name, ms * 1e3, rate, 100 * rate / peak, mib, ms / ours])
-            panel = panels.setdefault(f"{which}, D {D}, {mask}", {}) if H == K and mask != "window" else {}
-            panel.setdefault(name, []).append((T, rate))
+            if H != K or mask == "window": continue             # in the table, not in the plot
+            panels.setdefault(f"{which}, D {D}, {mask}", {}).setdefault(name, []).append((T, rate))
         table(header, rows[-len(found):])
     os.makedirs(out, exist_ok=True)
     with open(f"{out}/attention.csv", "w", newline="") as f: csv.writer(f).writerows([header, *rows])
@@ -199,7 +199,7 @@ def contender(job, name, path, vocab_size, vocab, started):
         tok.save(vocab)
     elif name == "rustbpe": result = [bytes(word) for word, _ in sorted(tok.get_mergeable_ranks(), key=lambda rank: rank[1])]
     else: result = []       # Hugging Face breaks ties by its own order of the bytes: test_all.py compares, renumbered
-    print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=result and hashlib.sha256(b"\0".join(result)).hexdigest(),
+    print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=hashlib.sha256(b"\0".join(result)).hexdigest() if result else "",
                           MB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 
 def contend(job, name, *words):
@@ -229,7 +229,8 @@ def bench_tokenizer(argv):
         size, own, vocab = os.path.getsize(path), cfg.tokenizer == "bpe", f"{folder}/tok.json"
         if not own: (bpe.Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else bpe.Tokenizer.load(cfg.tokenizer)).save(vocab)
         print(f"{path}: {size / 1e6:.1f} MB, median of 3, {os.cpu_count()} cores (encoding: one)")
-        for job, names in (("train", ("rustbpe", "tokenizers")), ("encode", ("tiktoken", "tokenizers")))[not own:]:
+        for job, names in (("train", ("rustbpe", "tokenizers")), ("encode", ("tiktoken", "tokenizers"))):
+            if job == "train" and not own: continue
             runs, rows = {name: [] for name in ("bpe", *filter(peer, names))}, []
             for name, done in 3 * list(runs.items()):
                 if done and done[0]["seconds"] > 30: continue
@@ -246,9 +247,10 @@ def bench_sample(argv):
     """Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): recomputing everything, by Hugging Face's
     generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device."""
     files = [] if any(word.endswith(".py") for word in argv) else [f"{HERE}/config/gpt2_124m_classic.py"]
-    cfg = replace(config.load(files + argv), temperature=1.0, top_k=200)
+    cfg = replace(config.load(files + argv), temperature=1.0, top_k=200, num_beams=1, best_of=1)
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
     tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
+    if cfg.block_size < 2: raise ValueError("block_size=1 has no room for a prompt and a new token: take at least 2")
     n, static = min(cfg.max_new_tokens, cfg.block_size - 1), device.type == "cuda" if cfg.compile is None else cfg.compile
 
     def build(dtype, quantize="none", pack=False):
@@ -284,7 +286,7 @@ def bench_sample(argv):
         work(min(n, 17))        # up to a multiple of 16, which Triton compiles a kernel of its own for
         rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])
     for dtype, quantize in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
-        model, name = build(dtype, quantize, not static), f"sample.py, {dtype}{', int8 weights' * (quantize == 'int8')}"
+        model, name = build(dtype, quantize, not static), f"sample.py, {dtype}{', int8 weights' if quantize == 'int8' else ''}"
         ours(model, 1, 16, 8)
         for shape in ((1, 1, n), (1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
             if sum(shape[1:]) <= cfg.block_size: rows.append([name, *shape, *ours(model, *shape)])
@@ -387,7 +389,7 @@ def bench_size(argv):
           f"Chinchilla's 20 a parameter (arXiv:2203.15556): {best:,} tokens, {flops * best:.3g} FLOP\n")
     hours = {name: flops / (0.4 * peak) / 3600 for name, peak in trainer.PEAK_FLOPS.items()}
     table(["one GPU at 40% of its dense bf16 peak", "this run, hours", "20 tokens a parameter, hours"],
-          [[name, run * each, best * each] for name, each in hours.items()])
+          [[name, *(f"{h:,.1f}" if h > 1 else f"{h:.1g}" for h in (run * each, best * each))] for name, each in hours.items()])
 
 def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
@@ -513,9 +515,8 @@ def score(model, questions):
     found = model.log_probs(model.hidden(tokens[:, :-1].clamp(min=0), cache), tokens[:, 1:])
     return [part.tolist() for part in found.split(counts)]
 
-def evaluate_task(model, tok, task, batch_size):
+def evaluate_task(model, tok, path, batch_size):
     """A row of the table. Scores are kept, a line a question, in a file named after the task, the weights and the questions."""
-    path = task_file(task)
     size, name = os.path.getsize(path), os.path.basename(path).removesuffix(".jsonl")
     questions = sorted(read_task(path, tok, model.config.block_size), key=lambda q: -len(q[0]))     # equal lengths together
     weights = [p.double().sum().item() for p in model.state_dict().values()]
@@ -546,7 +547,7 @@ def text_loss(model, tok, text, batch_size, stride):
     size = len(text.encode()) - (0 if begin else len(tok.decode_bytes(ids[:1])))
     ids, add = torch.tensor(begin + ids, device=device), prepare.progress("text", size)
     n = len(ids) - 1
-    if n < 1: raise ValueError("nothing to score: give a longer text")
+    if n < 1: raise ValueError(f"nothing to score in {text[:30]!r}: give a longer text")
     T = min(model.config.block_size, n)
     ends = torch.tensor([0, *range(T, n, stride), n], device=device)        # of the windows
     for last, end in zip(ends[:-1].split(batch_size), ends[1:].split(batch_size)):
@@ -560,6 +561,7 @@ def bench_eval(argv):
     """A checkpoint (--out_dir), or others' weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
     cfg, rows = config.load(argv), []
     if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=TEXT, --task=hellaswag or FILE.jsonl")
+    tasks = [task_file(task) for task in filter(None, cfg.task.split(","))]
     model, tok, about = sampler.load(cfg)
     context = model.config.block_size
     stride = cfg.stride or max(context // 2, 1)
@@ -569,7 +571,7 @@ def bench_eval(argv):
         nats, tokens, size = text_loss(model, tok, sampler.read_file(path), cfg.batch_size, stride)
         rows.append([path, size, tokens, f"{nats / tokens:.4f}", math.exp(nats / tokens), f"{nats / math.log(2) / size:.4f}"])
     if rows: table(["text", "bytes", "tokens", "nats per token", "perplexity", "bits per byte"], rows)
-    rows = [evaluate_task(model, tok, task, cfg.batch_size) for task in filter(None, cfg.task.split(","))]
+    rows = [evaluate_task(model, tok, path, cfg.batch_size) for path in tasks]
     if rows: table(["task", "questions", "acc", "acc_norm", "chance"], rows)
 
 # ---------------------------------------------------------------------------- the command line
@@ -579,7 +581,6 @@ def main(argv):
     if argv[:1] in ([], ["-h"], ["--help"]): return print(__doc__.strip())
     if argv[0] not in commands: raise ValueError(f"unknown benchmark {argv[0]!r}: choose {', '.join(commands)}")
     commands[argv[0]](argv[1:])
-
 
 if __name__ == "__main__":
     config.run(main, parse=list)

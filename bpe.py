@@ -29,7 +29,7 @@ CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| 
                 r"|\s+(?!\S)|\s")
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CL100K_HF = CL100K_SPLIT.replace("{1,3}+", "{1,3}")    # the same, for Hugging Face's engine: there {1,3}+ may repeat
-SAME_SPLIT = {CL100K_HF: CL100K_SPLIT,    # and Llama 3's; and GPT-2's, as tiktoken writes it
+SAME_SPLIT = {CL100K_HF: CL100K_SPLIT,    # what others write: this, Llama 3's pattern, and GPT-2's in tiktoken
               QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,
               r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
@@ -99,26 +99,24 @@ def split_gpt4(c, code, trailing, digits):
     start[1:] = (before != after) & np.where(
         after == NEWLINE, (before > NEWLINE) & (before != OTHER),   # punctuation takes the newlines that follow it
         (after > NEWLINE) & ~((before == SPACE) & (after == OTHER)) & ~((before <= WHITE) & (after == LETTER)))
-    # Runs of white space without newlines, from `first` to `end`: up to a newline they are one word with it; the last character
-    # before a word stands apart or joins that word.
-    c0 = np.append(np.uint8(EDGE), c)   # c0[i + 1] is c[i]
-    turns = np.flatnonzero((c0[1:] <= WHITE) != (c0[:-1] <= WHITE))
-    first, end = turns[::2], turns[1::2]
-    line = np.flatnonzero((c0[1:] == NEWLINE) & (c0[:-1] != NEWLINE))   # where runs of newlines start
-    line = np.append(line, 0)[np.searchsorted(line, first) - 1]
-    goes_on = (c0[end + 1] == NEWLINE) | (trailing & (c0[end + 1] == EDGE))
-    start[first] = (c0[first] != NEWLINE) | ~goes_on | (c0[line] == OTHER)
-    start[(end - 1)[(c0[end + 1] > NEWLINE) & (c0[end + 1] < EDGE)]] = True
+    # Blanks, white space without newlines, from `first` to before `end`: up to a newline they are one word with it; the last one
+    # before a word stands apart or joins that word. Every text ends in an EDGE, so c[-1] is one, as before the first character.
+    blanks, lines = (np.flatnonzero(np.diff(kind, prepend=False)) for kind in (c <= WHITE, c == NEWLINE))
+    first, end, lines = blanks[::2], blanks[1::2], np.append(lines[::2], 0)
+    line = lines[np.searchsorted(lines[:-1], first) - 1]    # where the newlines before these blanks start
+    goes_on = (c[end] == NEWLINE) | (trailing & (c[end] == EDGE))
+    start[first] = (c[first - 1] != NEWLINE) | ~goes_on | (c[line - 1] == OTHER)
+    start[(end - 1)[(c[end] > NEWLINE) & (c[end] < EDGE)]] = True
     start[1:] &= ~((before == OTHER) & (after == LETTER) & start[:-1])   # one character joins letters, unless a space took it
     start[contractions(start, code, True)[1]] = True
     digit = np.flatnonzero(c == NUMBER)
-    i = np.arange(len(digit))
-    start[digit] = (i - np.maximum.accumulate(np.where(start[digit], i, 0))) % digits == 0
+    first = np.flatnonzero(start[digit])    # of each number; then every third, or every one
+    start[digit] = (np.arange(len(digit)) - np.repeat(first, np.diff(first, append=len(digit)))) % digits == 0
     return start
 
 def split(texts, pattern):
     """list of bytes -> (their bytes in one piece, starts and lens of the words, number of words up to the end of each text)."""
-    raw = b"".join([part for text in texts for part in (text, b"\n")])
+    raw = b"\n".join([*texts, b""])
     edges = np.cumsum([len(text) + 1 for text in texts]) - 1   # the "\n" put in after each text: they belong to no word
     code, offset = code_points(raw)
     edge = np.searchsorted(offset, edges)
@@ -132,7 +130,7 @@ def split(texts, pattern):
     return raw, np.delete(starts, drop), np.delete(np.diff(starts, append=len(raw)), drop), drop - np.arange(len(drop))
 
 def as_bytes(text):
-    try: return text.encode() if isinstance(text, str) else bytes(text)
+    try: return text.encode() if isinstance(text, str) else b"".join([text])    # bytes(7) would be 7 zeros
     except UnicodeEncodeError:   # lone surrogates
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
@@ -382,8 +380,8 @@ class Tokenizer:
     merges: list of (left id, right id); merge i makes the token 256 + i. Instead, tokens: dict bytes -> id, a vocabulary made
     elsewhere; then any two neighbours that are a token together may merge, lowest id first, and a word that is a token is that
     token, as in tiktoken. special_tokens: dict text -> id, or texts, which come last. vocab_size: the number of ids a model
-    needs, special tokens included. normalizer: None, or "NFC", which encoding applies to the text first. hash: identifies all
-    these and the pattern. vocab: dict id -> bytes of every token.
+    needs, special tokens included. normalizer: None, or "NFC", which encoding applies to the text first. vocab: dict id -> bytes
+    of every token. hash: of the tokens and their ids, the special tokens, pattern and normalizer.
     """
 
     def __init__(self, merges, pattern=GPT2_SPLIT, special_tokens=(), tokens=None, normalizer=None):
@@ -397,14 +395,14 @@ class Tokenizer:
                     raise ValueError(f"damaged merges: {left}, {right} are not two bytes or earlier merges")
                 vocab[len(vocab)] = vocab[left] + vocab[right]
             tokens = {token: i for i, token in vocab.items()}
+        if isinstance(special_tokens, str): raise ValueError(f"special_tokens={special_tokens!r}: want a list of texts or a dict")
         if not isinstance(special_tokens, dict):
             special_tokens = {t: max(tokens.values()) + 1 + i for i, t in enumerate(dict.fromkeys(special_tokens))}
         self._tokens, self.special_tokens = tokens, special_tokens
         self.vocab = {i: token for token, i in tokens.items()} | {i: as_bytes(t) for t, i in special_tokens.items()}
         self.vocab_size = max(self.vocab) + 1
-        size = len(vocab if self._own else tokens) + len(special_tokens)    # of merges, two may make the same token
-        if not len(self.vocab) == len(tokens) + len(special_tokens) == size or min(self.vocab) < 0 or "" in special_tokens \
-                or not all(bytes([b]) in tokens for b in range(256)):
+        twice = self._own and len(tokens) < len(vocab) or len(self.vocab) < len(tokens) + len(special_tokens)   # a token; an id
+        if twice or min(self.vocab) < 0 or "" in special_tokens or not all(bytes([b]) in tokens for b in range(256)):
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
         self._cache = None
 
@@ -431,8 +429,8 @@ class Tokenizer:
         n_merges, merges = max(0, vocab_size - 256 - len(plain.special_tokens)), []
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
-                parts = [[t] for t in plain._parts(doc, plain.special_tokens)[::2]] if isinstance(doc, (str, bytes)) else [doc]
-                for part in parts: yield from cut(part)
+                if not isinstance(doc, (str, bytes)): yield from cut(doc)
+                else: yield from itertools.chain(*(cut([text]) for text in plain._parts(doc, plain.special_tokens)[::2]))
         if n_merges:
             words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), show("MB counted", n_bytes, 1e6))
             merges = learn_merges(words, n_merges, show("merges", n_merges))
@@ -492,9 +490,9 @@ class Tokenizer:
             stay[at + 1] = False
             who, size, ids, pair = who[live], size[live] - 1, ids[stay], pair[stay]
             at = np.cumsum(size) - size + offset                            # only the pairs on both sides of a merge are new
-            left, right = at[offset > 0] - 1, at[offset < size - 1]
-            pair[at] = NONE
-            pair[left], pair[right] = self._makes(ids[left], ids[left + 1]), self._makes(ids[right], ids[right + 1])
+            near = np.append(at[offset > 0] - 1, at[offset < size - 1])
+            pair[at] = NONE                                                 # where it is now the last of its word
+            pair[near] = self._makes(ids[near], ids[near + 1])
         owner, ids = map(np.concatenate, zip(*done))
         return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(words))
 
@@ -511,7 +509,7 @@ class Tokenizer:
             for group in groups(batch, CHUNK):
                 *found, ends = split(group, self.pattern)
                 chunks.append((words.number(*found), ends))
-            if new := list(itertools.islice(reversed(words), len(words) - known))[::-1]:    # once, however often they occur
+            if new := list(itertools.islice(reversed(words), len(words) - known))[::-1]:    # words[known:], but no walk there
                 more, sizes = self._merge(new)
                 start, ids = np.append(start, start[-1] + np.cumsum(sizes)), np.append(ids, more.astype(narrow))
             if len(words) <= CACHE and len(ids) <= 8 * CACHE: self._cache = words, start, ids
@@ -530,6 +528,7 @@ class Tokenizer:
         """str or bytes -> list of ids. Special tokens named in allowed_special ("all" for all) get their id; the rest, by
         default all, is ordinary text."""
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
+        if isinstance(allowed, str): raise ValueError(f"allowed_special={allowed!r}: want \"all\" or a list of special tokens")
         if unknown := [name for name in allowed if name not in self.special_tokens]:
             raise ValueError(f"allowed_special has {unknown[0]!r}, none of the special tokens {list(self.special_tokens)}")
         parts = self._parts(text, allowed)
@@ -623,7 +622,8 @@ class Tokenizer:
     def from_merges(cls, vocab, merges, whole=False, pattern=GPT2_SPLIT, special_tokens=(), normalizer=None):
         """vocab: dict token -> id; merges: pairs of tokens, in order; tokens written in LETTERS, as the files do. tiktoken's
         engine needs only the tokens. It does the same if the file has one merge for each, in the order of ids, as training
-        leaves them; or if it has all that there could be and (whole) takes a word that is a token whole."""
+        leaves them (only number and order are checked); or if it has all that there could be and (whole) takes a word that is a
+        token whole."""
         try:
             tokens, merges = {to_bytes(t): i for t, i in vocab.items()}, [(to_bytes(a), to_bytes(b)) for a, b in merges]
             makes, pairs = [tokens[a + b] for a, b in merges], {(tokens[a], tokens[b]) for a, b in merges}
@@ -674,13 +674,13 @@ class Tokenizer:
             cuts = [s["pattern"].get("Regex") for s in steps
                     if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
             cuts += [GPT2_SPLIT for s in steps if s["type"] == "ByteLevel" and s.get("use_regex", True)]
-            wrong = [f"its {what} is {is_!r}" for what, is_, ok in [
-                ("model", model.get("type", "BPE"), "BPE"), ("normalizer", norm, norm if norm == "NFC" else None),
-                ("byte_fallback (SentencePiece's)", model.get("byte_fallback", False), False),
-                *[("pre-tokenizer", s["type"], s["type"] if s["type"] == "Split" else "ByteLevel") for s in steps],
-                *[("prefix space", s["add_prefix_space"], False) for s in steps if "add_prefix_space" in s],
+            wrong = [f"its {what} is {x!r}" for what, x, *ok in [
+                ("model", model.get("type", "BPE"), "BPE"), ("number of split patterns", len(cuts), 1),
+                ("byte_fallback (SentencePiece's)", model.get("byte_fallback", False), False), ("normalizer", norm, None, "NFC"),
+                *[("pre-tokenizer", s["type"], "Split", "ByteLevel") for s in steps],
+                *[("prefix space", s.get("add_prefix_space", False), False) for s in steps],
                 *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
-                ("number of split patterns", len(cuts), 1), ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if is_ != ok]
+                ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if x not in ok]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}: can read only byte-level BPE, one split pattern, NFC or no normalizer")
             special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
@@ -700,16 +700,20 @@ def read(path, parse):
     """parse(the text of the file); what is wrong with it becomes a ValueError that names the file."""
     try:
         with open(path, encoding="utf-8") as f: return parse(f.read())
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
 
 def write(path, save):
     """Whole or not at all: save(file) fills a temporary file, which becomes `path` once it is safely on the disk."""
-    with open(f"{path}.{os.getpid()}", "wb") as f:
-        save(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f.name, path)
+    f = open(f"{path}.{os.getpid()}", "wb")
+    try:
+        with f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f.name, path)
+    finally:
+        if os.path.exists(f.name): os.remove(f.name)    # a full disk must not stay full
 
 def write_json(path, d):
     write(path, lambda f: f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False).encode()))
@@ -740,6 +744,7 @@ def main(argv=None):
     parser.add_argument("--special", default=ENDOFTEXT, help="special tokens, separated by commas")
     parser.add_argument("--workers", type=int, help="processes that count words (default: one per core)")
     a = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")       # for names of files that a terminal cannot show
     try:
         began, total = time.time(), sum(map(os.path.getsize, a.files))
         if not total or not os.path.isdir(os.path.dirname(a.out) or "."):

@@ -137,7 +137,7 @@ def split(start, full_start, full_stop, stop, BLOCK: tl.constexpr):
 @jit
 def block(i, EDGE: tl.constexpr, first, before, full):
     """Index of the i-th edge block or of the i-th full one: 1, 1, 2 (split's example) -> edge blocks 1 and 4, full 2 and 3."""
-    return first + i + (tl.where(i < before, 0, full) if EDGE else before)
+    return first + (tl.where(i < before, i, i + full) if EDGE else before + i)
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Forward
@@ -366,11 +366,9 @@ TILES = {
                 90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
                 100: {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}},
     "dkdv": {80: {64: (32, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
-             90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)},
-             100: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
+             90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
     "dq": {80: {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)},
-           90: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)},
-           100: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
+           90: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
     "decode": {80: {64: (16, 64, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}},
 }
 FLOAT32 = {64: (16, 32, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}        # no matrix units in full precision: for checking
@@ -388,7 +386,8 @@ def copy_engine(arch, *tensors):
 
 def tile_options(which, arch, tma, q):
     width = max(16, triton.next_power_of_2(q.shape[3]))
-    table = FLOAT32 if q.dtype == torch.float32 else TILES[which][arch if tma else 80]
+    known = TILES[which]                                # the backward's tiles of 90 do for 100
+    table = FLOAT32 if q.dtype == torch.float32 else known[80] if not tma else known.get(arch, known[90])
     m, n, warps, stages = table[max(64, width)]
     return m, n, dict(D=q.shape[3], WIDTH=width, TMA=tma, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
 
@@ -402,7 +401,7 @@ def forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, arch):
     doc = lse if doc_start is None else doc_start                       # never read without documents, but it must be a pointer
     args = (tiled(q, M, options), tiled(k, N, options), tiled(v, N, options), out, lse, doc, q.stride(), k.stride(), v.stride(),
             out.stride(), H, H // K, T, S, lse.shape[2], min(window, S), scale * math.log2(math.e))
-    return [(forward_kernel, triton.cdiv(T, M * (1 + options["TMA"])) * H * B, args, options)]
+    return [(forward_kernel, triton.cdiv(T, 2 * M if options["TMA"] else M) * H * B, args, options)]
 
 def backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch):
     (B, H, T, D), (K, S), T_pad, tma = q.shape, k.shape[1:3], lse.shape[2], copy_engine(arch, q, k, v, dout)
@@ -460,6 +459,10 @@ def empty_like(x):
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
+def near(x):
+    """x, copied if it is so spread out that a tile, 128 x 256, spans 2^31 elements: inside a tile offsets have 32 bits."""
+    return x.contiguous() if 127 * x.stride(2) + 255 * x.stride(3) >= 2 ** 31 else x
+
 def new_stats(q):
     """One float32 per query, padded to a multiple of 128. Past T, +inf: there the backward finds p = 0 without a mask."""
     return q.new_full((q.shape[0], q.shape[1], (q.shape[2] + 127) // 128 * 128), math.inf, dtype=torch.float32)
@@ -474,8 +477,7 @@ def forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale
 @torch.library.custom_op("flash_attn_py::backward", mutates_args=())
 def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, window: int, scale: float,
                 doc_start: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
-    if dout.stride(3) != 1 or 0 in dout.stride():                       # out.sum().backward() sends one number, expanded
-        dout = dout.contiguous()
+    dout = dout.contiguous() if dout.stride(3) != 1 or 0 in dout.stride() else near(dout)     # a sum's is one number, expanded
     dq, dk, dv, delta, arch = empty_like(q), empty_like(k), empty_like(v), torch.empty_like(lse), architecture(q.device)
     run(backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch), q.device)
     return dq, dk, dv
@@ -524,9 +526,9 @@ def why_not(q, k, v, dropout_p=0.0):
     return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, the kernels need 8.0" if gpu.major < 8 else None
 
 def check(q, k, v, window, scale):
-    """Raise ValueError for what the kernels cannot take; -> q and scale, with a positive scale."""
+    """Raise ValueError for what the kernels cannot take; -> q, k, v and scale as they can: near, and with a positive scale."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or \
-            k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "want (B, H, T, D) and twice (B, K, S, D), H a multiple of K")
     if window < 0:
@@ -537,7 +539,7 @@ def check(q, k, v, window, scale):
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:                                      # subtle: the largest scaled score is the scaled largest only if scale > 0
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    return q, scale
+    return near(q), near(k), near(v), scale
 
 def flash_attention(q, k, v, causal=True, window=0, scale=None, doc_start=None):
     """softmax(scale * q k^T + mask) v. q: (B, H, T, D); k, v: (B, K, S, D), H a multiple of K, query head h reading kv head
@@ -548,7 +550,7 @@ def flash_attention(q, k, v, causal=True, window=0, scale=None, doc_start=None):
     scale: None for 1 / sqrt(D)
     doc_start: integers (B, T); query i of row b sees no key before doc_start[b, i]
     A query that may see nothing yields zeros. ValueError if shapes do not fit or the kernels cannot run here (see why_not)."""
-    q, scale = check(q, k, v, window, scale)
+    q, k, v, scale = check(q, k, v, window, scale)
     if doc_start is not None:
         if doc_start.shape != (q.shape[0], q.shape[2]) or doc_start.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"doc_start is {doc_start.dtype} {tuple(doc_start.shape)}: "
@@ -561,7 +563,7 @@ def flash_decode(q, k, v, lengths, window=0, scale=None):
 
     q: (B, H, T, D); k, v: (B, K, S, D), the cache or a slice of it; lengths: integers (B,), the cached tokens of each row
     INCLUDING the new ones, so that query i of row b is at position lengths[b] - T + i. Nothing further is read -> (B, H, T, D)"""
-    q, scale = check(q, k, v, window, scale)
+    q, k, v, scale = check(q, k, v, window, scale)
     if lengths.shape != (q.shape[0],) or lengths.is_floating_point():
         raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}: want one integer per row, {(q.shape[0],)}")
     return decode_op(q, k, v, lengths.to(q.device, torch.int32).contiguous(), window, scale)

@@ -49,7 +49,8 @@ def need_space(folder, size):
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
     """Download url to path, unless it is there: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds, given up
     after `tries` attempts in a row that brought nothing; `stall` seconds of silence end one. Length and sha256 (given, or the
-    hub's own, its header X-Linked-Etag) are verified before the file gets its name, a given one even if it is there already."""
+    hub's own, its header X-Linked-Etag) are verified before the file gets its name, a given one even if it is there already.
+    Two processes at once are safe, but download twice."""
     def fail(why):
         raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand; config/stdlib.py needs no download")
     if exists(path):
@@ -164,7 +165,7 @@ def sources(cfg):
         raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
     for item in map(str.strip, cfg.input.split(",") if cfg.input else ()):
         if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
-        found = walk(item) if os.path.isdir(item) else [item] * item.endswith(ENDINGS)
+        found = walk(item) if os.path.isdir(item) else [item] * (item.endswith(ENDINGS) and os.path.isfile(item))
         if not found: raise ValueError(f"--input: nothing to read in {item!r}, only {' '.join(ENDINGS)} files are read")
         paths += found
     if not any(map(size_of, paths)): raise ValueError(f"nothing to read: {', '.join(paths[:3])} is empty")
@@ -186,7 +187,7 @@ def cut(span):
 
 def parse(item):
     """The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an
-    end-of-text, the rest is only read. This is the one place that knows the template, which is plain text, for any tokenizer:
+    end-of-text, the rest is only read; a question that nobody answers is left out. Here alone is the template, of plain text:
     {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
     if "text" in item: return "text", [(item["text"], True)]
     if "chosen" in item:
@@ -205,8 +206,8 @@ def parse(item):
     return "answers", parts
 
 def to_bytes(text):
-    try: return text.encode("utf-8", "surrogateescape")                         # invalid UTF-8 comes out as it went in
-    except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # half a pair, written as \ud83d
+    try: return text.encode("utf-8", "surrogateescape")                         # what was not UTF-8 comes out as it went in
+    except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # but not beside half a pair, \ud83d
 
 def documents(unit):
     """The documents of spans, empty ones too: (span, form, [(bytes, counts)]), see parse. Most have one part, and it counts."""
@@ -258,7 +259,7 @@ def choose(rows, val_fraction):
     fate[again | empty] = DROP
     if (free := fate == FREE).any():
         limit = np.clip(np.uint64(val_fraction * 2 ** 64), keys[free].min() + np.uint64(1), keys[free].max())
-        fate[free] = keys[free] < limit                     # VAL is 1
+        fate[free] = np.where(keys[free] < limit, VAL, TRAIN)
     if not {TRAIN, VAL} <= set(fate.tolist()):
         raise ValueError(f"one document does not make two splits: give more, or one .txt file, long enough for {val_fraction=}")
     return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
@@ -270,15 +271,15 @@ def encode_unit(job):
     tok, docs = load_tokenizer(path), list(documents(unit))
     if [key_of(span, parts) for span, _, parts in docs] != rows["key"].tolist():
         raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
-    kept = [(text, fate, counts, counts and span.last and span.kind in ("text", *MANY))     # a single text needs no end-of-text
-            for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP for text, counts in parts]
-    texts, (fate, counts, ends) = [row[0] for row in kept], np.array([row[1:] for row in kept], np.uint8).reshape(-1, 3).T
-    encoded = [np.frombuffer(text, "<u2") for text in texts] if unit[0].kind == "tokens" else tok.encode_batch(texts)
-    end = np.array([tok.special_tokens.get(bpe.ENDOFTEXT, 0)], "<u2")
-    ids = np.concatenate([end[:0], *itertools.chain(*((ids, end[:n]) for ids, n in zip(encoded, ends)))])
-    n = np.array([len(ids) for ids in encoded], int) + ends
-    arrays, split = [ids.astype("<u2", copy=False), *([np.repeat(counts, n)] if n_files > 2 else [])], np.repeat(fate, n)
-    return [array[split == s] for array in arrays for s in (TRAIN, VAL)]
+    kept = [(text, counts, span, fate) for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP
+            for text, counts in parts]
+    encoded = [np.frombuffer(k[0], "<u2") for k in kept] if unit[0].kind == "tokens" else tok.encode_batch(k[0] for k in kept)
+    eot, out = np.array([tok.special_tokens.get(bpe.ENDOFTEXT, 0)], "<u2"), [[] for _ in FILES]
+    for (_, counts, span, fate), ids in zip(kept, encoded):
+        ends = counts and span.last and span.kind in ("text", *MANY)        # a single text needs no end-of-text
+        out[fate] += [ids, eot[:ends]]                                      # FILES[fate] and FILES[2 + fate] are its split's
+        out[2 + fate].append(bytes([counts]) * (len(ids) + ends))
+    return [b"".join(parts) for parts in out[:n_files]]
 
 def write_bins(work, encode, jobs, names):
     """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. state.json says how far they are,
@@ -331,10 +332,10 @@ def verify(cfg, deep=False):
     with other knobs than cfg's, or its bins are not whole. deep: compares their sha256, too."""
     folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
     if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
-    try: meta = bpe.read(join(folder, "meta.json"), json.loads)
+    try: meta, made_with = bpe.read(join(folder, "meta.json"), lambda text: ((meta := json.loads(text)), {**meta["knobs"]}))
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
-        found, file = meta["knobs"].get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
+        found, file = made_with.get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
         if found != value and not (file and bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]):
             raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])

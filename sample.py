@@ -10,7 +10,8 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder's: Llama 3, Qwen3
     python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 
-Row i of a batch draws with seed + i and nothing else: `--seed=<seed + i>` alone gives the same text, with speculation or without.
+Row i of a batch draws with seed + i and nothing else: `--seed=<seed + i>` alone gives the same text, with speculation or without
+(in float32; in bfloat16 and int8 up to rounding, which a batch of another size may do otherwise).
 
     attention sinks, rolling cache     Xiao et al. 2023, arXiv:2309.17453
     speculation by prompt look-up      Leviathan et al. 2022, arXiv:2211.17192; Saxena 2023, prompt-lookup-decoding
@@ -104,7 +105,7 @@ def load(cfg, pack=False):
         raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model only {model.config.vocab_size}")
     # trained on one text alone, a model has never seen what follows an end-of-text token: it begins with a line end instead
     tok.first = (first_token(tok) if documents != 1 else []) or tok.encode("\n")
-    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' * int8}"
+    about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' if int8 else ''}"
     return place(model, device, dtype, cfg.quantize, pack), tok, about
 
 def export(cfg):
@@ -156,15 +157,17 @@ class Row:
 
     def draft(self, n):
         """Up to n tokens: those that followed the latest earlier place where the same two tokens stood that end the text now."""
-        ids = self.ids
-        places = (i for i in range(len(ids) - 1, 1, -1) if ids[i - 1] == ids[-1] and ids[i - 2] == ids[-2])
-        return ids[i:i + n] if n > 0 and (i := next(places, 0)) else []
+        ids, places = self.ids, range(len(self.ids) - 1, 1, -1) if n > 0 else ()
+        start = next((i for i in places if ids[i - 2:i] == ids[-2:]), len(ids))
+        return ids[start:start + n]
 
 def draw(logits, u, cfg):
     """One token a row, (N,), from logits (N, V): the filtered softmax's distribution function inverted at u (N,) in [0, 1), or
     argmax at temperature 0. One number a token, so a row's draws depend on its own seed and logits alone."""
     if cfg.temperature == 0: return logits.argmax(-1)
-    logits, top = logits.topk(cfg.top_k) if 0 < cfg.top_k < logits.shape[-1] else (logits, None)   # from here k columns, not V
+    # of k columns from here, not V, in the order of ids: in that of logits a rounding that swaps two would change the draw
+    top = logits.topk(cfg.top_k).indices.sort(-1).values if 0 < cfg.top_k < logits.shape[-1] else None
+    if top is not None: logits = logits.gather(1, top)
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
     i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)   # right: never p = 0
     return (i if top is None else top.gather(1, i))[:, 0]
@@ -188,12 +191,13 @@ def branch(beams, logits, done, cfg):
     """A step of beam search by logits (R, V): [(parent, beam)] of the num_beams likeliest that go on; those that finish join
     `done`, which keeps the num_beams best, best first. [], the end, when no live beam can overtake the worst of them."""
     n, V, grown, logp = cfg.num_beams, logits.shape[-1], [], logits.log_softmax(-1)
+    enough = n * max(2, 1 + len(beams[0].ends))         # even if every beam ends in every way, n go on
     total = logp + torch.tensor([[sum(beam.logprobs)] for beam in beams], device=logits.device)
-    for i in total.flatten().topk(min(2 * n, total.numel())).indices.tolist():      # 2n: even if every beam ends, n go on
-        new = copy.copy(beams[i // V])
-        new.add(i % V, logp.flatten()[i].item())
+    for parent, token in (divmod(i, V) for i in total.flatten().topk(min(enough, total.numel())).indices.tolist()):
+        new = copy.copy(beams[parent])
+        new.add(token, logp[parent, token].item())
         if new.finish: done.append(new)
-        elif len(grown) < n: grown.append((i // V, new))
+        elif len(grown) < n: grown.append((parent, new))
     done[:] = sorted(done, key=lambda row: -row.score(cfg.length_penalty))[:n]
     # a live beam's log-probability can only fall: divided by the longest possible length it is the most that beam can hope for
     hope = max((sum(row.logprobs) / cfg.max_new_tokens ** cfg.length_penalty for _, row in grown), default=-math.inf)
@@ -210,18 +214,18 @@ def make_room(model, cache, row, length, text, sinks, need=1):
     the first `sinks`, turn the keys behind them back by as many positions. Else: read the sinks and the newer half again."""
     size = cache.max_len
     drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once: no cost per token
-    if sinks + drop >= length: raise ValueError(f"{need} more tokens do not fit block_size={size}: give shorter text")
+    kept, end = length - sinks - drop, length - drop        # positions behind the sinks that stay; the new length
+    if kept <= 0: raise ValueError(f"{need} more tokens do not fit block_size={size}: give shorter text")
     if model.config.pos == "rope":
         tables = torch.stack((model.table0[drop], model.table1[drop]))      # (2, D/2)
         cos, sin = nn.functional.normalize(tables, dim=0)   # YaRN's are scaled, a rotation must not be
-        k, v = (torch.stack([layer[row, :, sinks + drop:length] for layer in store]) for store in (cache.k, cache.v))
-        new, k = sinks, apply_rope(k.float(), cos, -sin)    # (n_layer, K, kept, D)
+        for store in cache.k: store[row, :, sinks:end] = apply_rope(store[row, :, length - kept:length].float(), cos, -sin)
+        for store in cache.v: store[row, :, sinks:end] = store[row, :, length - kept:length].clone()
     else:
-        text, fresh = text[:sinks] + text[sinks + drop - length:], new_cache(model, 1, length - drop)
+        fresh, text = new_cache(model, 1, end), text[:sinks] + text[-kept:]
         model.hidden(torch.tensor([text], device=cache.lengths.device), fresh)
-        new, k, v = 0, [layer[0] for layer in fresh.k], [layer[0] for layer in fresh.v]
-    for layer, kept in zip(cache.k + cache.v, [*k, *v]): layer[row, :, new:length - drop] = kept
-    return length - drop
+        for store, again in zip(cache.k + cache.v, fresh.k + fresh.v): store[row, :, :end] = again[0]
+    return end
 
 def align(model, cache, rows, need, cfg):
     """Let the cache hold of every row what that has read, with room for `need` more tokens."""
@@ -231,15 +235,18 @@ def align(model, cache, rows, need, cfg):
             row.length = make_room(model, cache, r, row.length, row.ids[:row.read], cfg.sinks, over)
     cache.set_lengths([row.length for row in rows])
 
-def prefill(model, rows, cfg, stats, cache=None):
+def prefill(model, rows, cfg, stats, cache=None, static=False):
     """Read the ids of each row but its last, cfg.prefill_chunk at a time, and return the cache: the one that holds the only row's
     earlier text, or a new one. Short texts are padded on the right: causal, so no token ever sees the padding."""
     clock, texts = time.perf_counter(), [tuple(row.ids[row.read:-1]) for row in rows]
     once = list(dict.fromkeys(texts))           # equal prompts are read once
     if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
-    else: cache = new_cache(model, len(once), max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate)
+    else:
+        length = max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate
+        cache = new_cache(model, len(once), 1 << (length - 1).bit_length() if static else length)   # few shapes to compile for
     idx = nn.utils.rnn.pad_sequence([torch.tensor(text, dtype=torch.long) for text in once], batch_first=True)
-    for part in idx.to(cache.lengths.device).split(cfg.prefill_chunk, dim=1) if idx.numel() else (): model.hidden(part, cache)
+    idx, n = idx.to(cache.lengths.device), cfg.prefill_chunk
+    for i in range(0, idx.shape[1], n): model.hidden(idx[:, i:i + n], cache)
     for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
     if len(once) < len(rows): cache.reorder([once.index(text) for text in texts])
     cache.lengths.tolist()                      # waits for the device
@@ -258,8 +265,8 @@ def feed(rows, drafts, T, limit, cfg, device):
 def record(step, inputs):
     """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph. So the host launches one thing a
     token and not hundreds of kernels behind torch.compile's guards, which alone take it 0.12 ms with 22 layers."""
-    if not inputs[0].is_cuda: return step
     step(*inputs)                               # compiles, which cannot be recorded
+    if not inputs[0].is_cuda: return step
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph): outputs = step(*inputs)
     def replay(*new):
@@ -275,15 +282,18 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     The cache lacks each row's last id: a step feeds that, at first the prompt's last, with a draft of what may follow.
     cache: where the one row has its earlier text. static: compile, with shapes that stay (beams have none). stats: a Counter of
     tokens, seconds, steps and bytes read, those of the prompts apart."""
-    device, beams, live = model.transformer.wte.weight.device, cfg.num_beams > 1, rows
-    found, static = [] if beams else rows, static and not beams
-    cache = prefill(model, rows, cfg, stats, cache)
-    cache.static, clock = static, time.perf_counter()
+    device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
+    live, found, static = rows, [] if beams else rows, static and not beams
+    cache = prefill(model, rows, cfg, stats, cache, static)
+    cache.static = static
+    written = lambda: sum(len(row.tokens) for row in found)
     read = lambda new, cache: model.head(model.hidden(new, cache))
     # with coordinate descent, on a GPU a product with one row becomes a kernel that reads weights at full bandwidth, int8 as
     # int8, and has the norm before it in it
     options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
-    if static: read = torch.compile(read, dynamic=False, options=options)
+    if static:
+        if model.backend is None: model.set_backend(training=False)     # to set it in the first step would compile the next anew
+        read = torch.compile(read, dynamic=False, options=options)
     def step(new, u, seen=None):        # what `feed` returns -> logits (R, T, V), tokens drawn and their log-probabilities (R, T)
         own = read(new, cache)[:, :, :limit].float()
         logits = own if seen is None else penalise(own, seen, cfg.repetition_penalty)
@@ -293,6 +303,7 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     place_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)         # what the cache has of one position
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
     while live:
+        clock, before = time.perf_counter(), written()
         align(model, cache, live, 1, cfg)
         room = min(cfg.speculate, cache.max_len - max(row.length for row in live) - 1)
         drafts = [row.draft(min(room, row.limit - len(row.tokens) - 1)) for row in live]
@@ -301,16 +312,17 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
         if static and T not in recorded:
             recorded[T] = record(step, inputs)
             align(model, cache, live, 1, cfg)                   # what recording wrote is forgotten
-        stats.update(steps=1, bytes=weights + place_bytes * sum(row.length + T for row in live))
+            clock = time.perf_counter()                         # and its time is not decoding's
+        read_bytes = weights + place_bytes * sum(row.length + T for row in live)
         logits, picked, logp = recorded.get(T, step)(*inputs)
         grown = branch(live, logits[:, 0], found, cfg) if beams else extend(live, picked.tolist(), logp.tolist(), drafts)
+        stats.update(steps=1, bytes=read_bytes, tokens=written() - before, seconds=time.perf_counter() - clock)
         yield found
         if static and 2 * len(grown) > len(live): continue      # each shape is compiled: those that have finished wait
         parents, live = [r for r, _ in grown], [row for _, row in grown]
         if live and parents != list(range(len(cache.lengths))):
             cache.reorder(parents)
             recorded.clear()
-    stats.update(tokens=sum(len(row.tokens) for row in found), seconds=time.perf_counter() - clock)
 
 # ---------------------------------------------------------------------------- what people type and see
 
@@ -349,8 +361,8 @@ def read_stops(cfg, tok):
     return ends, strings
 
 def report(stats, device):
-    """Rates of reading and writing, and decoding's memory traffic against what a plain sum over 256 MB reaches here."""
-    x = torch.ones(2 ** 26, device=device)
+    """Rates of reading and writing, and decoding's memory traffic against what a plain sum over 256 MB (GPU: 1 GB) reaches."""
+    x = torch.ones(2 ** (28 if device.type == "cuda" else 26), device=device)
     peak = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1)) / 1e9
     used, read, written = stats["bytes"] / stats["seconds"] / 1e9, stats["prompt_tokens"], stats["tokens"]
     prefilled = f"prefill {read:,} tokens at {read / stats['prompt_seconds']:,.0f} tok/s | " if read else ""     # or in step one
@@ -419,6 +431,8 @@ def main(cfg):
     size, stats = model.config.block_size, Counter()
     (prompts, texts), (ends, stops) = read_prompts(cfg, tok, size), read_stops(cfg, tok)
     if 2 * cfg.sinks >= size: raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={size}")
+    if cfg.visualize and not os.path.isdir(os.path.dirname(cfg.visualize) or "."):
+        raise ValueError(f"--visualize={cfg.visualize}: its folder does not exist")
     if cfg.interactive and cfg.num_beams > 1: raise ValueError("beams have no text before the end: no num_beams with interactive")
     say(f"{about} | {model.set_backend(training=False)}\n")
     if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops)

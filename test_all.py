@@ -1144,6 +1144,10 @@ def test_bpe_special_tokens():
     assert tok.decode(tok.encode(text, "all")) == text
     with pytest.raises(ValueError, match=re.escape("allowed_special has '<|y|>', none of")):
         tok.encode(text, ["<|y|>"])
+    with pytest.raises(ValueError, match="want \"all\" or a list"): tok.encode(text, "<|x|>")
+    with pytest.raises(ValueError, match="want a list of texts"): Tokenizer.train(["abc abc", text], 262, special_tokens="<|x|>")
+    with pytest.raises(TypeError): tok.encode(5)                # an int is no text of so many zeros
+    with pytest.raises(TypeError): list(tok.encode_iterable(b"abc"))
     tok = Tokenizer([], special_tokens=("<a>", "<a>b"))         # the longer of two that begin alike
     assert tok.encode("<a>b<a>", "all") == [257, 256]
 
@@ -1989,9 +1993,10 @@ def test_prepare_verify(tmp_path, monkeypatch):
         with open("data/mine/val.bin", "r+b") as f: f.truncate(2 * meta["tokens"]["val"] + size)
         with pytest.raises(ValueError, match="val.bin has .* bytes, not .*: run prepare.py"): prepare.verify(prepare_cfg())
     assert prepare_run() == meta                                    # which prepares again
-    with open("data/mine/meta.json", "r+") as f: f.truncate(30)
-    with pytest.raises(ValueError, match="meta.json is damaged: run prepare.py"): prepare.verify(prepare_cfg())
-    assert prepare_run() == meta
+    for damage in (json.dumps(meta)[:30], "{}", "[]", "5", '{"knobs": 5}', "[" * 100000):
+        Path("data/mine/meta.json").write_text(damage)
+        with pytest.raises(ValueError, match="meta.json is damaged: run prepare.py"): prepare.verify(prepare_cfg())
+        assert prepare_run() == meta
     os.remove("data/mine/train.bin")
     with pytest.raises(ValueError, match="train.bin has 0 bytes"): prepare.verify(prepare_cfg())
 
@@ -2023,6 +2028,10 @@ def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
         prepare.fetch(server.url, str(tmp_path / "new" / "fetched"), wait=0.01)
     model_py.save_checkpoint(str(tmp_path / "ckpt.pt"), dict(model=tiny_gpt().state_dict()))
     assert {"train.bin", "val.bin", "meta.json", "tokenizer.json", "state.json", "fetched", "ckpt.pt"} == set(named)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    before = os.listdir()
+    with pytest.raises(OSError, match="No space"): Tokenizer([]).save("tok.json")
+    assert os.listdir() == before                                       # half a file would keep a full disk full
 
 
 def test_prepare_keeps_the_old_dataset_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -2402,11 +2411,11 @@ def test_flash_same_bits_every_time():
 
 @needs_flash
 def test_flash_beyond_two_to_the_31():
-    """Views past 2^31 elements whose strides fit 32 bits, into memory that is reserved and never touched between the rows."""
+    """Views past 2^31 elements, the last even within a tile, into memory that is reserved and never touched between the rows."""
     far = 2 ** 30 + 64
     room = torch.empty(far * 2 + 2 ** 29, dtype=torch.float16, device=flash_device)
     for (B, H, T, D), strides in (((3, 1, 20, 16), (far, 320, 16, 1)), ((1, 3, 20, 16), (320, far, 16, 1)),
-                                  ((1, 1, 150, 16), (16, 16, 2 ** 24, 1))):
+                                  ((1, 1, 150, 16), (16, 16, 2 ** 24, 1)), ((1, 1, 70, 16), (16, 16, 2 ** 25, 1))):
         q, k, v = [torch.as_strided(room, (B, H, T, D), strides, offset) for offset in (0, 1024, 2048)]
         for x, y in zip((q, k, v), flash_tensors(B, H, H, T, T, D, torch.float16)):
             x.copy_(y)
@@ -3609,6 +3618,17 @@ def test_sample_static_shapes_give_the_same_text(monkeypatch):
             assert [r.tokens for r in a] == [r.tokens for r in b]
 
 
+def test_sample_times_of_decoding_leave_compiling_out(monkeypatch):
+    clock, record = itertools.count(), sample.record
+    def slow(*args): return [next(clock) for _ in range(10000)] and record(*args)
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    monkeypatch.setattr(sample, "record", slow)
+    monkeypatch.setattr(sample, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    stats = Counter()
+    rows = sample_rows(sample_gpt(), SAMPLE_PROMPTS, static=True, stats=stats, ends={7, 8, 9})
+    assert stats["steps"] <= stats["seconds"] < 10000 and stats["tokens"] == sum(len(row.tokens) for row in rows)
+
+
 class Tape(TorchDispatchMode):
     """A CUDA graph on the CPU: while it records, what would be written to memory from before is noted, not done; replay() does
     all again with the same tensors. What the host decided in the recording, it does not decide again."""
@@ -3858,7 +3878,8 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--prompts=gap.txt"], "is empty at line 2"),
     (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
     (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"),
-    (["--stop=a||b"], "empty part"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),
+    (["--stop=a||b"], "empty part"), (["--temperature=1e-40"], "0 or at least"),
+    (["--visualize=none/a.html"], "folder does not exist"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),
     (["--num_beams=2"], "temperature=0"),
     (["--num_beams=2", "--temperature=0", "--interactive"], "no num_beams with interactive"),
     (["--out_dir=small"], "its tokenizer has 280 tokens, its model only 100"),

@@ -138,7 +138,7 @@ class Config(GPTConfig):
     num_beams: int = 1              # above 1: beam search of this width, with temperature 0
     best_of: int = 1                # above num_samples: draw so many and keep the num_samples likeliest
     length_penalty: float = 1.0     # beams and best_of rank by log-probability / tokens ** length_penalty
-    logprobs: bool = False          # print the log-probability of every token, in nats, under the model itself
+    logprobs: bool = False          # print each token's log-probability in nats, of the model itself (beams: after the penalty)
     past_context: Literal["window", "error"] = "window"     # a full context: forget its oldest tokens, or refuse before starting
     sinks: int = 4                  # window: the first tokens are never forgotten, so many of them (attention sinks)
     quantize: Literal["none", "int8"] = "none"              # int8: matrices as 8-bit integers with a scale per row
@@ -163,6 +163,7 @@ RANGES = {      # what a number must be, besides not negative
     "at least 1": (lambda x: x >= 1, "block_size vocab_size n_layer n_head n_embd rope_factor max_iters batch_size max_bad_steps "
                    "eval_interval log_interval num_samples max_new_tokens num_beams best_of num_shards prefill_chunk"),
     "above 0": (lambda x: x > 0, "rope_theta norm_eps repetition_penalty"),
+    "0 or at least 1e-6": (lambda x: x == 0 or x >= 1e-6, "temperature"),
     "in [0, 1]": (lambda x: x <= 1, "min_lr_frac min_p decay_frac"),
     "in (0, 1]": (lambda x: 0 < x <= 1, "top_p"),
     "below 1": (lambda x: x < 1, "dropout beta1 beta2"),
@@ -224,6 +225,7 @@ def show(cfg):
 
 def run(main, parse=load):
     """What every script's `if __name__ == "__main__"` calls: main(load(argv)), user errors as one line, exit code 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # for names of files that a terminal cannot show
     try: main(parse(sys.argv[1:]))
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -4231,6 +4231,7 @@ def test_bench_plot_peer_matplotlib(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@needs_flash
 def test_bench_attention_without_a_gpu_says_so(capsys):
     if torch.cuda.is_available(): pytest.skip("there is a GPU here: python bench.py attention measures it")
     bench.main(["attention"])
@@ -4240,6 +4241,7 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     assert all(error < 1e-5 for error in errors) and len(errors) == (4 if flash_attn.triton else 0)
 
 
+@needs_flash
 @pytest.mark.parametrize("B, H, K, T, S, mask", [
     (1, 2, 1, 33, 33, "causal"), (2, 1, 1, 20, 20, "full"), (1, 2, 2, 24, 24, "window"), (2, 4, 2, 1, 40, "full")])
 def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T, S, mask):

@@ -744,7 +744,7 @@ def main(argv=None):
     parser.add_argument("--special", default=ENDOFTEXT, help="special tokens, separated by commas")
     parser.add_argument("--workers", type=int, help="processes that count words (default: one per core)")
     a = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")       # for names of files that a terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # names no terminal can show
     try:
         began, total = time.time(), sum(map(os.path.getsize, a.files))
         if not total or not os.path.isdir(os.path.dirname(a.out) or "."):

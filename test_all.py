@@ -41,6 +41,17 @@ import train
 CONFIG_FILES = sorted(p for p in glob.glob(os.path.join(HERE, "config", "*.py")) if not p.endswith("__init__.py"))
 
 
+def test_config_run_prints_names_that_no_terminal_can_show(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "stdout", out)
+    config.run(lambda cfg: print("\udcff é", flush=True))
+    assert out.buffer.getvalue() == b"\\udcff \\xe9\n"
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=out.write, flush=out.flush))     # as a notebook's
+    config.run(lambda cfg: print("there", flush=True))
+    assert out.buffer.getvalue().endswith(b"there\n")
+
+
 def test_config_order_types_and_flags():
     """What is said on the command line wins over a file, whatever the order; 1e3 is an int, a value may contain =."""
     path = os.path.join(HERE, "config", "stdlib.py")

@@ -225,7 +225,7 @@ def show(cfg):
 
 def run(main, parse=load):
     """What every script's `if __name__ == "__main__"` calls: main(load(argv)), user errors as one line, exit code 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # for names of files that a terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # names no terminal can show
     try: main(parse(sys.argv[1:]))
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
     except KeyboardInterrupt:

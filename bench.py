@@ -271,7 +271,7 @@ def bench_sample(argv):
         texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
         for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats, static=static)):
             if step == 0: reading = stats["prompt_tokens"] / stats["prompt_seconds"] if prompt > 1 else "-"
-            if step == 3 and n > 8: stats.clear()       # the first steps compile, or record CUDA graphs
+            if step == 3 and n > 8: stats.clear()       # the first steps warm up
         return stats["tokens"] / stats["seconds"], reading, stats["bytes"] / stats["seconds"] / 1e9
 
     torch.manual_seed(cfg.seed)

@@ -318,7 +318,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None: return self.head(x), None
         if by_row: return None, self.log_probs(x, targets)
-        # detached, for the loss sees only whether a tensor wants a gradient: in an evaluation it computed one for nothing
+        # subtle: the loss asks the tensor whether it wants a gradient, and would compute one in every evaluation
         weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
         return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap)
 

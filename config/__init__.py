@@ -7,7 +7,7 @@ Every knob of every stage, typed, with its default and what it does; and the loa
 A config file is plain Python assignments (see the files beside this one). Any script takes any config file.
 `python train.py --help` prints every knob below. Nothing outside this file knows a default.
 """
-import contextlib, dataclasses, difflib, math, os, re, runpy, sys, textwrap, types, typing
+import contextlib, dataclasses, difflib, os, re, runpy, sys, textwrap, types, typing
 from typing import Literal
 
 @dataclasses.dataclass

@@ -50,7 +50,9 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 4:     # for more, F.linear is faster
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else: y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        else:       # subtle: scaled in bfloat16, inductor would make it _weight_int8pack_mm, on a GPU a loop without matrix units
+            wide = torch.float32 if x.is_cuda else x.dtype
+            y = (nn.functional.linear(x, self.weight.to(x.dtype)).to(wide) * self.scale.to(wide)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 class PackedLinear(nn.Module):
@@ -60,6 +62,10 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias
 
     def forward(self, x): return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+class SplitLinear(nn.Linear):
+    """A linear layer that adds its bias apart: of a product with one row inductor makes a kernel of its own, not of addmm."""
+    def forward(self, x): return nn.functional.linear(x, self.weight) + self.bias
 
 def place(model, device, dtype, quantize="none", pack=False):
     """The model ready to sample: weights rounded or packed, on the device; the tables of positions stay float32."""
@@ -292,6 +298,8 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     # int8, and has the norm before it in it
     options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
     if static:
+        for module in model.modules() if options else ():
+            if type(module) is nn.Linear and module.bias is not None: module.__class__ = SplitLinear
         if model.backend is None: model.set_backend(training=False)     # to set it in the first step would compile the next anew
         read = torch.compile(read, dynamic=False, options=options)
     def step(new, u, seen=None):        # what `feed` returns -> logits (R, T, V), tokens drawn and their log-probabilities (R, T)

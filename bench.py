@@ -298,9 +298,11 @@ def bench_context(argv):
     """Perplexity of the last tokens before a length, as it passes the context that a run was trained at (--out_dir): each RoPE
     scaling, and the rolling window with and without attention sinks. Columns differ in their text: compare within one."""
     cfg = config.load([*argv, "--rope_scaling=none", "--rope_factor=1"])
-    path = f"data/{read_run(cfg.out_dir or 'out/<run>')[0]['dataset']}/val.bin"
-    plain, rows = sampler.load(cfg)[0], []
-    n = plain.config.block_size
+    folder = f"data/{read_run(cfg.out_dir or 'out/<run>')[0]['dataset']}"
+    (plain, tok, _), path, rows = sampler.load(cfg), f"{folder}/val.bin", []
+    if json.loads(Path(folder, "meta.json").read_text("utf-8"))["tokenizer_hash"] != tok.hash:
+        raise ValueError(f"{folder} was prepared anew with another tokenizer than the run's: its ids mean other words")
+    n, trained = plain.config.block_size, round(plain.config.trained_length)
     data, lengths, last = np.memmap(path, dtype="<u2", mode="r"), (n, 2 * n, 4 * n, 8 * n), n // 2
     if len(data) <= 8 * n: raise ValueError(f"{path} has {len(data):,} tokens: more than 8 times block_size={n} are needed")
     starts = np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)[:, None]
@@ -313,8 +315,9 @@ def bench_context(argv):
     for kind in ("none", "linear", "ntk", "yarn", "llama3") if plain.config.pos == "rope" else ():
         rows.append([f"rope_scaling={kind}"])
         for length in lengths:
-            scale = dict(rope_scaling=kind, rope_factor=length / n) if kind != "none" and length > n else {}
-            model = GPT(replace(plain.config, block_size=length, **scale)).requires_grad_(False).eval().to(texts.device)
+            scale = dict(rope_scaling=kind, rope_factor=length / trained) if kind != "none" and length > n else {}
+            shape = replace(plain.config, block_size=length, rope_trained=trained, **scale)
+            model = GPT(shape).requires_grad_(False).eval().to(texts.device)
             model.load_state_dict(plain.state_dict())
             rows[-1].append(perplexity(model(texts[:, :length])[0], length))
     for sinks in (0, 4):

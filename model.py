@@ -480,10 +480,11 @@ def read_json(path, parse):
 
 def hf_shape(said):
     """(family, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
+    if (name := said.get("model_type")) not in FAMILIES:
+        raise ValueError(f"its architecture is {name!r}, and only {', '.join(FAMILIES)} can be read")
     said = said | (said.get("rope_scaling") or said.get("rope_parameters") or {})
     said = {key: value for key, value in said.items() if value is not None}
-    scaling, name = said.setdefault("rope_type", said.get("type", "default")), said.get("model_type")
-    if name not in FAMILIES: raise ValueError(f"its architecture is {name!r}, and only {', '.join(FAMILIES)} can be read")
+    scaling = said.setdefault("rope_type", said.get("type", "default"))
     wrong = [f"{key}={said[key]!r}" for key, allowed in ALLOWED.items() if key in said and said[key] not in allowed]
     if set(said.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
     if said.get("attention_bias", False) != said.get("mlp_bias", False): wrong.append("attention_bias unlike mlp_bias")

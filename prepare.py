@@ -98,6 +98,8 @@ def pretrained(init_from):
         raise ValueError(f"init_from={init_from!r} needs safetensors: pip install safetensors")
     for name in ("config.json", "tokenizer.json", "model.safetensors") if init_from in GPT2 else ():
         fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
+    if os.path.isdir(folder) and not exists(join(folder, "tokenizer.json")):
+        raise ValueError(f"{folder} has no tokenizer.json, as a Hugging Face folder has; of a run, sample.py --export makes one")
     if os.path.isdir(folder): return folder
     raise ValueError(f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, nor a folder")
 
@@ -354,15 +356,16 @@ def make_tokenizer(cfg, jobs):
     special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
     return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
 
-def lock(dataset):
-    """-> a file that, while it is open, keeps other runs on this dataset waiting here."""
-    os.makedirs("data", exist_ok=True)
-    file = open(join("data", f".{dataset}.lock"), "w")
+def lock(path, busy=""):
+    """-> a file that, while it is open, is nobody else's. Where it is: None, or after saying `busy` a wait until it is free."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = open(path, "w")
     with contextlib.suppress(ImportError):                  # Windows has no such locks
         import fcntl
         try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"data/{dataset} is being prepared by another run: waiting for it", flush=True)
+            if not busy: return None
+            print(busy, flush=True)
             fcntl.lockf(file, fcntl.LOCK_EX)
     return file
 
@@ -387,7 +390,7 @@ def main(cfg):
     if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
     print(f"{meta['source']}: {size:,} bytes in {len({span.path for unit in units for span in unit}):,} files, dropped "
           f"{meta['duplicates']:,} duplicate and {meta['empty']:,} empty documents", flush=True)
-    locked = lock(cfg.dataset)
+    locked = lock(join("data", f".{cfg.dataset}.lock"), f"{folder} is being prepared by another run: waiting for it")
     if prepared(cfg):
         try:
             if verify(cfg).get("text_hash") == meta["text_hash"]: return print(f"{folder} is prepared already, nothing to do")

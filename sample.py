@@ -78,7 +78,8 @@ def place(model, device, dtype, quantize="none", pack=False):
     return model.to(device).requires_grad_(False).eval()
 
 def find_checkpoint(cfg):
-    """best.pt or else ckpt.pt of out_dir; without an out_dir of the newest run in out/."""
+    """out_dir itself if it is a file; best.pt or else ckpt.pt in it; without an out_dir those of the newest run in out/."""
+    if os.path.isfile(cfg.out_dir): return cfg.out_dir
     folder = glob.escape(cfg.out_dir) or os.path.join("out", "*")
     found = [path for name in ("best.pt", "ckpt.pt") for path in glob.glob(os.path.join(folder, name))]
     if not found:
@@ -118,7 +119,8 @@ def export(cfg):
     """Write cfg.export, a folder for transformers' AutoModelForCausalLM and AutoTokenizer, whole or not at all."""
     folder, dtype = os.path.abspath(cfg.export), "float32" if cfg.dtype == "auto" else cfg.dtype
     if os.path.exists(folder): raise ValueError(f"--export={cfg.export} exists: delete it or choose another folder")
-    cfg = dataclasses.replace(cfg, device="cpu", dtype=dtype, quantize="none")
+    if cfg.quantize != "none": raise ValueError("--export writes float32 or --dtype, not int8: leave out --quantize")
+    cfg = dataclasses.replace(cfg, device="cpu", dtype=dtype)
     model, tok, about = load(cfg)
     begin, end = (next((t for t in names if t in tok.special_tokens), None) for names in ((BEGIN, *ENDS), ENDS))
     os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -348,7 +350,7 @@ def read_prompts(cfg, tok, size):
     if cfg.prompts: texts = texts[0].removesuffix("\n").split("\n")
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")
     begin = tok.first if BEGIN in tok.special_tokens else []
-    prompts = [begin + tok.encode(text) if text else tok.first for text in texts]
+    prompts = [begin + tok.encode(text, "all") if text else tok.first for text in texts]
     longest = max(map(len, prompts))
     if longest > size:
         raise ValueError(f"prompt has {longest} tokens, block_size is {size}: shorten it or train with a larger block_size")
@@ -382,8 +384,8 @@ def interact(model, tok, cfg, begin, ends, stops):
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
-        try: line = tok.encode(input("> ") + "\n")
-        except EOFError: return
+        try: line = tok.encode(input("> ") + "\n", "all")
+        except (EOFError, RuntimeError): return             # RuntimeError: stdin is closed
         before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops)
         row.read, row.length = before.read, before.length
         try:
@@ -435,13 +437,15 @@ spans.forEach((span, on) => {
 
 def main(cfg):
     if cfg.export: return export(cfg)
+    alone = "prompts num_samples num_beams best_of logprobs compile visualize".split() if cfg.interactive else ()
+    if wrong := [key for key in alone if getattr(cfg, key) not in (getattr(config.Config, key), False)]:
+        raise ValueError(f"interactive continues one text as you type it: leave out {', '.join(wrong)}")
     model, tok, about = load(cfg, pack=not cfg.compile)
     size, stats = model.config.block_size, Counter()
     (prompts, texts), (ends, stops) = read_prompts(cfg, tok, size), read_stops(cfg, tok)
-    if 2 * cfg.sinks >= size: raise ValueError(f"sinks={cfg.sinks} must be below half of block_size={size}")
-    if cfg.visualize and not os.path.isdir(os.path.dirname(cfg.visualize) or "."):
-        raise ValueError(f"--visualize={cfg.visualize}: its folder does not exist")
-    if cfg.interactive and cfg.num_beams > 1: raise ValueError("beams have no text before the end: no num_beams with interactive")
+    cfg = dataclasses.replace(cfg, sinks=min(cfg.sinks, (size - 1) // 2))
+    if cfg.visualize and (os.path.isdir(cfg.visualize) or not os.path.isdir(os.path.dirname(cfg.visualize) or ".")):
+        raise ValueError(f"--visualize={cfg.visualize}: want a file in a folder that exists")
     say(f"{about} | {model.set_backend(training=False)}\n")
     if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops)
     beams, ranked, as_json = cfg.num_beams > 1, cfg.best_of > cfg.num_samples, bool(cfg.prompts) or cfg.logprobs

@@ -2798,7 +2798,7 @@ def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path
     checkpoint = train_here(monkeypatch, train_dir, tmp_path, max_iters=2, compile=False)
     assert not [k for k in checkpoint["model"] if "_orig_mod" in k or "module." in k]
     assert checkpoint["config"]["n_embd"] == 32 and isinstance(checkpoint["tokenizer"], dict)
-    assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "ckpt.pt", "config.json", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "best.pt", "ckpt.pt", "config.json", "log.jsonl"]
     assert json.load(open(tmp_path / "run" / "config.json"))["vocab_size"] == 300
     meta, step, val = checkpoint["meta"], *train_log(tmp_path / "run")[-2:]
     assert step["mfu"] is None and step["tokens"] == val["tokens"] == 2 * 64            # 64 a step, on a CPU of unknown peak
@@ -3000,7 +3000,13 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     data = torch.load(path, weights_only=True)
     model_py.save_checkpoint(str(path), {**data, "meta": {**data["meta"], "tokenizer_hash": "other"}})
     with pytest.raises(ValueError, match="another tokenizer"): train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
-    model_py.save_checkpoint(str(path), data)
+    model_py.save_checkpoint(str(path), {"model": {}, "model_args": {}, "iter_num": 5})     # nanoGPT's
+    with pytest.raises(ValueError, match="lacks asked, config"):
+        train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
+    older = {key: {k: v for k, v in data[key].items() if k != "rope_trained"} for key in ("asked", "config")}     # no such knob
+    model_py.save_checkpoint(str(path), data | older)
+    with pytest.raises(ValueError, match="was prepared with tokenizer='bpe', not 'gpt2'"):
+        train_here(monkeypatch, train_dir, tmp_path, init_from="resume", tokenizer="gpt2")
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3, seed=5)
     assert "max_iters 2 -> 3, seed 1337 -> 5" in capsys.readouterr().out
     changed = train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=4, beta2=0.5, weight_decay=0.25)
@@ -3015,6 +3021,8 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3)
     assert "resuming on other text" in capsys.readouterr().out
     assert [r["step"] for r in train_log(tmp_path / "run") if "loss" in r] == [1, 2, 3]
+    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, tokens_per_step=192)
+    assert {r["step"]: r["tokens"] for r in train_log(tmp_path / "run")} == {1: 64, 2: 128, 3: 192, 4: 384, 5: 576}
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged.*best.pt[^\n]*$"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
@@ -3093,16 +3101,29 @@ def test_train_gradient_checkpointing_changes_nothing():
     for a, b in zip(*grads, strict=True): torch.testing.assert_close(a, b)
 
 
+def test_train_two_runs_do_not_share_a_folder(monkeypatch, train_dir, tmp_path):
+    os.makedirs(tmp_path / "run")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")], stdin=-1, stdout=-1)
+    other.stdout.readline()
+    try:
+        with pytest.raises(ValueError, match="belongs to a run that has not ended"):
+            train_here(monkeypatch, train_dir, tmp_path, max_iters=1)
+        assert os.listdir(tmp_path / "run") == [".lock"]
+    finally: other.kill(), other.communicate()
+    assert train_here(monkeypatch, train_dir, tmp_path, max_iters=1)["step"] == 1           # and the dead hold nothing
+
+
 def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_dir, tmp_path, capsys):
     train_here(monkeypatch, train_dir, tmp_path, eval_interval=4, keep_checkpoints=2, profile=2, sample_interval=8,
                grad_checkpoint=True)
     assert sorted(p for p in os.listdir(tmp_path / "run") if p.startswith("ckpt_")) == ["ckpt_000016.pt", "ckpt_000020.pt"]
     assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
     os.makedirs(tmp_path / "[a]")
-    for step in (999999, 1000000, "mine"): (tmp_path / "[a]" / f"ckpt_{step}.pt").touch()
+    for step in (999999, 1000000, "mine", "000003_mine"): (tmp_path / "[a]" / f"ckpt_{step}.pt").touch()   # of a branch left
     train_here(monkeypatch, train_dir, tmp_path, out="[a]", max_iters=5, keep_checkpoints=1, profile=9)    # too short for it
-    assert [p for p in os.listdir(tmp_path / "[a]") if p[:6] == "ckpt_1"] == ["ckpt_1000000.pt"]
-    assert not (tmp_path / "[a]" / "ckpt_999999.pt").exists() and (tmp_path / "[a]" / "ckpt_mine.pt").exists()
+    kept = sorted(path.name for path in (tmp_path / "[a]").glob("ckpt_*.pt"))
+    assert kept == ["ckpt_000003_mine.pt", "ckpt_000005.pt", "ckpt_mine.pt"]
     assert json.load(open(tmp_path / "[a]" / "trace.json"))["traceEvents"]
     (tmp_path / "file").touch()
     for out in ("file", "file/x"):
@@ -3879,6 +3900,14 @@ def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsy
     assert empty == row.text + "\n"
 
 
+def test_sample_of_the_smallest_contexts_and_of_a_file(tmp_path, capsys):
+    """Contexts too short for the sinks that are the default have fewer."""
+    for size in (2, 3, 8, 9):
+        path = sample_checkpoint(tmp_path, block_size=size)
+        out = sample_json(capsys, f"--out_dir={path}", "--logprobs", "--max_new_tokens=20", "--temperature=1")
+        assert out[0]["tokens"] == 20 or out[0]["finish"] == "end"
+
+
 def test_sample_begins_with_what_training_has_seen(tmp_path):
     """Nothing follows an end-of-text token in a dataset that is one text: its model begins with a line end."""
     eot, path = sample_TOK.special_tokens["<|endoftext|>"], sample_checkpoint(tmp_path)
@@ -3888,6 +3917,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
         model_py.save_checkpoint(path, checkpoint)
         tok = sample.load(config.Config(out_dir=str(tmp_path)))[1]
         assert sample.read_prompts(config.Config(), tok, 64) == ([first], [""])
+        assert sample.read_prompts(config.Config(start="<|endoftext|>a"), tok, 64)[0] == [[eot, *tok.encode("a")]]
     sample_checkpoint(tmp_path, tokenizer=Tokenizer([], special_tokens=()).to_dict())      # and one without such a token
     assert sample.load(config.Config(out_dir=str(tmp_path)))[1].first == [10]
 
@@ -3899,13 +3929,15 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
     (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"),
     (["--stop=a||b"], "empty part"), (["--temperature=1e-40"], "0 or at least"),
-    (["--visualize=none/a.html"], "folder does not exist"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),
+    (["--visualize=none/a.html"], "in a folder that exists"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),
     (["--num_beams=2"], "temperature=0"),
-    (["--num_beams=2", "--temperature=0", "--interactive"], "no num_beams with interactive"),
+    (["--num_beams=2", "--temperature=0", "--interactive"], "leave out num_beams"), (["--visualize=out"], "want a file"),
+    (["--interactive", "--prompts=gap.txt", "--compile", "--logprobs"], "leave out prompts, logprobs, compile"),
+    (["--export=x", "--quantize=int8"], "leave out --quantize"), (["--init_from=out/good"], "has no tokenizer.json"),
     (["--out_dir=small"], "its tokenizer has 280 tokens, its model only 100"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
     (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"),
-    (["--sinks=32"], "must be below half"), (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"),
+    (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"),
     (["--speculate=-1"], "negative")])
 def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -3929,6 +3961,8 @@ def test_sample_command_line_exit_code(tmp_path):
 def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkeypatch, capsys):
     sample_checkpoint(tmp_path)
     past_the_context = "on the rat sat\n" * 5 + "Ratatouille, Ratatouille\n"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert sample_main(capsys, f"--out_dir={tmp_path}/ckpt.pt", "--interactive") == ""        # closed: nothing is typed
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\n" + past_the_context))
     fed, hidden = [], model_py.GPT.hidden
     spy = lambda self, idx, cache=None: fed.append(idx[0].tolist()) or hidden(self, idx, cache)
@@ -4334,6 +4368,10 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     os.makedirs("data/d")
     data = np.random.default_rng(0).integers(280, size=8 * n + 30).astype("<u2")
     data.tofile("data/d/val.bin")
+    for text_hash in ("another", sample_TOK.hash):
+        Path("data/d/meta.json").write_text(json.dumps({"tokenizer_hash": text_hash}))
+        if text_hash == sample_TOK.hash: break
+        with pytest.raises(ValueError, match="prepared anew"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     out = capsys.readouterr().out
     rows, full = (dict(re.findall(rf"^(rope_scaling=\w+|window, sinks=\d) +{which}", out, re.M))
@@ -4343,6 +4381,12 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     assert len(set(full.values())) == 7                             # past the context each of them is another
     inside = [float(x.replace(",", "")) for x in rows.values()]
     assert inside == pytest.approx(7 * [math.exp(-logp.mean())], rel=1e-3)
+    scaled = sample_gpt(block_size=16, rope_scaling="yarn", rope_factor=2.0)        # trained at 8: none is none
+    scaled.load_state_dict(model.state_dict())
+    sample_checkpoint("out/x", scaled)
+    bench.main(["context", "--out_dir=out/x", "--device=cpu"])
+    rows = re.findall(r"^rope_scaling=\w+ +[\d,.]+ +([\d,.]+) ", capsys.readouterr().out, re.M)
+    assert len(set(rows)) == 5
     data[:8 * n].tofile("data/d/val.bin")
     with pytest.raises(ValueError, match="val.bin has 128 tokens"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])

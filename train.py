@@ -197,11 +197,14 @@ def pick_dtype(name, device):
 def as_saved(cfg, run, old):
     """cfg to go on from the checkpoint `old`, of whose model cfg asks for the same as its run did; other knobs may change."""
     now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
+    lacks = [key for key in "asked config meta optimizers scaler reference step best seconds".split() if key not in old]
+    require(not lacks, f"cannot resume: it lacks {', '.join(lacks)}: another program or version wrote it; train again")
     changed = {k: f"{k} {was!r} -> {now[k]!r}" for k, was in old["asked"].items() if k != "init_from" and now.get(k, was) != was}
     fatal = ", ".join(changed[k] for k in (*shape, "lora_rank", "objective", "optimizer") if k in changed)
     require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; use its values or another --out_dir")
     if changed: run.say(f"resuming with a changed config: {', '.join(changed.values())}")
-    return dataclasses.replace(cfg, **{k: old["config"][k] for k in (*shape, "tokenizer", "init_from")})
+    keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # another tokenizer must be the same by its hash
+    return dataclasses.replace(cfg, **{k: v for k, v in old["config"].items() if k in keep})
 
 def as_pretrained(cfg, run, folder):
     """cfg with the shape (a smaller block_size stays) and the tokenizer of the Hugging Face model in `folder`."""
@@ -286,15 +289,19 @@ class Log:
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
             self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(out_dir), config=values)
         os.makedirs(out_dir, exist_ok=True)
+        self.lock = prepare.lock(os.path.join(out_dir, ".lock"))        # until the process ends
+        require(self.lock, f"{out_dir} belongs to a run that has not ended: choose another --out_dir, or end that one first")
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
+        # what earlier steps had of other tokens_per_step; the last record is the checkpoint's
+        self.before = next((r["tokens"] - r["step"] * tokens_per_step for r in kept[::-1] if "tokens" in r), 0)
 
     def write(self, step, text, **record):
         """The same for people and for programs, on rank 0."""
         if self.run.rank > 0: return
         print(f"step {step:>6}/{self.cfg.max_iters} | {text}", flush=True)
-        record = dict(step=step, tokens=step * self.tokens_per_step, seconds=self.seconds, **record)
+        record = dict(step=step, tokens=self.before + step * self.tokens_per_step, seconds=self.seconds, **record)
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
         if self.wandb: self.wandb.log(record, step=step)
 
@@ -437,8 +444,8 @@ def train(cfg, run):
             if cfg.keep_checkpoints: paths.append(os.path.join(out_dir, f"ckpt_{step:06d}.pt"))
             save(*paths)
             if cfg.keep_checkpoints and run.rank == 0:
-                kept = sorted(Path(out_dir).glob("ckpt_[0-9]*.pt"), key=lambda path: (len(path.name), path.name))
-                for path in kept[:-cfg.keep_checkpoints]: path.unlink()
+                kept = [path for path in Path(out_dir).iterdir() if re.fullmatch(r"ckpt_\d+\.pt", path.name)]
+                for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()
             if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
             log.began = time.perf_counter() - log.seconds       # only steps count
     if profiler: profiler.stop()               # writes what it has if the run was too short

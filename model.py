@@ -87,7 +87,7 @@ class KVCache:
         assert len(lengths) == len(self.lengths) and max(lengths) <= self.max_len
         self.end = 0 if self.static else max(lengths)       # a static cache must not show a number that changes to the compiler
         self.ragged = self.static or min(lengths) != max(lengths)
-        self.lengths.copy_(torch.tensor(lengths))
+        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=self.lengths.is_cuda)
 
     def reorder(self, rows):
         """Row b becomes what row rows[b] was, for beams; fewer rows than before drop the others."""

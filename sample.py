@@ -261,24 +261,25 @@ def prefill(model, rows, cfg, stats, cache=None, static=False):
     stats.update(prompt_tokens=sum(map(len, once)), prompt_seconds=time.perf_counter() - clock)
     return cache
 
-def feed(rows, drafts, T, limit, cfg, device):
+def feed(rows, drafts, T, limit, cfg):
     """What a step wants to know of each row: its last id and its draft (R, T), numbers to draw with (R, T), and with a repetition
-    penalty which ids its text has (R, limit)."""
+    penalty which ids its text has (R, limit). On the CPU."""
     ids = [row.ids[-1:] + draft + [0] * (T - 1 - len(draft)) for row, draft in zip(rows, drafts)]
     inputs = [torch.tensor(ids), torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows])]
     if cfg.repetition_penalty != 1:
         inputs.append(torch.stack([torch.bincount(torch.tensor(row.ids), minlength=limit)[:limit] > 0 for row in rows]))
-    return [x.to(device) for x in inputs]
+    return inputs
 
-def record(step, inputs):
+def record(step, inputs, device):
     """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph. So the host launches one thing a
     token and not hundreds of kernels behind torch.compile's guards, which alone take it 0.12 ms with 22 layers."""
-    step(*inputs)                               # compiles, which cannot be recorded
-    if not inputs[0].is_cuda: return step
+    buffers = [x.to(device) for x in inputs]
+    step(*buffers)                              # compiles, which cannot be recorded
+    if not buffers[0].is_cuda: return step
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph): outputs = step(*inputs)
+    with torch.cuda.device(device), torch.cuda.graph(graph): outputs = step(*buffers)
     def replay(*new):
-        for buffer, x in zip(inputs, new): buffer.copy_(x)
+        for buffer, x in zip(buffers, new): buffer.copy_(x, non_blocking=True)      # x is read before this returns
         graph.replay()
         return outputs
     return replay
@@ -304,9 +305,10 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
             if type(module) is nn.Linear and module.bias is not None: module.__class__ = SplitLinear
         if model.backend is None: model.set_backend(training=False)     # to set it in the first step would compile the next anew
         read = torch.compile(read, dynamic=False, options=options)
-    def step(new, u, seen=None):        # what `feed` returns -> logits (R, T, V), tokens drawn and their log-probabilities (R, T)
+    def step(*inputs):                  # what `feed` returns -> logits (R, T, V), tokens drawn and their log-probabilities (R, T)
+        new, u, *seen = (x.to(device) for x in inputs)
         own = read(new, cache)[:, :, :limit].float()
-        logits = own if seen is None else penalise(own, seen, cfg.repetition_penalty)
+        logits = penalise(own, *seen, cfg.repetition_penalty) if seen else own
         picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
         return logits, picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)
     recorded = {}                       # steps by T, for the batch as it is
@@ -318,9 +320,9 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
         room = min(cfg.speculate, cache.max_len - max(row.length for row in live) - 1)
         drafts = [row.draft(min(room, row.limit - len(row.tokens) - 1)) for row in live]
         T = 1 + (room if static else max(map(len, drafts)))
-        inputs = feed(live, drafts, T, limit, cfg, device)
+        inputs = feed(live, drafts, T, limit, cfg)
         if static and T not in recorded:
-            recorded[T] = record(step, inputs)
+            recorded[T] = record(step, inputs, device)
             align(model, cache, live, 1, cfg)                   # what recording wrote is forgotten
             clock = time.perf_counter()                         # and its time is not decoding's
         read_bytes = weights + place_bytes * sum(row.length + T for row in live)

@@ -221,32 +221,53 @@ class Words(dict):
             numbers[same] = self.numbers_in[slot[same]]
         return numbers
 
-def start_worker():
+def work(function, pipe):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker at once; the parent says so. And should it be killed:
     import multiprocessing
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    while True:
+        job = pipe.recv()
+        try: result = function(job), None
+        except Exception as e: result = None, e
+        pipe.send(result)
+
+def talk(do, *what):
+    try: return do(*what)
+    except (EOFError, OSError):
+        raise OSError("a worker process died, for want of memory? Run again with --workers=1") from None
 
 def in_order(function, jobs, workers):
-    """Yield function(job) for each job, in order, computed by `workers` processes. At most two jobs for each are under way:
-    memory is bounded. OSError if a process dies."""
-    jobs, waiting = iter(jobs), collections.deque()
+    """Yield function(job) for each job, in order, computed by `workers` processes, each at one job: memory is bounded. OSError
+    if a process dies. A pipe for each, for whoever died while writing to one of all (concurrent.futures) would block the rest."""
+    jobs = iter(jobs)
     head = list(itertools.islice(jobs, 3))
-    jobs = itertools.chain(head, jobs)
+    jobs, team, busy = itertools.chain(head, jobs), [], collections.deque()
     if workers == 1 or len(head) < 3:    # to start processes would take longer
         yield from map(function, jobs)
         return
     import multiprocessing
-    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
     # fork where it is safe: a spawned worker imports the caller's script again, and with train.py that is all of torch
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context, start_worker) as pool:
-            for job in jobs:
-                waiting.append(pool.submit(function, job))
-                if len(waiting) > 2 * workers: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise OSError("a worker process died, for want of memory? Run again with --workers=1") from None
+        for job in itertools.islice(jobs, workers):
+            pipe, its = context.Pipe()
+            team.append(context.Process(target=work, args=(function, its), daemon=True))
+            team[-1].start()
+            its.close()     # now a worker's death is the end of its pipe
+            talk(pipe.send, job)
+            busy.append(pipe)
+        while busy:
+            pipe = busy.popleft()
+            result, error = talk(pipe.recv)
+            if error: raise error
+            for job in itertools.islice(jobs, 1):
+                talk(pipe.send, job)
+                busy.append(pipe)
+            yield result
+    finally:
+        for process in filter(lambda process: process.pid, team):
+            process.kill()
+            process.join()
 
 def count_words(pieces, pattern):
     """list of bytes -> dict of distinct words with their counts; runs in a worker."""
@@ -424,8 +445,11 @@ class Tokenizer:
         verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError for vocab_size
         < 256 or another pattern, OSError if a worker dies.
         """
+        if (workers or 0) < 0: raise ValueError(f"workers is {workers}: want a number of processes, or none for one per core")
         if vocab_size < 256: raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
+        if 256 < vocab_size < plain.vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}, too small: bytes and special tokens need {plain.vocab_size}")
         n_merges, merges = max(0, vocab_size - 256 - len(plain.special_tokens)), []
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
@@ -607,7 +631,8 @@ class Tokenizer:
         """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line)."""
         if hasattr(source, "_mergeable_ranks"): return cls([], source._pat_str, source._special_tokens, source._mergeable_ranks)
         return read(source, lambda text: cls([], pattern, special_tokens, {
-            base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, text.splitlines())}))
+            base64.b64decode(token, validate=True): int(rank)
+            for token, rank in map(str.split, filter(str.strip, text.splitlines()))}))
 
     @classmethod
     def gpt2(cls):
@@ -651,6 +676,9 @@ class Tokenizer:
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
         pattern = CL100K_HF if self.pattern == CL100K_SPLIT else self.pattern
         regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        names = {letters(token): i for token, i in self._tokens.items()}
+        if clash := [t for t in self.special_tokens if t in names]:
+            raise ValueError(f"Hugging Face's file cannot hold the special token {clash[0]!r}: an ordinary token is written so")
         write_json(path, {
             "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
             "added_tokens": [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
@@ -659,7 +687,7 @@ class Tokenizer:
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [level] if level["use_regex"] else [regex, level]},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": not self._own,
-                      "vocab": {letters(token): i for token, i in self._tokens.items()},
+                      "vocab": names | self.special_tokens,     # also here, or their ids would follow the last of the others
                       "merges": [[letters(self.vocab[a]), letters(self.vocab[b])] for a, b in self.merges]}})
 
     @classmethod
@@ -680,6 +708,8 @@ class Tokenizer:
                 *[("pre-tokenizer", s["type"], "Split", "ByteLevel") for s in steps],
                 *[("prefix space", s.get("add_prefix_space", False), False) for s in steps],
                 *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
+                *[(f"added token {t['content']!r}", key, None) for t in d.get("added_tokens", [])
+                  for key in ("lstrip", "rstrip", "single_word") if t.get(key)],
                 ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if x not in ok]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}: can read only byte-level BPE, one split pattern, NFC or no normalizer")
@@ -747,9 +777,12 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # names no terminal can show
     try:
         began, total = time.time(), sum(map(os.path.getsize, a.files))
-        if not total or not os.path.isdir(os.path.dirname(a.out) or "."):
-            raise ValueError(f"{', '.join(a.files)}: no text" if not total else f"--out={a.out}: its folder does not exist")
-        docs = (iter(functools.partial(open(path, "rb").read, CHUNK), b"") for path in a.files)
+        if not total: raise ValueError(f"{', '.join(a.files)}: no text")
+        if os.path.isdir(a.out or ".") or not os.path.isdir(os.path.dirname(a.out) or "."):
+            raise ValueError(f"--out={a.out} must be a file in a folder that exists")
+        def parts(path):
+            with open(path, "rb") as f: yield from iter(functools.partial(f.read, CHUNK), b"")
+        docs = map(parts, a.files)
         pattern, special = GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT, [s for s in a.special.split(",") if s]
         tok = Tokenizer.train(docs, a.vocab_size, pattern, special, a.workers, verbose=True, n_bytes=total)
         tok.save(a.out)

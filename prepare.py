@@ -14,8 +14,8 @@ finds duplicates and chooses the validation split. The tokenizer learns from the
 unit onto the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json says how far they are: a killed run goes
 on from there. The output depends on text and knobs, on nothing else.
 """
-import collections, contextlib, dataclasses, functools, glob, hashlib, importlib.util, itertools, json, os, re, shutil, sys, \
-    sysconfig, time
+import collections, contextlib, dataclasses, functools, glob, hashlib, importlib.util, itertools, json, operator, os, re, \
+    shutil, sys, sysconfig, time
 from os.path import basename, exists, join
 import numpy as np
 import bpe, config
@@ -71,7 +71,7 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
                 sha = sha or next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), "")
                 span = r.status_code == 206 and re.fullmatch(r"bytes (\d+)-\d+/(\d+)", r.headers.get("Content-Range", ""))
                 at, total = map(int, span.groups()) if span else (0, int(r.headers.get("Content-Length") or 0))
-                if at > have: fail("the server sent another range than it was asked for")
+                if at > have or r.status_code == 206 and not span: fail("the server sent another range than it was asked for")
                 need_space(os.path.dirname(path), total - at)
                 add = progress(f"download {basename(path)}", total - at)
                 with open(part, "r+b" if have else "wb", buffering=0) as f:
@@ -130,7 +130,8 @@ PLACE = {"text": lambda window: bpe.last_place(window[:1024]), "single": lambda 
 
 def walk(root, endings=ENDINGS, skip=()):
     found = []
-    for folder, folders, names in os.walk(root):
+    def refuse(error): raise error      # os.walk would pass over a folder that it cannot read
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [d for d in folders if not d.startswith((".", "__pycache__")) and d not in skip]
         found += [join(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
     return sorted(filter(os.path.isfile, found))        # no pipes, no links to nowhere
@@ -227,11 +228,12 @@ def documents(unit):
                 try:
                     form, parts = parse(json.loads(line.decode("utf-8-sig", "surrogateescape")))
                     parts = [(to_bytes(text), counts) for text, counts in parts]
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
                     with open(span.path, "rb") as f:
                         n += sum(f.read(min(UNIT, span.start - i)).count(b"\n") for i in range(0, span.start, UNIT))
                     raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", prompt and '
-                                     f"response, instruction and output, or prompt, chosen and rejected: {line[:60]!r}") from None
+                                     f"response, instruction and output, or prompt, chosen and rejected, all of them text "
+                                     f"({e!r:.99}): {line[:60]!r}") from None
                 yield span, form, parts
 
 # ---- documents -> splits -> token ids ------------------------------------------------------------------------------------
@@ -266,13 +268,17 @@ def choose(rows, val_fraction):
         raise ValueError(f"one document does not make two splits: give more, or one .txt file, long enough for {val_fraction=}")
     return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
 
+def read_again(unit, rows):
+    docs = list(documents(unit))
+    if [key_of(span, parts) for span, _, parts in docs] != rows["key"].tolist():
+        raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
+    return docs
+
 def encode_unit(job):
     """(unit, rows of its documents, tokenizer's path, how many of FILES) -> what it adds to them: the ids of both splits, and
     which of them count."""
     unit, rows, path, n_files = job
-    tok, docs = load_tokenizer(path), list(documents(unit))
-    if [key_of(span, parts) for span, _, parts in docs] != rows["key"].tolist():
-        raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
+    tok, docs = load_tokenizer(path), read_again(unit, rows)
     kept = [(text, counts, span, fate) for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP
             for text, counts in parts]
     encoded = [np.frombuffer(k[0], "<u2") for k in kept] if unit[0].kind == "tokens" else tok.encode_batch(k[0] for k in kept)
@@ -334,13 +340,17 @@ def verify(cfg, deep=False):
     with other knobs than cfg's, or its bins are not whole. deep: compares their sha256, too."""
     folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
     if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
-    try: meta, made_with = bpe.read(join(folder, "meta.json"), lambda text: ((meta := json.loads(text)), {**meta["knobs"]}))
+    needed = operator.itemgetter("knobs", "tokens", "sha256", "vocab_size", "tokenizer", "tokenizer_hash")
+    try: meta, made_with = bpe.read(join(folder, "meta.json"), lambda text: ((meta := json.loads(text)), {**needed(meta)[0]}))
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
         found, file = made_with.get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
         if found != value and not (file and bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]):
             raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
+    try: whole = meta["tokenizer"] == "gpt2" or bpe.Tokenizer.load(join(folder, "tokenizer.json")).hash == meta["tokenizer_hash"]
+    except (ValueError, OSError): whole = False
+    if not whole: raise ValueError(f"{folder}/tokenizer.json is missing or damaged: {again}")
     for name, digest in meta["sha256"].items():
         path, size = join(folder, name), meta["tokens"][name.split(".")[0]] * (2 if name.endswith(".bin") else 1)
         if size_of(path) != size: raise ValueError(f"{path} has {size_of(path):,} bytes, not {size:,}: {again}")
@@ -350,11 +360,11 @@ def verify(cfg, deep=False):
 def make_tokenizer(cfg, jobs):
     """GPT-2's tokenizer, or one trained on the training split."""
     if cfg.tokenizer == "gpt2": return bpe.Tokenizer.gpt2()
-    docs = (doc for unit, rows, *_ in jobs for doc, fate in zip(documents(unit), rows["fate"]) if fate == TRAIN)
+    docs = (doc for unit, rows, *_ in jobs for doc, fate in zip(read_again(unit, rows), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
     special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
-    return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, sys.stderr.isatty())
+    return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, verbose=True)
 
 def lock(path, busy=""):
     """-> a file that, while it is open, is nobody else's. Where it is: None, or after saying `busy` a wait until it is free."""
@@ -373,8 +383,12 @@ def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
     folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or built_in(cfg), "knobs": knobs(cfg)}
     given = None if cfg.tokenizer in ("bpe", "gpt2") else bpe.Tokenizer.load(cfg.tokenizer)
+    if given: check_vocab(cfg, given.vocab_size)
     parts = itertools.chain(*map(cut, sources(cfg)))
     units = list(bpe.groups(parts, UNIT, lambda span: span.stop - span.start))
+    parted = bpe.ENDOFTEXT in given.special_tokens if given else cfg.tokenizer == "gpt2" or cfg.vocab_size > 256
+    if not parted and units[0][0].kind != "single":
+        raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
     size = sum(span.stop - span.start for unit in units for span in unit)
     def every(label, function, jobs):                       # function(job) for each job, in order, from all cores
         add = progress(label, size * len(jobs) / len(units))
@@ -401,13 +415,12 @@ def main(cfg):
     path, names = join(work, "gpt2.json" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
     jobs = [(unit, part, path, len(names)) for unit, part in zip(units, np.split(rows, np.cumsum(list(map(len, found)))))]
     os.makedirs(work, exist_ok=True)
-    need_space(work, size * (2 if cfg.vocab_size < 1024 else 1))            # an id is two bytes; a token, two of text or more
+    there = sum(size_of(join(work, name)) for name in names)
+    need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - there)    # an id is two bytes; a token, two of text or more
     if not exists(path): (given or make_tokenizer(cfg, jobs)).save(path)
     tok = load_tokenizer(path)
     check_vocab(cfg, tok.vocab_size)
     eot = tok.special_tokens.get(bpe.ENDOFTEXT)
-    if eot is None and units[0][0].kind != "single":
-        raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
     write_bins(work, functools.partial(every, "encode", encode_unit), jobs, names)
     def count(key): return {name: int(rows[key][rows["fate"] == split].sum()) for split, name in enumerate(SPLITS)}
     meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),

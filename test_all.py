@@ -1192,6 +1192,8 @@ def test_bpe_vocab_size_and_byte_tokenizer(capsys):
         Tokenizer.train(["hello"], 255)
     with pytest.raises(ValueError, match="pattern"):
         Tokenizer.train(["hello"], 300, pattern=r"\w+")
+    with pytest.raises(ValueError, match="need 259"): Tokenizer.train(["hello"], 257, special_tokens="a|b|c".split("|"))
+    with pytest.raises(ValueError, match="workers is -1"): Tokenizer.train(["hello"], 300, workers=-1)
     assert tok.encode("") == [] and tok.decode([]) == "" and [len(a) for a in tok.encode_batch(["", "a", ""])] == [0, 1, 0]
     assert tok.encode_batch([]) == [] and tok.encode_batch(["a"])[0].dtype == np.uint16
 
@@ -1266,6 +1268,10 @@ def test_bpe_hugging_face_peer(tmp_path, pattern):
     assert Tokenizer.from_hf(path).hash == tok.hash
     theirs.save(path)
     assert Tokenizer.from_hf(path).hash == tok.hash
+    gaps = Tokenizer(tok.merges, pattern, {"<|x|>": 800, "<|y|>": 750})
+    gaps.to_hf(path)
+    assert tokenizers.Tokenizer.from_file(path).encode("a<|x|>b<|y|>").ids == gaps.encode("a<|x|>b<|y|>", "all")
+    assert Tokenizer.from_hf(path).hash == gaps.hash
 
 
 def test_bpe_hugging_face_refused(tmp_path):
@@ -1273,6 +1279,7 @@ def test_bpe_hugging_face_refused(tmp_path):
     tok = Tokenizer.train(["ab ab"], 258)
     tok.to_hf(path)
     good = json.load(open(path))
+    with pytest.raises(ValueError, match="cannot hold the special token 'a'"): Tokenizer([], special_tokens=["a"]).to_hf(path)
     for change in (lambda d: d.pop("model"), lambda d: d["model"]["vocab"].pop("a"), lambda d: d["model"].update(merges=["a"])):
         bad = json.loads(json.dumps(good))
         change(bad)
@@ -1292,6 +1299,7 @@ def test_bpe_hugging_face_refused(tmp_path):
     ("number of split patterns is 0", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": GPT2_SPLIT}, "behavior": "Isolated", "invert": True},
         d["pre_tokenizer"] | {"use_regex": False}]})),
+    ("added token '<.x.>' is 'lstrip'", lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 258, "lstrip": True})),
     ("not those of its ids", lambda d: d["model"].update(merges=2 * d["model"]["merges"][:1])),
     ("not those of its ids", lambda d: d["model"].update(ignore_merges=True, merges=d["model"]["merges"][::-1]))])
 def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
@@ -1492,6 +1500,20 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_bpe_worker_that_dies_while_it_writes_a_result(tmp_path):
+    """Half a result is no reason to wait for the rest."""
+    out, err = bpe_script(tmp_path, """
+import os, threading, time, bpe
+def job(i):
+    if i == 1: threading.Timer(0.3, os._exit, [1]).start()
+    return bytes(10 ** 6)                                       # more than a pipe holds
+if __name__ == '__main__':
+    try: print([time.sleep(1) or len(result) for result in bpe.in_order(job, range(8), 2)])
+    except OSError as e: print(e)
+""").communicate(timeout=60)
+    assert out.startswith("a worker process died"), err
+
+
 def test_bpe_interrupted_training_ends_at_once(tmp_path):
     """Ctrl-C, which the terminal sends to the workers too: nobody finishes what it has begun."""
     with bpe_script(tmp_path, """
@@ -1504,7 +1526,7 @@ bpe.count_words = slow
 def docs():
     for i in range(10 ** 9):
         yield f'the cat {i} sat on the mat ' * 5
-        if i == 30: print(i, flush=True)
+        if i == 20: print(i, flush=True)
 bpe.Tokenizer.train(docs(), 300, workers=2)
 """, start_new_session=True) as parent:
         parent.stdout.readline()
@@ -1935,7 +1957,7 @@ def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
         prepare_files("in", {name: old, "y.txt": "y"})
         monkeypatch.setattr(prepare, "choose", lambda *a: (prepare_files("in", {name: new}), choose(*a))[1])
         with pytest.raises(ValueError, match="changed while it was being read: run again"): prepare_run()
-        assert not prepare.prepared(prepare_cfg())
+        assert not prepare.prepared(prepare_cfg()) and not glob.glob("data/mine/.partial-*/tokenizer.json")     # of which text?
 
 
 def test_prepare_odd_files(tmp_path, monkeypatch):
@@ -2009,6 +2031,10 @@ def test_prepare_verify(tmp_path, monkeypatch):
     for damage in (json.dumps(meta)[:30], "{}", "[]", "5", '{"knobs": 5}', "[" * 100000):
         Path("data/mine/meta.json").write_text(damage)
         with pytest.raises(ValueError, match="meta.json is damaged: run prepare.py"): prepare.verify(prepare_cfg())
+        assert prepare_run() == meta
+    for damage in (lambda path: os.remove(path), lambda path: bpe.Tokenizer([]).save(path)):
+        damage("data/mine/tokenizer.json")
+        with pytest.raises(ValueError, match="tokenizer.json is missing or damaged: run"): prepare.verify(prepare_cfg())
         assert prepare_run() == meta
     os.remove("data/mine/train.bin")
     with pytest.raises(ValueError, match="train.bin has 0 bytes"): prepare.verify(prepare_cfg())
@@ -2087,7 +2113,8 @@ class PrepareServer:
                 if kind == "garbage": data = bytes(len(data))
                 self.send_response(200 if kind == "norange" else 206)
                 self.send_header("Content-Length", str(total - (0 if kind == "norange" else start)))
-                if kind != "norange": self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+                span = f"bytes {start}-{total - 1}/{'*' if kind == 'star' else total}"
+                if kind != "norange": self.send_header("Content-Range", span)
                 for name, value in headers.items(): self.send_header(name, value)
                 self.end_headers()
                 try:
@@ -2118,7 +2145,7 @@ PREPARE_BODY = random.Random(0).randbytes(300_000)
     (["whole"], None), (["norange"], None), (["cut"] * 7 + ["whole"], None), (["cut", "norange"], None),
     (["stall", "whole"], None), ([500, 503, 429, "whole"], None), (["dead", "whole"], None),
     (["cut", 500, "stall", "cut", "whole"], None), (["long", "whole"], None), (["cut", "garbage", "whole"], None),
-    (["short"], "sha256"), (["garbage"], "sha256"), ([404], "404"),
+    (["cut", "star"], "another range"), (["short"], "sha256"), (["garbage"], "sha256"), ([404], "404"),
     ([500], "500"), (["dead"], "timed out"), (["long"], "1000 more expected|of 301,000 bytes"),
 ])
 def test_prepare_fetch(tmp_path, monkeypatch, script, error):

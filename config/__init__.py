@@ -226,8 +226,10 @@ def show(cfg):
 def run(main, parse=load):
     """What every script's `if __name__ == "__main__"` calls: main(load(argv)), user errors as one line, exit code 1."""
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # names no terminal can show
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # closed, 2>&-
     try: main(parse(sys.argv[1:]))
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
+    except MemoryError: sys.exit("error: out of memory")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

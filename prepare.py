@@ -370,7 +370,7 @@ def lock(path, busy=""):
     """-> a file that, while it is open, is nobody else's. Where it is: None, or after saying `busy` a wait until it is free."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     file = open(path, "w")
-    with contextlib.suppress(ImportError):                  # Windows has no such locks
+    with contextlib.suppress(ImportError, OSError):         # Windows and some network disks have no such locks
         import fcntl
         try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

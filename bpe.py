@@ -232,6 +232,7 @@ def work(function, pipe):
         pipe.send(result)
 
 def talk(do, *what):
+    """do(*what), which sends or receives; at the other end of a pipe a worker may have died, even halfway through a message."""
     try: return do(*what)
     except (EOFError, OSError):
         raise OSError("a worker process died, for want of memory? Run again with --workers=1") from None

@@ -198,7 +198,8 @@ def as_saved(cfg, run, old):
     """cfg to go on from the checkpoint `old`, of whose model cfg asks for the same as its run did; other knobs may change."""
     now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
     lacks = [key for key in "asked config meta optimizers scaler reference step best seconds".split() if key not in old]
-    require(not lacks, f"cannot resume: it lacks {', '.join(lacks)}: another program or version wrote it; train again")
+    require(not lacks, f"cannot resume: the checkpoint lacks {', '.join(lacks)}, for another program or version wrote it: "
+            "choose another --out_dir")
     changed = {k: f"{k} {was!r} -> {now[k]!r}" for k, was in old["asked"].items() if k != "init_from" and now.get(k, was) != was}
     fatal = ", ".join(changed[k] for k in (*shape, "lora_rank", "objective", "optimizer") if k in changed)
     require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; use its values or another --out_dir")
@@ -284,13 +285,12 @@ class Log:
         self.in_a_row = 0                                   # steps skipped up to now
         self.path, self.wandb, values = os.path.join(out_dir, "log.jsonl"), None, dataclasses.asdict(cfg)
         if run.rank > 0: return
+        self.lock = prepare.lock(os.path.join(out_dir, ".lock"))        # until the process ends
+        require(self.lock, f"{out_dir} belongs to a run that has not ended: choose another --out_dir, or end that one first")
         if cfg.wandb_log:
             try: import wandb
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
             self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(out_dir), config=values)
-        os.makedirs(out_dir, exist_ok=True)
-        self.lock = prepare.lock(os.path.join(out_dir, ".lock"))        # until the process ends
-        require(self.lock, f"{out_dir} belongs to a run that has not ended: choose another --out_dir, or end that one first")
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))

@@ -81,7 +81,7 @@ class Config(GPTConfig):
     num_shards: int = 103           # fineweb: training shards of 100M tokens to fetch; 103 is all of FineWeb-10B
     workers: int = 0                # processes that encode; 0 = one per core
     # run (train.py)
-    out_dir: str = ""               # checkpoints and log; "" = out/<dataset>, to sample the newest in out/, or a .pt file
+    out_dir: str = ""               # of a run; "" = out/<dataset> to train, the newest to sample; sample.py takes a .pt file, too
     init_from: str = "scratch"      # scratch; resume = from out_dir/ckpt.pt; gpt2, -medium, -large, -xl; Hugging Face folder
     max_iters: int = 1000           # optimizer steps
     batch_size: int = 16            # sequences per forward pass on one device
@@ -125,7 +125,7 @@ class Config(GPTConfig):
     task: str = ""                  # questions: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored in each window of a text; 0 = block_size/2: each sees half a context at least
     # sampling (sample.py)
-    start: str = ""                 # the prompt, with special tokens, or FILE:path; "" = the end-of-text token
+    start: str = ""                 # the prompt (special tokens in it count), or FILE:path; "" = the end-of-text token
     prompts: str = ""               # a file of prompts, one per line: continue them together and print JSON lines
     num_samples: int = 1            # continuations to draw of each prompt
     max_new_tokens: int = 256       # length of each, in tokens

@@ -63,6 +63,7 @@ def test_config_order_types_and_flags():
 
 @pytest.mark.parametrize("argv, message", [
     (["--max_iter=3"], "did you mean 'max_iters'"), (["nothing.py"], "no config file"),
+    (["--min_lr=1e-4"], "did you mean 'min_lr_frac'"),          # nanoGPT's name, for which the nearest of ours is min_p
     # of another type
     (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
     (["--max_iters=1e30"], "wants int"), (["--max_iters=None"], "wants int, not 'None'"), (["--bias=1"], "wants True or False"),

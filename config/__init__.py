@@ -170,6 +170,8 @@ RANGES = {      # what a number must be, besides not negative
     "in (0, 1)": (lambda x: 0 < x < 1, "val_fraction"),
     "below 2**32": (lambda x: x < 2 ** 32, "seed")}             # train.py puts the step beside it in 64 bits
 KINDS = typing.get_type_hints(Config)
+NANOGPT = dict(gradient_accumulation_steps="tokens_per_step", eval_iters="eval_tokens", min_lr="min_lr_frac",   # its name: ours
+               decay_lr="decay_frac", lr_decay_iters="decay_frac", wandb_run_name="out_dir")
 
 def require(ok, message):
     if not ok: raise ValueError(message)
@@ -204,7 +206,8 @@ def load(argv):
         elif equals: given = {name[2:]: text}
         else: given = {name[5:]: False} if name.startswith("--no_") and name[5:] in KINDS else {name[2:]: True}
         for key, value in given.items():
-            hint = "".join(f", did you mean {near!r}?" for near in difflib.get_close_matches(key, KINDS, n=1))
+            near = [NANOGPT[key]] if key in NANOGPT else difflib.get_close_matches(key, KINDS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
             require(key in KINDS, f"{name}: unknown knob {key!r}{hint} (--help lists all)")
             try: values[key] = coerce(key, value, word=bool(equals))
             except ValueError as e: raise ValueError(f"{name}: {e}") from None

@@ -1,5 +1,5 @@
 """
-Every figure of the README, measured against the peer on the same machine in the same run.
+The README's figures of speed, context and evaluation; peers, where there are any, in the same run.
 
     python bench.py attention                     # flash_attn.py against every backend of torch's SDPA (on a GPU)
     python bench.py tokenizer [FILE]              # bpe.py against tiktoken, rustbpe and tokenizers, where installed
@@ -11,7 +11,7 @@ Every figure of the README, measured against the peer on the same machine in the
     python bench.py scaling out/a out/b out/c     # a loss law fitted to finished runs, and what it says of larger ones
     python bench.py eval --out_dir=out/x --input=FILE --task=hellaswag,FILE.jsonl     # bits per byte of texts; multiple choice
 
-Speed is a ratio: contestants take turns within one run and the median counts, so a machine that slows down slows all of them.
+Speed is a ratio: contestants take turns in one run (sample: once each), the median counts: a slow machine slows all of them.
 """
 import contextlib, csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig
 import tarfile, tempfile, time, warnings, zipfile
@@ -115,7 +115,7 @@ def attention_case(B, H, K, T, S, D, mask, device, measure):
             if name == "ours": raise
     return {key: (ms, mib[key]) for key, ms in take_turns(works, 5, measure).items()}
 
-def bench_attention(argv, out="out/bench"):
+def bench_attention(argv):
     """Tables, attention.csv and a plot. FLOPs as everyone counts them: 4*B*H*T*S*D, half if causal, 2.5 times that backward."""
     if argv: raise ValueError(f"attention takes no arguments, not {argv[0]!r}: it measures one list of cases")
     if not torch.cuda.is_available(): return attention_without_gpu()
@@ -140,10 +140,10 @@ def bench_attention(argv, out="out/bench"):
             if H != K or mask == "window": continue             # in the table, not in the plot
             panels.setdefault(f"{which}, D {D}, {mask}", {}).setdefault(name, []).append((T, rate))
         table(header, rows[-len(found):])
-    os.makedirs(out, exist_ok=True)
-    with open(f"{out}/attention.csv", "w", newline="") as f: csv.writer(f).writerows([header, *rows])
-    print(f"wrote {out}/attention.csv")
-    if peer("matplotlib"): draw(f"{out}/attention.png", panels, xscale="log", xlabel="T = S", ylabel="TFLOP/s")
+    os.makedirs("out/bench", exist_ok=True)
+    with open("out/bench/attention.csv", "w", newline="") as f: csv.writer(f).writerows([header, *rows])
+    print("wrote out/bench/attention.csv")
+    if peer("matplotlib"): draw("out/bench/attention.png", panels, xscale="log", xlabel="T = S", ylabel="TFLOP/s")
 
 def attention_without_gpu():
     """What each pass keeps of a training step and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
@@ -387,7 +387,7 @@ def bench_size(argv):
         count[next((part for key, part in parts.items() if key in name.split(".")), "norms")] += p.numel()
     table(["parameters", "count", "share"], [[part, v, f"{v / n:.1%}"] for part, v in [*count.items(), ("all", n)]])
     print()
-    table(["memory a device", "MiB"], [[part, v / 2 ** 20] for part, v in [*memory.items(), ("all", sum(memory.values()))]])
+    table(["memory, one device", "MiB"], [[part, v / 2 ** 20] for part, v in [*memory.items(), ("all", sum(memory.values()))]])
     print(f"\n{flops / 1e6:,.1f} MFLOP a token; this run: {run:,} tokens, {run / n:.1f} a parameter, {flops * run:.3g} FLOP\n"
           f"Chinchilla's 20 a parameter (arXiv:2203.15556): {best:,} tokens, {flops * best:.3g} FLOP\n")
     hours = {name: flops / (0.4 * peak) / 3600 for name, peak in trainer.PEAK_FLOPS.items()}

@@ -278,7 +278,7 @@ def count_words(pieces, pattern):
         counts = np.append(counts, np.zeros(len(words) - len(counts), np.int64)) + np.bincount(numbers, minlength=len(words))
     return dict(zip(words, counts.tolist()))
 
-def count_parallel(pieces, pattern, workers, add=lambda n: None):
+def count_parallel(pieces, pattern, workers, add):
     """The same for any number of pieces."""
     total = {}
     for counts in in_order(functools.partial(count_words, pattern=pattern), groups(pieces, BATCH), workers):

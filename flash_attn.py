@@ -38,7 +38,6 @@ import math
 import re
 import subprocess
 import tempfile
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -469,14 +468,14 @@ def new_stats(q):
 
 @torch.library.custom_op("flash_attn_py::forward", mutates_args=())
 def forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float,
-               doc_start: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+               doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = empty_like(q), new_stats(q)
     run(forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, architecture(q.device)), q.device)
     return out, lse
 
 @torch.library.custom_op("flash_attn_py::backward", mutates_args=())
 def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, window: int, scale: float,
-                doc_start: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+                doc_start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dout = dout.contiguous() if dout.stride(3) != 1 or 0 in dout.stride() else near(dout)     # a sum's is one number, expanded
     dq, dk, dv, delta, arch = empty_like(q), empty_like(k), empty_like(v), torch.empty_like(lse), architecture(q.device)
     run(backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch), q.device)
@@ -535,7 +534,7 @@ def check(q, k, v, window, scale):
         raise ValueError(f"window is {window}: want the number of keys a query may see, or 0 for all")
     reason = why_not(q, k, v)
     if reason:
-        raise ValueError(f"{reason}; attention_ref and F.scaled_dot_product_attention take anything")
+        raise ValueError(f"{reason}; else take attention_ref or SDPA, with tensors of one type and device")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:                                      # subtle: the largest scaled score is the scaled largest only if scale > 0
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
@@ -571,7 +570,7 @@ def flash_decode(q, k, v, lengths, window=0, scale=None):
 # ------------------------------------------------------------------------------------------------------------------------------
 # The report: compile what is shipped for a GPU that is not there
 
-def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, B=2, H=8, K=8, T=1024, S=1024, aligned=True):
+def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, H=8, K=8, T=1024, S=1024, aligned=True):
     """[(pass, compiled kernel)] for one architecture and head dim: the launches above, on tensors without memory."""
     from triton.backends.compiler import GPUTarget
 
@@ -581,11 +580,11 @@ def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, B=
         get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
 
     def tensor(heads, rows):
-        return torch.empty(B, rows, heads, D if aligned else D + 1, dtype=dtype, device="meta")[..., :D].transpose(1, 2)
+        return torch.empty(2, rows, heads, D if aligned else D + 1, dtype=dtype, device="meta")[..., :D].transpose(1, 2)
 
     triton.runtime.driver.set_active(Target)
     q, one, k, v, lse = tensor(H, T), tensor(H, 1), tensor(K, S), tensor(K, S), new_stats(tensor(H, T))
-    ints = torch.empty(B, T, dtype=torch.int32, device="meta")
+    ints = torch.empty(2, T, dtype=torch.int32, device="meta")
     launches = forward_launches(q, k, v, q, lse, causal, window, 0.1, ints if docs else None, arch)
     launches += backward_launches(q, k, v, q, lse, q, q, k, v, lse, causal, window, 0.1, ints if docs else None, arch)
     launches += decode_launches(one, k, v, ints, one, window, 0.1, arch, 132)

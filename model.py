@@ -42,7 +42,7 @@ def angles(config, frequency):
 def rope_table(config):
     """cos and sin of every position's rotation angles, each (block_size, D/2); pair d turns by position / theta^(2d/D). Scaling
     stretches a model trained at block_size / s to block_size, s = rope_factor: linear (arXiv:2306.15595) slows every pair by s;
-    ntk (bloc97 2023) raises theta so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (arXiv:2407.21783) slow
+    ntk (bloc97 2023) raises theta so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (Llama 3.1's code) slow
     those that turn less than once in the trained context, leave those that turn often, and blend between; yarn also sharpens the
     attention."""
     s, D, scaling = config.rope_factor, config.head_dim, config.rope_scaling
@@ -105,7 +105,7 @@ class KVCache:
         return pos
 
     def update(self, layer, pos, k, v):
-        """Write the new k, v (B, K, T, D) of one layer at pos; return all that is valid so far, (B, K, S, D)."""
+        """Write the new k, v (B, K, T, D) of one layer at pos; return what attention may look at, (B, K, S, D)."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.ragged:     # subtle: indices around a slice put (B, T) first and K after them
                 store[torch.arange(len(new), device=new.device)[:, None], :, pos] = new.transpose(1, 2).to(store.dtype)
@@ -142,7 +142,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 def norm(config, width, kind="rmsnorm"):
-    """LayerNorm has a gain; RMSNorm one if norm_gain (if not, the next matrix absorbs it)."""
+    """LayerNorm has a gain; RMSNorm one if norm_gain (if not, the next matrix absorbs it, all but QK-norm's)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
     return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
@@ -368,8 +368,8 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, cfg):
         """cfg: a config.Config -> list of optimizers, each trained parameter in exactly one group. adamw: weight decay on
-        matrices, none on gains and biases (GPT-3, arXiv:2005.14165). muon: the blocks' matrices to Muon, the embedding, the head
-        and the rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW."""
+        matrices, none on gains and biases (as GPT-1, Radford et al. 2018). muon: the blocks' matrices to Muon, the
+        embedding, the head and the rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW."""
         def make(kind, groups, **kw):
             if not cfg.shard_optimizer: return kind(groups, **kw)
             from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for importing it takes a second
@@ -382,13 +382,13 @@ class GPT(nn.Module):
         if muon: groups = [dict(params=embeddings, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr)]
         else: groups = [dict(params=matrices + head + embeddings, weight_decay=cfg.weight_decay)]
         adamw = make(torch.optim.AdamW, [g for g in (*groups, dict(params=rest)) if g["params"]], lr=cfg.learning_rate,
-                     weight_decay=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-10 if cfg.optimizer == "muon" else 1e-8,
+                     weight_decay=0.0, betas=(cfg.beta1, cfg.beta2), eps=1e-10 if muon else 1e-8,
                      fused=self.lm_head.weight.device.type in ("cuda", "cpu"))
         if not muon: return [adamw]
         return [adamw, make(torch.optim.Muon, matrices, lr=cfg.matrix_lr, momentum=0.95, weight_decay=cfg.weight_decay)]
 
     @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
         """Continue idx (B, T) by max_new_tokens: (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its
         newer half is read again and generation goes on, so the length has no limit. sample.py has what else one may want."""
         weight, size, new = self.lm_head.weight, self.config.block_size, idx
@@ -400,7 +400,7 @@ class GPT(nn.Module):
             logits = self.head(self.hidden(new, cache)[:, -1])
             if temperature == 0: new = logits.argmax(-1, keepdim=True)
             else:
-                p = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
+                p = filter_logits(logits, temperature, top_k).softmax(-1)
                 new = torch.multinomial(p, 1, generator=generator)
             idx = torch.cat((idx, new), dim=1)
         return idx
@@ -488,7 +488,7 @@ def hf_shape(said):
     wrong = [f"{key}={said[key]!r}" for key, allowed in ALLOWED.items() if key in said and said[key] not in allowed]
     if set(said.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
     if said.get("attention_bias", False) != said.get("mlp_bias", False): wrong.append("attention_bias unlike mlp_bias")
-    if wrong: raise ValueError(f"asks for what this model does not have: {', '.join(wrong)}")
+    if wrong: raise ValueError(f"asks for what cannot be read here: {', '.join(wrong)}")
     keys, shape = FAMILIES[name].keys, dict(FAMILIES[name].shape)
     needed = [key for key, field in keys.items() if field not in OPTIONAL] + ["factor"] * (scaling != "default")
     if absent := [key for key in needed if key not in said]: raise ValueError(f"does not say {absent[0]!r}")
@@ -582,7 +582,7 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in silent]
     if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
     if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")
-    if wrong: raise ValueError(f"no export: transformers' {name} has no {', '.join(wrong)}")
+    if wrong: raise ValueError(f"no export: as transformers' {name} cannot be written {', '.join(wrong)}")
     for theirs, (parts, shape, turned) in hf_places(c, family).items():
         parts = [state[ours].cpu() if ours in state else torch.full(shape, float("weight" in ours)) for ours in parts]
         # one part need not be copied, unless it is there twice: a file's tensors must not share memory
@@ -617,11 +617,11 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as e:        # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError): os.unlink(temporary)
         raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}): free space or choose another --out_dir; "
-                      "the last one saved stands") from None
+                      "one saved before stands") from None
 
 def load_checkpoint(path):
     """The dict that train.py saved (tensors and primitives), on the CPU. ValueError where there is none or it is damaged."""
-    if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: train one first: python train.py config/stdlib.py")
+    if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: check --out_dir, or train one first")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         other = os.path.join(os.path.dirname(path), "ckpt.pt" if os.path.basename(path) == "best.pt" else "best.pt")

@@ -1,5 +1,5 @@
 """
-Text to token ids: data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json}, everything a training run reads.
+Text to token ids: data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json; for chats .mask}, all that a run reads.
 
     python prepare.py config/stdlib.py                              # the source of this Python's standard library: no download
     python prepare.py config/shakespeare.py                         # one text of 1 MB; its last tenth is the validation split
@@ -44,7 +44,7 @@ def sha256(path):
 
 def need_space(folder, size):
     free = shutil.disk_usage(folder).free
-    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB of disk space, {free / 1e6:,.0f} MB are free")
+    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: make room")
 
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
     """Download url to path, unless it is there: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds, given up
@@ -110,12 +110,12 @@ def own_tokenizer(cfg):
     # vocab_size: what uint16 holds; whether the model has as many is for train.py to check
     return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"), vocab_size=65536)
 
-# once per worker; only from .partial folders, whose names have the hash of the knobs, so that none ever holds two tokenizers
+# once per worker; only from .partial folders, whose names have the hash of text and knobs, so that none ever holds two tokenizers
 load_tokenizer = functools.lru_cache(1)(bpe.Tokenizer.load)
 
 def check_vocab(cfg, size):
-    limit = min(cfg.vocab_size, 65536)                      # what uint16 holds
-    if size > limit: raise ValueError(f"the tokenizer has {size} tokens, more than {limit}: set vocab_size, at most to 65536")
+    if size > 65536: raise ValueError(f"the tokenizer has {size} tokens, uint16 holds 65536: take one with fewer")
+    if size > cfg.vocab_size: raise ValueError(f"the tokenizer has {size} tokens: set --vocab_size={size} or more")
 
 # ---- files -> spans -> documents -----------------------------------------------------------------------------------------
 # Bytes start to stop of a file. kind: text (all or a part of one document; last: its end), single (the same, of the only text),

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import bpe, config
+import bpe, config, prepare
 from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf
 
 ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # Llama 3 wants every text to begin with the latter
@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         w = linear.weight.detach().float()
         scale = (w.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-        self.register_buffer("weight", (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("weight", (w / scale.float()[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
@@ -83,7 +83,7 @@ def find_checkpoint(cfg):
     folder = glob.escape(cfg.out_dir) or os.path.join("out", "*")
     found = [path for name in ("best.pt", "ckpt.pt") for path in glob.glob(os.path.join(folder, name))]
     if not found:
-        raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: train one first: python train.py config/stdlib.py")
+        raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: check --out_dir, or: python train.py config/stdlib.py")
     newest = os.path.dirname(max(found, key=os.path.getmtime))
     return next(path for path in found if os.path.dirname(path) == newest)
 
@@ -94,7 +94,6 @@ def first_token(tok):
 def load(cfg, pack=False):
     """(model, tokenizer, a line about them) of out_dir, of the newest run, or, with init_from and no out_dir, of a Hugging Face
     folder; device, dtype, int8, length of context as configured. tokenizer.first: ids to begin with where there is no prompt."""
-    import prepare                                              # here, for only the weights of others need it
     device, documents, int8 = pick_device(cfg.device), 0, cfg.quantize == "int8"
     small = device.type != "cpu" or int8                        # the CPU's int8 kernel multiplies with bfloat16
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
@@ -109,7 +108,7 @@ def load(cfg, pack=False):
         model = GPT.from_checkpoint(checkpoint, path)
     if cfg.rope_scaling != "none": model.stretch(cfg.rope_scaling, cfg.rope_factor)
     if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model only {model.config.vocab_size}")
+        raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model {model.config.vocab_size}: no pair")
     # trained on one text alone, a model has never seen what follows an end-of-text token: it begins with a line end instead
     tok.first = (first_token(tok) if documents != 1 else []) or tok.encode("\n")
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' if int8 else ''}"
@@ -442,7 +441,7 @@ def main(cfg):
     alone = "prompts num_samples num_beams best_of logprobs compile visualize".split() if cfg.interactive else ()
     if wrong := [key for key in alone if getattr(cfg, key) not in (getattr(config.Config, key), False)]:
         raise ValueError(f"interactive continues one text as you type it: leave out {', '.join(wrong)}")
-    model, tok, about = load(cfg, pack=not cfg.compile)
+    model, tok, about = load(cfg, pack=not cfg.compile or cfg.num_beams > 1)
     size, stats = model.config.block_size, Counter()
     (prompts, texts), (ends, stops) = read_prompts(cfg, tok, size), read_stops(cfg, tok)
     cfg = dataclasses.replace(cfg, sinks=min(cfg.sinks, (size - 1) // 2))

@@ -3,7 +3,7 @@ What every stage promises, each against an independent twin: naive code, float64
 
     python -m pytest test_all.py                    # everything that can run here; a skip says what would make it run
     python -m pytest test_all.py -k "model or train"
-    python -m pytest test_all.py -k peer            # against transformers, tokenizers, rustbpe: pip install them first
+    python -m pytest test_all.py -k peer            # against the optional peers: pip install transformers tokenizers ..
 """
 import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
 import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before numpy and torch: for matrices so small, threads only wait for each other
-import numpy
 import numpy as np
 import pytest
 import tiktoken
@@ -630,11 +629,11 @@ def hf_made(name, **changes):
     return theirs
 
 
-def hf_same(ours, theirs, new=50):
+def hf_same(ours, theirs):
     """Logits to 1e-4 on random ids, and the same greedy text with both caches."""
     idx = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
-    new = min(new, ours.config.block_size - 14)
+    new = min(50, ours.config.block_size - 14)
     mask = torch.ones_like(idx)
     theirs = theirs.generate(idx, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert theirs.shape[1] == 14 + new and torch.equal(ours.generate(idx, new, temperature=0), theirs)
@@ -830,8 +829,7 @@ def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
 
 # ============================================================================ bpe.py
 
-BPE_HERE = os.path.dirname(os.path.abspath(bpe.__file__))
-BPE_GPT2 = os.path.join(BPE_HERE, "..", "shared", "data", "gpt2")
+BPE_GPT2 = os.path.join(HERE, "..", "shared", "data", "gpt2")
 BPE_PATTERNS = [GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT]
 BPE_BYTES = {bytes([i]): i for i in range(256)}
 
@@ -1463,7 +1461,7 @@ def test_bpe_equals_hugging_face_trainer_peer():
 def bpe_script(folder, code, **kw):
     """The code as a script of its own, started: workers need a file that they can import."""
     (folder / "script.py").write_text(code)
-    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=os.environ | {"PYTHONPATH": BPE_HERE}, text=True,
+    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=os.environ | {"PYTHONPATH": HERE}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
@@ -1576,7 +1574,7 @@ def test_bpe_memory_of_a_stream_is_bounded(monkeypatch):
 
 def test_bpe_command_line(tmp_path):
     def run(*args):
-        words = [sys.executable, os.path.join(BPE_HERE, "bpe.py"), *args]
+        words = [sys.executable, os.path.join(HERE, "bpe.py"), *args]
         return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     (tmp_path / "a.txt").write_bytes(b"the cat sat\r\n on the mat \xff\xfe" * 50)
     (tmp_path / "empty.txt").write_bytes(b"")
@@ -1602,7 +1600,6 @@ def test_bpe_pickles():
 
 # ============================================================================ prepare.py
 
-PREPARE_ROOT = os.path.dirname(os.path.abspath(prepare.__file__))
 PREPARE_WORDS = "the of a model token Byte learns runs über naïve 東京 don't 42 <|endoftext|> \t x=1; {} \r\n".split(" ")
 
 
@@ -1774,7 +1771,7 @@ def prepare_kill_and_restart(kills, seed, sig=signal.SIGKILL):
     """Start prepare.py, kill it at a random moment, again and again; then let it finish. -> how many died in the middle."""
     r, words = random.Random(seed), ["--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
     command = [sys.executable, "-c", PREPARE_KILLED, *words]
-    env, cut = {**os.environ, "PYTHONPATH": PREPARE_ROOT}, 0
+    env, cut = {**os.environ, "PYTHONPATH": HERE}, 0
     for n in range(kills):
         p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         if sig == signal.SIGINT or n % 2: p.stdout.readline()    # Ctrl-C while Python still imports is Python's affair
@@ -1996,7 +1993,7 @@ def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 200) for i in range(300)})
     command = [sys.executable, "-c", PREPARE_KILLED, "--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
-    env, pipes = {**os.environ, "PYTHONPATH": PREPARE_ROOT}, dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    env, pipes = {**os.environ, "PYTHONPATH": HERE}, dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     runs = [subprocess.Popen(command, env=env, text=True, **pipes) for _ in range(2)]
     said = [p.communicate(timeout=60)[0] for p in runs]
     assert [p.returncode for p in runs] == [0, 0], said
@@ -2018,10 +2015,10 @@ def test_prepare_verify(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"prepared with {key}=.*not {value!r}: run prepare.py"):
             prepare.verify(prepare_cfg(**{key: value}))
     tokenizer = dict(tokenizer="data/mine/tokenizer.json", dataset="again")
-    with pytest.raises(ValueError, match="has 300 tokens, more than 299"): prepare_run(**tokenizer, vocab_size=299)
+    with pytest.raises(ValueError, match="has 300 tokens: set --vocab_size=300"): prepare_run(**tokenizer, vocab_size=299)
     again = prepare_run(**tokenizer, vocab_size=320)
     assert again["vocab_size"] == 300 and again["sha256"] == meta["sha256"] and again["tokenizer_hash"] == meta["tokenizer_hash"]
-    with pytest.raises(ValueError, match="300 tokens, more than 299"): prepare.verify(prepare_cfg(**tokenizer, vocab_size=299))
+    with pytest.raises(ValueError, match="300 tokens: set --vocab_size=300"): prepare.verify(prepare_cfg(**tokenizer, vocab_size=299))
     with open("data/mine/train.bin", "r+b") as f: f.write(b"\0\0\0\0")
     prepare.verify(prepare_cfg())
     with pytest.raises(ValueError, match="sha256"): prepare.verify(prepare_cfg(), deep=True)
@@ -2045,7 +2042,7 @@ def test_prepare_vocabulary_beyond_uint16_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {"a.txt": "a", "b.txt": "b"})
     Tokenizer([], special_tokens={"<|endoftext|>": 256}, tokens=BPE_BYTES | {b"ab": 70000}).save("big.json")
-    with pytest.raises(ValueError, match="70001 tokens, more than 65536"): prepare_run(tokenizer="big.json", vocab_size=100000)
+    with pytest.raises(ValueError, match="70001 tokens, uint16 holds 65536"): prepare_run(tokenizer="big.json", vocab_size=100000)
 
 
 def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
@@ -2091,7 +2088,7 @@ def test_prepare_disk_space_is_checked_first(tmp_path, monkeypatch):
     usage = types.SimpleNamespace(free=300_000)                     # 200,000 bytes may become as many ids, of two bytes each
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(bpe.Tokenizer, "train", None)
-    with pytest.raises(ValueError, match="disk space"): prepare_run()
+    with pytest.raises(ValueError, match="MB are free: make room"): prepare_run()
 
 
 class PrepareServer:
@@ -2266,7 +2263,7 @@ def test_prepare_fineweb(tmp_path, monkeypatch):
 
 
 def test_prepare_command_line_errors_are_one_line(tmp_path):
-    command = [sys.executable, os.path.join(PREPARE_ROOT, "prepare.py"), "--dataset=x"]
+    command = [sys.executable, os.path.join(HERE, "prepare.py"), "--dataset=x"]
     done = subprocess.run(command + ["--input=nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: --input: there is no file or folder 'nowhere'\n"
     assert not os.listdir(tmp_path)
@@ -2274,7 +2271,7 @@ def test_prepare_command_line_errors_are_one_line(tmp_path):
 
 def test_prepare_import_is_cheap():
     code = "import sys, prepare; assert not {'torch', 'requests', 'tiktoken'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PREPARE_ROOT}).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": HERE}).returncode == 0
 
 
 # ============================================================================ flash_attn.py
@@ -2282,7 +2279,7 @@ def test_prepare_import_is_cheap():
 flash_gpu = torch.cuda.is_available()
 flash_device = torch.device("cuda" if flash_gpu else "cpu")
 flash_numpy = flash_attn.triton is not None and not flash_gpu and flash_attn.triton.__version__ < "3.7" and \
-    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+    tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
 needs_flash = pytest.mark.skipif(
     flash_attn.triton is None or flash_numpy,
     reason="no Triton: pip install triton (Linux only)" if flash_attn.triton is None else
@@ -2354,7 +2351,7 @@ def flash_check(module, q, k, v, **mask):
 
 
 def flash_pairs(*dimensions):
-    """Few rows in which any two values of different dimensions meet: [0, 1], [0, 1], [0, 1] -> 000, 011, 101, 110."""
+    """Few rows in which any two values of different dimensions meet: [0, 1], [0, 1], [0, 1] -> 001, 010, 100, 111."""
     indexed = [list(range(len(d))) for d in dimensions]
     pairs = lambda row: {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
     missing, rows = set().union(*map(pairs, itertools.product(*indexed))), []
@@ -2482,9 +2479,10 @@ def test_flash_decode(heads, T, S, window, dtype):
     for b, n in enumerate(lengths.tolist()):
         k[b, :, n:] = float("nan")
         v[b, :, n:] = float("nan")
-    out = flash_attn.flash_decode(q, k, v, lengths, window=window)
+    mask = dict(window=window, scale=0.2 if window else None)
+    out = flash_attn.flash_decode(q, k, v, lengths, **mask)
     for b, n in enumerate(lengths.tolist()):
-        ref = flash_attn.attention_ref(*[x[b:b + 1].double() for x in (q, k[:, :, :n], v[:, :, :n])], window=window)
+        ref = flash_attn.attention_ref(*[x[b:b + 1].double() for x in (q, k[:, :, :n], v[:, :, :n])], **mask)
         assert flash_error(out[b:b + 1], ref) <= FLASH_TOLERANCE[dtype][0]
 
 
@@ -2550,7 +2548,7 @@ def flash_python(code, *args, **env):
     """Run code in a fresh Python that knows nothing of the interpreter."""
     env = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1", **env}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=Path(HERE), env=env, text=True, **pipes)
+    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=HERE, env=env, text=True, **pipes)
 
 
 def test_flash_without_triton():
@@ -2823,7 +2821,9 @@ def test_train_resume_is_bit_for_bit(monkeypatch, train_dir, tmp_path, kw):
 
 
 def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path):
-    checkpoint = train_here(monkeypatch, train_dir, tmp_path, max_iters=2, compile=False)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))       # it wraps the model all the same
+    checkpoint = train_here(monkeypatch, train_dir, tmp_path, max_iters=2, compile=True)
     assert not [k for k in checkpoint["model"] if "_orig_mod" in k or "module." in k]
     assert checkpoint["config"]["n_embd"] == 32 and isinstance(checkpoint["tokenizer"], dict)
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "best.pt", "ckpt.pt", "config.json", "log.jsonl"]
@@ -2982,19 +2982,19 @@ def test_train_full_or_read_only_disk_is_one_line_and_keeps_the_last_checkpoint(
     kw = dict(eval_interval=2, max_iters=10)
     whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     advice = "free space or choose another --out_dir"
-    with pytest.raises(OSError, match=rf"cannot write .*\.pt \(.*{advice}; the last one saved stands$"):
+    with pytest.raises(OSError, match=rf"cannot write .*\.pt \(.*{advice}; one saved before stands$"):
         train_here(monkeypatch, train_dir, small_disk, keep_checkpoints=9, **kw)
     kept = sorted((small_disk / "run").glob("ckpt_*.pt"))
     step = model_py.load_checkpoint(str(small_disk / "run" / "ckpt.pt"))["step"]
     assert 2 <= step < 10 and not list((small_disk / "run").glob("*.tmp")) and model_py.load_checkpoint(str(kept[-1]))
     filler = small_disk / "filler"
     with pytest.raises(OSError, match="No space left on device"): filler.write_bytes(bytes(1 << 22))
-    with pytest.raises(OSError, match=f"No space left on device.*: {advice}; the last checkpoint stands$"):
+    with pytest.raises(OSError, match="No space left on device.*: make room or mend that path"):
         train_here(monkeypatch, train_dir, small_disk, init_from="resume", **kw)
     for path in (*kept, filler): path.unlink()
     assert equal_states(train_here(monkeypatch, train_dir, small_disk, init_from="resume", **kw), whole)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(OSError, match=f"Read-only file system: .*: {advice}"):
+    with pytest.raises(OSError, match="Read-only file system: .*: make room or mend that path"):
         train_here(monkeypatch, train_dir, small_disk, out="new", **kw)
 
 
@@ -3155,7 +3155,7 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     assert json.load(open(tmp_path / "[a]" / "trace.json"))["traceEvents"]
     (tmp_path / "file").touch()
     for out in ("file", "file/x"):
-        with pytest.raises(OSError, match=f"'.*/{out}': free space or choose another --out_dir"):
+        with pytest.raises(OSError, match=f"'.*/{out}': make room or mend that path"):
             train_here(monkeypatch, train_dir, tmp_path, out=out)
     assert "tokens a parameter (Chinchilla" in capsys.readouterr().out
     seen, asked = [], []
@@ -3303,14 +3303,10 @@ def test_train_dpo_equals_a_reference_written_out_in_float64_peer(tune_dir, monk
         model.double()
         for p in model.parameters():
             if p.requires_grad: torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(len(p)))
-        merged = dict(model=model.state_dict(), config=vars(model.config) | {"lora_rank": 4})
-        policy = model_py.GPT.from_checkpoint(merged).double()
-        assert type(policy.transformer.h[0].attn.c_q) is torch.nn.Linear
-        policy = copy.deepcopy(model)
     else:
         with torch.no_grad():
             for p in model.parameters(): p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-        policy = copy.deepcopy(model)
+    policy = copy.deepcopy(model)
     ids, mask, total = np.fromfile("data/pairs/train.bin", "<u2"), np.fromfile("data/pairs/train.mask", np.uint8), 0.0
     def log_prob(m, a, b):
         text, logp = torch.from_numpy(ids[a:b].astype(np.int64)), 0.0
@@ -3379,7 +3375,6 @@ def test_train_user_errors_are_one_line(tmp_path):
 
 # ============================================================================ sample.py
 
-sample_HERE = os.path.dirname(os.path.abspath(sample.__file__))
 sample_TOK = bpe.Tokenizer.train(["the cat sat on the mat, the rat sat on the cat. déjà vu — 🙂🙂 ok\n" * 20], 280)
 sample_CPU = torch.device("cpu")
 
@@ -3901,7 +3896,7 @@ def test_sample_best_of_and_beams_from_the_command_line(tmp_path, capsys):
 
 def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="train one first"): sample.main(config.load([]))
+    with pytest.raises(ValueError, match="check --out_dir, or"): sample.main(config.load([]))
     old, new = sample_checkpoint("out/old"), sample_checkpoint("out/new", seed=1)
     os.utime(old, (1, 1))
     assert sample.find_checkpoint(config.Config()) == new and sample.find_checkpoint(config.Config(out_dir="out/old")) == old
@@ -3962,7 +3957,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--num_beams=2", "--temperature=0", "--interactive"], "leave out num_beams"), (["--visualize=out"], "want a file"),
     (["--interactive", "--prompts=gap.txt", "--compile", "--logprobs"], "leave out prompts, logprobs, compile"),
     (["--export=x", "--quantize=int8"], "leave out --quantize"), (["--init_from=out/good"], "has no tokenizer.json"),
-    (["--out_dir=small"], "its tokenizer has 280 tokens, its model only 100"),
+    (["--out_dir=small"], "its tokenizer has 280 tokens, its model 100: no pair"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
     (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"),
     (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"),
@@ -3981,9 +3976,9 @@ def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch
 
 
 def test_sample_command_line_exit_code(tmp_path):
-    r = subprocess.run([sys.executable, os.path.join(sample_HERE, "sample.py")], cwd=tmp_path, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, os.path.join(HERE, "sample.py")], cwd=tmp_path, capture_output=True, text=True)
     assert r.returncode == 1 and r.stderr.count("\n") == 1
-    assert r.stderr.startswith("error: no checkpoint in out/*: train one first")
+    assert r.stderr.startswith("error: no checkpoint in out/*: check --out_dir, or: python train.py")
 
 
 def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkeypatch, capsys):
@@ -4080,8 +4075,8 @@ def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path):
 HF_TEXTS = ["the cat", " déjà vu — 🙂\n\n  x", "'s 12345 ", "क्षि 한국어 \u200d", "\t\r\n \u00a0"]
 
 
-def hf_tokens_equal(ours, theirs, seed=0):
-    rng = random.Random(seed)
+def hf_tokens_equal(ours, theirs):
+    rng = random.Random(0)
     for text in HF_TEXTS + [bpe_random_text(rng, 40) for _ in range(100)]:
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == ours.decode(ids) == text
@@ -4112,7 +4107,7 @@ def test_sample_export_loads_in_transformers_peer(kw, tmp_path, capsys):
     for dtype in ("float32", "bfloat16"):
         folder = str(tmp_path / dtype)
         out = sample_main(capsys, f"--out_dir={tmp_path}/run", f"--export={folder}/", f"--dtype={dtype}")
-        assert f"-> {folder}: " in out and f"{dtype}, 280 tokens" in out and not os.path.exists(folder + ".partial")
+        assert f"-> {folder}: " in out and f"{dtype}, 280 tokens" in out
     ours, tok = sample.load(config.Config(out_dir=str(tmp_path / "run"), compile=True))[:2]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32").eval()
     idx = torch.tensor([tok.encode("the cat sat on the mat")])
@@ -4378,7 +4373,7 @@ def test_bench_tokenizer_compares_what_is_installed(tmp_path):
 
 
 def test_bench_sample_has_a_row_for_each_way(capsys):
-    shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=64, max_new_tokens=12, top_k=20, device="cpu")
+    shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=64, max_new_tokens=12, device="cpu")
     bench.main(["sample", *(f"--{k}={v}" for k, v in shape.items())])
     rows = re.findall(r"^(.+?)  +(\d+) +(\d+) +(\d+) +[\d,.]+ .* ([\d.]+) x$", capsys.readouterr().out, re.M)
     assert rows[0] == ("every token anew, as nanoGPT, float32", "1", "1", "12", "1.0")
@@ -4396,10 +4391,9 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     os.makedirs("data/d")
     data = np.random.default_rng(0).integers(280, size=8 * n + 30).astype("<u2")
     data.tofile("data/d/val.bin")
-    for text_hash in ("another", sample_TOK.hash):
-        Path("data/d/meta.json").write_text(json.dumps({"tokenizer_hash": text_hash}))
-        if text_hash == sample_TOK.hash: break
-        with pytest.raises(ValueError, match="prepared anew"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
+    Path("data/d/meta.json").write_text('{"tokenizer_hash": "another"}')
+    with pytest.raises(ValueError, match="prepared anew"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
+    Path("data/d/meta.json").write_text(json.dumps({"tokenizer_hash": sample_TOK.hash}))
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     out = capsys.readouterr().out
     rows, full = (dict(re.findall(rf"^(rope_scaling=\w+|window, sinks=\d) +{which}", out, re.M))

@@ -239,7 +239,7 @@ def estimate_memory(cfg, model, world=1):
     """Bytes by part for one training process. Weights and gradients are float32, with a copy in 16 bits for autocast and in DDP's
     buckets; AdamW keeps two more numbers a weight, Muon one. Activations kept for the backward pass: per layer and token 18*C
     bytes outside the MLP and 4 times its width in it, which are the 34*C of Korthikanti et al. 2022, arXiv:2205.05198, without
-    its attention matrix; of the logits 4096 rows, and the head's gradient."""
+    its attention matrix; of the logits 4096 rows (512 on a CPU), and the head's gradient."""
     full, n, rows = cfg.dtype == "float32", model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
@@ -290,7 +290,7 @@ class Log:
         if cfg.wandb_log:
             try: import wandb
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
-            self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(out_dir), config=values)
+            self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(os.path.normpath(out_dir)), config=values)
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
@@ -465,7 +465,7 @@ def main(cfg):
                          "same, or use --grad_checkpoint") from None
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR): raise
-        raise OSError(f"{e}: free space or choose another --out_dir; the last checkpoint stands") from None
+        raise OSError(f"{e}: make room or mend that path (--out_dir names another); a checkpoint saved before stands") from None
     if run.world > 1: dist.destroy_process_group()      # not after an error: the others may be waiting for this rank
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Every knob of every stage, typed, with its default and what it does; and the loa
     python train.py config/shakespeare.py --max_iters=100 --no_compile
 
 A config file is plain Python assignments (see the files beside this one). Any script takes any config file.
-`python train.py --help` prints every knob below. Nothing outside this file knows a default.
+`python train.py --help` prints every knob below. Defaults stand here alone (but those of bpe.py's own command line).
 """
 import contextlib, dataclasses, difflib, os, re, runpy, sys, textwrap, types, typing
 from typing import Literal
@@ -20,15 +20,15 @@ class GPTConfig:
     n_kv_head: int = 0              # key/value heads: 0 = n_head (MHA), 1 = MQA, between = GQA; divides n_head
     n_embd: int = 768               # width of the residual stream
     head_size: int = 0              # width of a head: 0 = n_embd/n_head
-    n_inner: int = 0                # hidden width of the MLP: 0 = 4*n_embd, or 8/3*n_embd for swiglu (same size)
+    n_inner: int = 0                # hidden width of the MLP: 0 = 4*n_embd; for swiglu the multiple of 64 next to 8/3*n_embd
     pos: Literal["rope", "learned", "sinusoidal"] = "rope"          # how a token knows its position
-    rope_theta: float = 10000.0     # RoPE's base wavelength
+    rope_theta: float = 10000.0     # RoPE's base: pair d turns by position / rope_theta^(2d/D)
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"   # stretch RoPE, in training or when sampling
     rope_factor: float = 1.0        # by how much: block_size is rope_factor times the length the model was (first) trained at
     rope_trained: int = 0           # that length, in tokens, where it is another: 0 = block_size/rope_factor
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"               # RMSNorm has a learned gain only with norm_gain
     norm_gain: bool = False         # RMSNorm and QK-norm multiply by a learned gain, as Llama and Qwen3
-    norm_eps: float = 1e-5          # added to the variance in every norm
+    norm_eps: float = 1e-5          # added to the variance or mean square in every norm
     mlp: Literal["relu2", "swiglu", "gelu"] = "relu2"               # activation of the MLP
     bias: bool = False              # biases in linear layers and LayerNorm, as GPT-2
     qk_norm: bool = True            # normalise queries and keys per head before the dot product
@@ -50,7 +50,7 @@ class GPTConfig:
         require(self.n_head % self.kv_heads == 0, f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         require(self.pos != "rope" or self.head_dim % 2 == 0, f"pos='rope': a head's width, here {self.head_dim}, must be even")
         require(self.pos != "sinusoidal" or self.n_embd % 2 == 0, f"pos='sinusoidal' needs an even n_embd, not {self.n_embd}")
-        require(not (self.tie_weights and self.zero_init), "zero_init would zero the embedding that tie_weights shares: drop it")
+        require(not (self.tie_weights and self.zero_init), "tie_weights shares what zero_init would zero: add --no_zero_init")
         require((self.rope_scaling != "none") == (self.rope_factor > 1) and (self.pos == "rope" or self.rope_factor == 1),
                 f"rope_scaling={self.rope_scaling!r} and rope_factor={self.rope_factor} > 1 belong together, and with pos='rope'")
         require(set(self.window_pattern) <= set("SL") and ("S" in self.window_pattern) == (self.window > 0),
@@ -74,12 +74,12 @@ class Config(GPTConfig):
     """GPTConfig plus the knobs of data, tokenizer, training and sampling. `cfg.model()` is the GPTConfig alone."""
     # data (prepare.py)
     dataset: str = "stdlib"         # stdlib, shakespeare, tinystories, fineweb (stdlib_x: same text, apart); or yours by --input
-    input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated; bench.py eval: to measure
+    input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated; bench.py eval: files
     tokenizer: str = "bpe"          # bpe = train our own on the training split; gpt2; or the path of a tokenizer.json
     split_pattern: Literal["gpt2", "gpt4"] = "gpt2"                 # how bpe cuts text into words before merging
-    val_fraction: float = 0.1       # share of the documents (of a single text: its last part) held out for validation
+    val_fraction: float = 0.1       # share of documents (of one text: its last part) for validation, where none is given
     num_shards: int = 103           # fineweb: training shards of 100M tokens to fetch; 103 is all of FineWeb-10B
-    workers: int = 0                # processes that encode; 0 = one per core
+    workers: int = 0                # processes that read, count and encode; 0 = one per core
     # run (train.py)
     out_dir: str = ""               # of a run; "" = out/<dataset> to train, the newest to sample; sample.py takes a .pt file, too
     init_from: str = "scratch"      # scratch; resume = from out_dir/ckpt.pt; gpt2, -medium, -large, -xl; Hugging Face folder
@@ -89,8 +89,8 @@ class Config(GPTConfig):
     eval_interval: int = 250        # steps between evaluations and checkpoints
     eval_tokens: int = 0            # validation tokens per evaluation, the same every time; 0 = the whole split
     log_interval: int = 10          # steps between log lines
-    doc_mask: bool = False          # in training and validation a token sees nothing before the start of its own document
-    sample_interval: int = 0        # steps between samples printed during training, each after an evaluation; 0 = only at the end
+    doc_mask: bool = False          # in training and validation a token sees nothing before its own document; of a chat, its turn
+    sample_interval: int = 0        # steps between samples of best.pt in training, each after an evaluation; 0 = only at the end
     keep_checkpoints: int = 0       # besides ckpt.pt and best.pt keep ckpt_<step>.pt of so many of the last evaluations
     wandb_log: bool = False         # log to Weights & Biases, too
     wandb_project: str = "gpt"      # its project; the run is named after out_dir
@@ -101,11 +101,11 @@ class Config(GPTConfig):
     dpo_beta: float = 0.1           # dpo: how much a step away from the starting model costs; smaller = free to go further
     lora_rank: int = 0              # freeze the model and learn low-rank additions to its attention; 0 = train every weight
     # optimizer (model.py, train.py)
-    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest
+    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest (with LoRA: for all)
     learning_rate: float = 6e-4     # AdamW's; with Muon of gains and biases alone, which the defaults do not have
     matrix_lr: float = 0.01         # Muon: hidden matrices
     embedding_lr: float = 0.05      # with Muon: AdamW's rate for the embedding
-    unembedding_lr: float = 0.004   # with Muon: AdamW's rate for the head
+    unembedding_lr: float = 0.004   # with Muon: AdamW's rate for the head, unless tied
     weight_decay: float = 0.0       # decoupled, on the blocks' matrices; without Muon on embedding and head, too
     beta1: float = 0.8              # AdamW's momentum
     beta2: float = 0.95             # AdamW's second moment
@@ -120,13 +120,13 @@ class Config(GPTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the forward pass; weights stay float32 in training
     grad_checkpoint: bool = False   # less memory: keep only each block's input and compute the rest again in the backward pass
     shard_optimizer: bool = False   # torchrun: each rank keeps a part of the optimizer state (ZeRO 1, arXiv:1910.02054)
-    compile: Literal[True, False, None] = None      # torch.compile; unset = in training on CUDA, where it pays within a minute
+    compile: Literal[True, False, None] = None      # torch.compile, not of beams; unset = in training on CUDA, where it soon pays
     # evaluation (bench.py eval)
     task: str = ""                  # questions: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored in each window of a text; 0 = block_size/2: each sees half a context at least
-    # sampling (sample.py)
-    start: str = ""                 # the prompt (special tokens in it count), or FILE:path; "" = the end-of-text token
-    prompts: str = ""               # a file of prompts, one per line: continue them together and print JSON lines
+    # sampling (sample.py; train.py's own samples take the defaults)
+    start: str = ""                 # the prompt (special tokens in it count), or FILE:path; "" = an end-of-text or a line end
+    prompts: str = ""               # instead: a file of prompts, one per line, to continue together; prints JSON lines
     num_samples: int = 1            # continuations to draw of each prompt
     max_new_tokens: int = 256       # length of each, in tokens
     temperature: float = 0.8        # 0 = argmax; below 1 = safer, above 1 = wilder

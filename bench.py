@@ -304,6 +304,7 @@ def bench_context(argv):
         raise ValueError(f"{folder} was prepared anew with another tokenizer than the run's: its ids mean other words")
     n, trained = plain.config.block_size, round(plain.config.trained_length)
     data, lengths, last = np.memmap(path, dtype="<u2", mode="r"), (n, 2 * n, 4 * n, 8 * n), n // 2
+    if n < 2: raise ValueError("block_size=1 is too short to measure: take at least 2")
     if len(data) <= 8 * n: raise ValueError(f"{path} has {len(data):,} tokens: more than 8 times block_size={n} are needed")
     starts = np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)[:, None]
     texts = torch.tensor(data[starts + np.arange(8 * n + 1)].astype(np.int64), device=plain.transformer.wte.weight.device)
@@ -320,7 +321,7 @@ def bench_context(argv):
             model = GPT(shape).requires_grad_(False).eval().to(texts.device)
             model.load_state_dict(plain.state_dict())
             rows[-1].append(perplexity(model(texts[:, :length])[0], length))
-    for sinks in (0, 4):
+    for sinks in (0, min(4, (n - 1) // 2)):
         cache, filled, kept = sampler.new_cache(plain, len(texts), n), 0, []
         rows.append([f"window, sinks={sinks}"])
         for t in range(lengths[-1]):

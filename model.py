@@ -577,7 +577,9 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     if c.rope_scaling == "llama3":
         trained = dict(original_max_position_embeddings=round(c.trained_length))
         said["rope_scaling"] |= trained | dict(low_freq_factor=1.0, high_freq_factor=4.0)
-    back, silent = explicit(hf_shape(said)[1]), ["dropout", "zero_init", "rope_theta", "rope_factor", "rope_trained", "window"]
+    try: back = explicit(hf_shape(said)[1])
+    except ValueError as e: raise ValueError(f"no export: as transformers' {name} it would be another shape ({e})") from None
+    silent = ["dropout", "zero_init", "rope_theta", "rope_factor", "rope_trained", "window"]
     silent += [field for field in ("bias", "norm_gain") if not getattr(c, field)]       # these are filled in
     wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in silent]
     if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")

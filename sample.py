@@ -48,7 +48,8 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 4:     # for more, F.linear is faster
+        # for more rows F.linear is faster; subtle: the kernel reads past the end of rows whose width no vector divides
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 4 and x.shape[-1] % 32 == 0:
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:       # subtle: scaled in bfloat16, inductor would make it _weight_int8pack_mm, on a GPU a loop without matrix units
             wide = torch.float32 if x.is_cuda else x.dtype
@@ -340,7 +341,7 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
 def say(line): print(line, file=sys.stderr, flush=True)
 
 def read_file(path):
-    try: return Path(path).read_text("utf-8")
+    try: return Path(path).read_bytes().decode("utf-8")         # as prepare.py does: line ends stay
     except FileNotFoundError: raise ValueError(f"no file {path!r}: check its path") from None
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
 
@@ -348,7 +349,7 @@ def read_prompts(cfg, tok, size):
     """(lists of ids, their texts); ValueError for what is empty, missing or too long for a context of `size`."""
     path = cfg.prompts or (cfg.start[5:] if cfg.start.startswith("FILE:") else "")
     texts = [read_file(path) if path else cfg.start]
-    if cfg.prompts: texts = texts[0].removesuffix("\n").split("\n")
+    if cfg.prompts: texts = re.split("\r?\n", re.sub("\r?\n$", "", texts[0]))
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")
     begin = tok.first if BEGIN in tok.special_tokens else []
     prompts = [begin + tok.encode(text, "all") if text else tok.first for text in texts]

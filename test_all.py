@@ -691,6 +691,7 @@ def test_model_to_transformers_peer(name, tmp_path):
     (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"),
     (dict(CLASSIC, qk_norm=True), "qk_norm=True"), (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"),
     (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"),
+    (dict(CLASSIC, n_head=3, n_kv_head=0, head_size=8), "gpt2 it would be another shape"),
     (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
@@ -2878,7 +2879,8 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
     calls, weights = itertools.count(1), {}
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(4, 99))))
     with pytest.raises(ValueError, match="7 steps in a row"):           # 2 of them were in the line before
-        train_here(monkeypatch, train_dir, tmp_path, out="streak", max_bad_steps=6, log_interval=5)
+        train_here(monkeypatch, train_dir, tmp_path, out="streak", max_bad_steps=6, log_interval=5, profile=99)
+    assert json.load(open(tmp_path / "streak" / "trace.json"))["traceEvents"]       # left running, the profiler ends in a crash
     calls, weights = itertools.count(1), {}
     for every, message in ((2, "the last good checkpoint is .*ckpt.pt: go on"), (10, "there is none saved: begin again")):
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
@@ -3249,6 +3251,7 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
     if kind == "answers":
         with pytest.raises(ValueError, match="no target counts in the first eval_tokens=1"):
             tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", eval_tokens=1)
+        assert not (tmp_path / "one").exists()                  # said before the first step
     other = dict(objective="tokens", dataset="tiny", input="notes") if kind == "pairs" else {}
     with pytest.raises(ValueError, match="checkpoint differs: (lora_rank|objective)"):
         tune_here(monkeypatch, tune_dir, tmp_path, kind, **dict(out="half", init_from="resume", lora_rank=2) | other)
@@ -3770,9 +3773,10 @@ def test_sample_int8_is_within_half_a_step_and_keeps_the_loss(monkeypatch):
     assert ((q(x) - linear(x)).abs() <= bound + 1e-5).all() and q.weight.dtype == torch.int8
     exact = torch.nn.functional.linear(x, q.weight.float() * q.scale.float()[:, None], linear.bias)
     torch.testing.assert_close(q(x), exact, atol=1e-4, rtol=1e-4)
-    for rows in (1, 4, 5):                                                  # the packed kernel and the plain product
-        y = q(x[:rows].bfloat16()).float()
-        torch.testing.assert_close(y, exact[:rows], atol=0.05, rtol=0.02)
+    for rows, width in itertools.product((1, 3, 4, 5), (96, 40, 24)):       # the packed kernel and the plain product
+        narrow = torch.nn.Linear(width, 40)                                 # torch's kernel crashes or reads rubbish at 40, 24
+        y = sample.Int8Linear(narrow)(x[:rows, :width].bfloat16()).float()
+        torch.testing.assert_close(y, narrow(x[:rows, :width]), atol=0.1, rtol=0.02)
     with monkeypatch.context() as m:
         m.setattr(torch.Tensor, "is_cuda", True, raising=False)             # the scales in float32, as on a GPU
         torch.testing.assert_close(q(x.bfloat16()).float(), exact, atol=0.05, rtol=0.02)
@@ -3863,11 +3867,11 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
 
 def test_sample_json_lines_are_not_lost_when_a_later_batch_is_interrupted(tmp_path, capsys, monkeypatch):
     sample_checkpoint(tmp_path)
-    (tmp_path / "p.txt").write_bytes("the cat\r\nvu\r\non the mat\r\n".encode())          # as Windows writes it
+    (tmp_path / "p.txt").write_bytes("the cat\r\nv\ru\r\non the mat\r\n".encode())        # as Windows writes it
     argv = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"]
     decode, calls = sample.decode, itertools.count(1)
     whole = sample_json(capsys, *argv)
-    assert [line["prompt"] for line in whole] == ["the cat", "vu", "on the mat"]
+    assert [line["prompt"] for line in whole] == ["the cat", "v\ru", "on the mat"]
     def interrupted(*args, **kw):
         if next(calls) == 3: raise KeyboardInterrupt
         return decode(*args, **kw)
@@ -4412,6 +4416,11 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     data[:8 * n].tofile("data/d/val.bin")
     with pytest.raises(ValueError, match="val.bin has 128 tokens"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])
+    sample_checkpoint("out/x", sample_gpt(block_size=3))
+    bench.main(["context", "--out_dir=out/x", "--device=cpu"])
+    assert "window, sinks=1" in capsys.readouterr().out             # four would leave no room
+    sample_checkpoint("out/x", sample_gpt(block_size=1))
+    with pytest.raises(ValueError, match="block_size=1 is too short"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
 
 
 EVAL_LINES = [      # as HellaSwag, ARC in its two forms and MMLU publish their questions

@@ -114,7 +114,6 @@ def evaluate(model, batches, cfg, run, reference=None):
         total += batches.weigh(rows) * torch.tensor([loss.item(), 1]).double()
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
-    require(total[1] > 0, f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise it")
     return (total[0] / total[1]).item()
 
 def lr_factor(step, cfg):
@@ -163,7 +162,7 @@ class Machine:
             self.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-        self.compile = gpu if cfg.compile is None else cfg.compile
+        self.compile, self.profiler = gpu if cfg.compile is None else cfg.compile, None
         self.name = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {torch.get_num_threads()} threads"
         self.peak = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", self.name)), None)
 
@@ -382,6 +381,9 @@ def train(cfg, run):
 
     batches, val_batches = (Batches(os.path.join("data", cfg.dataset, split + ".bin"), cfg.block_size, cfg.seed,
                                     meta["eot"] if pairs else None) for split in ("train", "val"))
+    spans = val_batches.windows(cfg.eval_tokens)
+    require(any(val_batches.weigh(val_batches.read(spans[i:i + 2])) for i in range(0, len(spans), 2)),
+            f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise it")
     run.say(f"{plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)}, attention: {attention}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
     signals = []        # SIGINT or SIGTERM: finish the step, save, end; more of them add nothing, for torchrun repeats Ctrl-C
@@ -396,7 +398,7 @@ def train(cfg, run):
                      config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer)
         for path in paths: save_checkpoint(path, state)
 
-    profiler = cfg.profile and run.rank == 0 and torch.profiler.profile(
+    run.profiler = profiler = cfg.profile and run.rank == 0 and torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
         on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")))
     if profiler: profiler.start()
@@ -448,7 +450,6 @@ def train(cfg, run):
                 for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()
             if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
             log.began = time.perf_counter() - log.seconds       # only steps count
-    if profiler: profiler.stop()               # writes what it has if the run was too short
     if stopping:
         run.say(f"stopped by a signal, saved {last} at step {step}; to go on, give the same command with --init_from=resume")
     elif run.rank == 0:
@@ -466,6 +467,8 @@ def main(cfg):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR): raise
         raise OSError(f"{e}: make room or mend that path (--out_dir names another); a checkpoint saved before stands") from None
+    finally:
+        if run.profiler: run.profiler.stop()        # writes what it has; left running, it would crash the process at its end
     if run.world > 1: dist.destroy_process_group()      # not after an error: the others may be waiting for this rank
 
 if __name__ == "__main__":

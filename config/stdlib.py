@@ -5,3 +5,4 @@ n_layer, n_head, n_embd, block_size = 3, 4, 256, 256
 batch_size, max_iters = 8, 350
 eval_interval = 350                     # once, at the end, on all of the validation split
 unembedding_lr = 0.012                  # the default is for wider models
+beta2 = 0.99                            # a small batch wants a longer memory

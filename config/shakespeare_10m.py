@@ -6,4 +6,3 @@ n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 dropout = 0.2
 batch_size, max_iters = 8, 600          # many small steps: with batch_size=64 as much text brings 2.26 bits per byte, not 2.09
 eval_interval = 100
-beta2 = 0.99                            # a small batch wants a longer memory

@@ -349,7 +349,7 @@ def read_prompts(cfg, tok, size):
     """(lists of ids, their texts); ValueError for what is empty, missing or too long for a context of `size`."""
     path = cfg.prompts or (cfg.start[5:] if cfg.start.startswith("FILE:") else "")
     texts = [read_file(path) if path else cfg.start]
-    if cfg.prompts: texts = re.split("\r?\n", re.sub("\r?\n$", "", texts[0]))
+    if cfg.prompts: texts = re.split("\r?\n", re.sub(r"\r?\n\Z", "", texts[0]))
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")
     begin = tok.first if BEGIN in tok.special_tokens else []
     prompts = [begin + tok.encode(text, "all") if text else tok.first for text in texts]

@@ -3952,7 +3952,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--start=FILE:missing.txt"], "missing.txt"), (["--start=FILE:empty.txt"], "is empty"),
     (["--start=FILE:latin.txt"], "not UTF-8"), (["--prompts=empty.txt"], "is empty at line 1"),
-    (["--prompts=gap.txt"], "is empty at line 2"),
+    (["--prompts=gap.txt"], "is empty at line 2"), (["--prompts=end.txt"], "is empty at line 2"),
     (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
     (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"),
     (["--stop=a||b"], "empty part"), (["--temperature=1e-40"], "0 or at least"),
@@ -3973,7 +3973,7 @@ def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch
     sample_checkpoint("small", vocab_size=100)
     os.mkdir("cut")
     (tmp_path / "cut" / "ckpt.pt").write_bytes((tmp_path / path).read_bytes()[:5000])
-    for name, data in (("empty.txt", b""), ("gap.txt", b"a\n\nb\n"), ("latin.txt", b"caf\xe9 ol\xe9")):
+    for name, data in (("empty.txt", b""), ("gap.txt", b"a\n\nb\n"), ("end.txt", b"a\n\n"), ("latin.txt", b"caf\xe9 ol\xe9")):
         (tmp_path / name).write_bytes(data)
     with pytest.raises((ValueError, OSError)) as e: sample.main(config.load(argv))
     assert message in str(e.value) and "\n" not in str(e.value)

@@ -238,7 +238,7 @@ def estimate_memory(cfg, model, world=1):
     """Bytes by part for one training process. Weights and gradients are float32, with a copy in 16 bits for autocast and in DDP's
     buckets; AdamW keeps two more numbers a weight, Muon one. Activations kept for the backward pass: per layer and token 18*C
     bytes outside the MLP and 4 times its width in it, which are the 34*C of Korthikanti et al. 2022, arXiv:2205.05198, without
-    its attention matrix; of the logits 4096 rows (512 on a CPU), and the head's gradient."""
+    its attention matrix; of the logits a GPU's 4096 rows, and the head's gradient."""
     full, n, rows = cfg.dtype == "float32", model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
@@ -398,10 +398,10 @@ def train(cfg, run):
                      config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer)
         for path in paths: save_checkpoint(path, state)
 
-    run.profiler = profiler = cfg.profile and run.rank == 0 and torch.profiler.profile(
+    run.profiler = cfg.profile and run.rank == 0 and torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
         on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")))
-    if profiler: profiler.start()
+    if run.profiler: run.profiler.start()
     feed = batches.stream(step, accumulate, cfg.batch_size, run)
     x, y, share = next(feed)
     stopping = False
@@ -424,7 +424,7 @@ def train(cfg, run):
         for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
         log.add(total, bad)
         step += 1
-        if profiler: profiler.step()
+        if run.profiler: run.profiler.step()
 
         # on a GPU all of the above is only queued (not so with dpo): what follows waits for it, and only if there is news
         stopping = run.any(signals) and step < cfg.max_iters

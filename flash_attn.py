@@ -258,8 +258,10 @@ def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_str
     zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for EDGE in tl.static_range(1, -1, -1):
         number = edges if EDGE else full
+        # subtle: not even a loop of no rounds may divide by zero, or the compiler infers that it has some, and loads for them
+        each = number + (number == 0)
         for i in tl.range(0, G * number, disable_licm=True):            # (head of the group, block) in one: two loops would spill
-            h, m = kv * G + i // number, block(i % number, EDGE, start, before, full) * BLOCK_M
+            h, m = kv * G + i // each, block(i % each, EDGE, start, before, full) * BLOCK_M
             rows = m + tl.arange(0, BLOCK_M)
             stats = (tl.cast(b, tl.int64) * H + h) * T_pad + rows
             q = load(Q, q_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH, TMA)

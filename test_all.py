@@ -351,10 +351,11 @@ def test_model_flops_against_torch_counter():
     assert evaluation.get_total_flops() == counter.get_total_flops() / 3                # no gradient, nowhere
 
 
-def model_interpreted(model):
-    """The same model, its attention through flash_attn.py's kernels."""
-    model.set_backend()
+def model_by_kernels(model):
+    """The same model, its attention through flash_attn.py's kernels; on the GPU if there is one."""
     if needs_flash.args[0]: pytest.skip(needs_flash.kwargs["reason"])
+    torch.set_float32_matmul_precision("highest")       # train.py, in an earlier test, may have set TF32
+    model.to(flash_device).set_backend()
     for part in (model, *(block.attn for block in model.transformer.h)): part.backend = "flash_attn"
     return model
 
@@ -364,9 +365,9 @@ def test_model_windows_against_naive(backend, monkeypatch):
     """Each layer is the specification's attention with its window: S, L, and the last one sees all whatever its letter."""
     model, idx = tiny_gpt(n_layer=3, window_pattern="SLS", window=3), torch.randint(61, (2, 11))
     real, seen = model_py.attention, []
-    if backend == "flash_attn": model_interpreted(model)
+    if backend == "flash_attn": model_by_kernels(model)
     monkeypatch.setattr(model_py, "attention", lambda *args: seen.append((args[:3], real(*args))) or seen[-1][1])
-    model(idx)
+    model(idx.to(model.lm_head.weight.device))
     for (args, y), window in zip(seen, (3, 0, 0), strict=True):
         torch.testing.assert_close(y, flash_attn.attention_ref(*args, window=window), atol=1e-5, rtol=1e-4)
     assert (seen[0][1] - flash_attn.attention_ref(*seen[0][0])).abs().max() > 1e-2
@@ -375,8 +376,8 @@ def test_model_windows_against_naive(backend, monkeypatch):
 def test_model_cache_by_the_kernels_equals_uncached_sdpa():
     """A prompt of its own length in each row, then a step: windows, grouped heads and the rows' lengths reach flash_decode."""
     shape = dict(n_layer=3, n_kv_head=2, window_pattern="SL", window=4)
-    model, plain, idx = model_interpreted(tiny_gpt(**shape)), tiny_gpt(**shape), torch.randint(61, (2, 12))
-    cache = model_py.KVCache(model.config, 2, 12, torch.device("cpu"), torch.float32)
+    model, plain, idx = model_by_kernels(tiny_gpt(**shape)), tiny_gpt(**shape).to(flash_device), torch.randint(61, (2, 12))
+    idx, cache = idx.to(flash_device), model_py.KVCache(model.config, 2, 12, flash_device, torch.float32)
     for part, lengths in ((idx[:, :9], [9, 6]), (idx[:, 9:10], [10, 7])):
         step = model(part, cache=cache)[0]
         cache.set_lengths(lengths)
@@ -392,10 +393,11 @@ def test_model_document_mask_equals_each_document_alone(backend):
     """Logits and gradients of documents in a row, with windows and gradient checkpointing, are those of each alone (RoPE)."""
     shape, end = dict(n_layer=3, window_pattern="SL", window=4), 60
     model, ids = tiny_gpt(**shape).train(), torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(2))
-    if backend == "flash_attn": model_interpreted(model)
+    if backend == "flash_attn": model_by_kernels(model)
     cuts = [(9, 10), (1, 16)]           # documents begin there, with the end-of-text token; a row may begin within one
     for row, at in zip(ids, cuts): row[list(at)] = end
-    model.doc_mask, model.grad_checkpoint, twin = end, True, tiny_gpt(**shape)
+    device = model.lm_head.weight.device
+    model.doc_mask, model.grad_checkpoint, twin, ids = end, True, tiny_gpt(**shape).to(device), ids.to(device)
     logits, loss = model(ids)[0], model(ids[:, :-1], ids[:, 1:])[1]
     loss.backward()
     losses = []
@@ -409,7 +411,7 @@ def test_model_document_mask_equals_each_document_alone(backend):
     assert loss.item() == pytest.approx(sum(losses).item() / 46, rel=1e-5)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
-    cache = model_py.KVCache(model.config, 2, 24, torch.device("cpu"), torch.float32)
+    cache = model_py.KVCache(model.config, 2, 24, device, torch.float32)
     sampled = model.eval()(ids, cache=cache)[0]                     # with a cache, a token sees everything
     torch.testing.assert_close(sampled, twin(ids)[0], atol=2e-4, rtol=1e-4)
 
@@ -2565,8 +2567,8 @@ except ValueError as e: print(e)
     assert "Triton is not installed: pip install triton" in out, error
 
 
-FLASH_AHEAD = """
-import json, pathlib, subprocess, sys, tempfile
+FLASH_AHEAD = r"""
+import json, pathlib, re, subprocess, sys, tempfile
 import torch, triton, flash_attn
 arch, found = int(sys.argv[1]), []
 tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -2583,7 +2585,9 @@ for D, kw in configurations:
                 f.write(kernel.asm["cubin"]); f.flush()
                 sass = subprocess.run([tools / "cuobjdump", "-sass", f.name], capture_output=True, text=True, check=True).stdout
             ptx = kernel.asm["ptx"]
+            sizes = set(re.findall(r"cp\.async\.c\w\.shared\.global.*, (%r\d+);", ptx))         # bytes to load: 0 past the last round
             found.append(dict(flash_attn.usage(kernel, arch), arch=arch, D=D, name=name, kw=str(kw), tma="cp.async.bulk" in ptx,
+                              guarded=all(re.search(rf"selp\.b32\s+{size},", ptx) for size in sizes),
                               hgmma=" HGMMA" in sass, hmma=" HMMA" in sass, tcgen05="tcgen05.mma" in ptx))
 print(json.dumps(found))
 """
@@ -2591,8 +2595,9 @@ print(json.dumps(found))
 
 @needs_flash
 def test_flash_compiles_ahead_of_time():
-    """What is shipped for three generations of GPU, none of which need be here: nothing spilled, the matrix instructions of the
-    generation, no serialised wgmma, room for the shared memory."""
+    """What is shipped for three generations of GPU, none of which need be here: nothing spilled (16 bytes where rows are at odd
+    addresses), the matrix instructions of the generation, no serialised wgmma, room for the shared memory, and no load for a
+    round of the loop that may not come: unguarded, it ran past the tensor's end and into what the kernel did next."""
     limit = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}            # 99K: what compute capability 8.6, 8.9 and 12.0 have
     scope = "all" if os.cpu_count() >= 8 else "most"                    # seconds each, and slow on a small machine
     processes = [flash_python(FLASH_AHEAD, str(arch), scope) for arch in limit]
@@ -2600,7 +2605,8 @@ def test_flash_compiles_ahead_of_time():
         out, error = process.communicate(timeout=550)
         assert process.returncode == 0, error[-2000:]
         for k in json.loads(out):
-            assert k["spilled"] == 0 and not k["warnings"] and k["shared"] <= limit[k["arch"]] and k["programs"] >= 1, k
+            assert k["spilled"] <= 16 * ("aligned" in k["kw"]) and not k["warnings"] and k["guarded"], k
+            assert k["shared"] <= limit[k["arch"]] and k["programs"] >= 1, k
             if k["name"] in ("forward", "dkdv", "dq") and "float32" not in k["kw"]:
                 aligned = "aligned" not in k["kw"]
                 assert k["tma"] == (k["arch"] >= 90 and aligned), k

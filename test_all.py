@@ -437,7 +437,7 @@ def test_model_flops_of_windows():
     assert flops() == flops(window_pattern="SL", window=99)
 
 
-@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("cap", [0.0, 2.0, 40.0])
 def test_model_fused_loss_against_plain_cross_entropy(cap):
     """Loss and both gradients in float64, over chunks that do not divide the rows, some targets ignored."""
     x, w = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (23, 11))
@@ -2624,7 +2624,7 @@ FLASH_MUTATIONS = {
     "the window is one too wide": ("tl.maximum(rows + (S - T + 1) - window, 0)", "tl.maximum(rows + (S - T) - window, 0)"),
     "dk forgets delta": ("(dot(v, do.T, zero) - tl.load(Delta + stats)[None, :])", "dot(v, do.T, zero)"),
     "dq forgets delta": ("(dot(do, v.T, zero) - delta)", "dot(do, v.T, zero)"),
-    "dk and dv see one head of the group": ("i // number, block(i % number", "0 * i, block(i % number"),
+    "dk and dv see one head of the group": ("i // each, block(i % each", "0 * i, block(i % each"),
     "dk and dv stop early": ("tl.minimum(T, n_last - past + window)", "tl.minimum(T, n_last - past + window - 64)"),
     "dv ignores the mask": ("p = hide(p, n + tl.arange(0, BLOCK_N)[:, None]", "p_ = hide(p, n + tl.arange(0, BLOCK_N)[:, None]"),
     "documents end a block early": ("torch.searchsorted(falling, first + block)", "torch.searchsorted(falling, first)"),

@@ -13,7 +13,7 @@ The README's figures of speed, context and evaluation; peers, where there are an
 
 Speed is a ratio: contestants take turns in one run (sample: once each), the median counts: a slow machine slows all of them.
 """
-import contextlib, csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig
+import contextlib, copy, csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig
 import tarfile, tempfile, time, warnings, zipfile
 from collections import Counter
 from dataclasses import fields, replace
@@ -113,7 +113,7 @@ def attention_case(B, H, K, T, S, D, mask, device, measure):
             works |= passes
         except RuntimeError:
             if name == "ours": raise
-    return {key: (ms, mib[key]) for key, ms in take_turns(works, 5, measure).items()}
+    return {key: (ms, mib[key]) for key, ms in take_turns(works, 3, measure).items()}
 
 def bench_attention(argv):
     """Tables, attention.csv and a plot. FLOPs as everyone counts them: 4*B*H*T*S*D, half if causal, 2.5 times that backward."""
@@ -122,7 +122,7 @@ def bench_attention(argv):
     from triton.testing import do_bench
     warnings.simplefilter("ignore")             # torch explains each refusal at length
     # subtle: GPU events around each of many runs, none waited for, and the L2 cache overwritten before each
-    measure, rows, panels, device = partial(do_bench, warmup=10, rep=50, return_mode="median"), [], {}, torch.device("cuda")
+    measure, rows, panels, device = partial(do_bench, warmup=5, rep=25, return_mode="median"), [], {}, torch.device("cuda")
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / take_turns({"product": lambda: a @ b}, 5, measure)["product"] / 1e9
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matrix product 8192^3: {peak:.0f} TFLOP/s")
@@ -245,18 +245,17 @@ def bench_tokenizer(argv):
 
 def bench_sample(argv):
     """Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): recomputing everything, by Hugging Face's
-    generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device."""
+    generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device,
+    --compile (minutes: each shape is compiled anew)."""
     files = [] if any(word.endswith(".py") for word in argv) else [f"{HERE}/config/gpt2_124m_classic.py"]
     cfg = replace(config.load(files + argv), temperature=1.0, top_k=200, num_beams=1, best_of=1)
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
     tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
     if cfg.block_size < 2: raise ValueError("block_size=1 has no room for a prompt and a new token: take at least 2")
-    n, static = min(cfg.max_new_tokens, cfg.block_size - 1), device.type == "cuda" if cfg.compile is None else cfg.compile
+    n, static = min(cfg.max_new_tokens, cfg.block_size - 1), bool(cfg.compile) or device.type == "cuda"
 
     def build(dtype, quantize="none", pack=False):
-        model = GPT(cfg.model())
-        model.load_state_dict(weights)
-        return sampler.place(model, device, getattr(torch, dtype), quantize, pack)
+        return sampler.place(copy.deepcopy(random), device, getattr(torch, dtype), quantize, pack)
 
     def recompute(n):                                   # nanoGPT's way: the whole text through the model for every token
         idx, u = start, torch.full((1,), 0.5, device=device)
@@ -266,7 +265,7 @@ def bench_sample(argv):
         hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=200)
 
     def ours(model, batch, prompt, n):                  # -> tokens/s of writing and of reading, GB/s
-        if static: torch._dynamo.reset()                # each batch size is compiled anew, and the compiler counts
+        if cfg.compile: torch._dynamo.reset()           # each batch size is compiled anew, and the compiler counts
         c, stats = replace(cfg, max_new_tokens=n), Counter()
         texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
         for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats, static=static)):
@@ -275,18 +274,18 @@ def bench_sample(argv):
         return stats["tokens"] / stats["seconds"], reading, stats["bytes"] / stats["seconds"] / 1e9
 
     torch.manual_seed(cfg.seed)
-    weights, start = GPT(cfg.model()).state_dict(), torch.ones(1, 1, dtype=torch.long, device=device)
+    with device: random, start = GPT(cfg.model()), torch.ones(1, 1, dtype=torch.long)
     plain, others = build("float32"), {"every token anew, as nanoGPT, float32": recompute}
     if transformers := peer("transformers"):
         shape = dict(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head)
         shape |= dict(vocab_size=cfg.vocab_size, bos_token_id=0, eos_token_id=None)
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval().to(device)
+        with device: hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
         others["Hugging Face generate, cached, float32"] = generate
     for name, work in others.items():
         work(min(n, 17))        # up to a multiple of 16, which Triton compiles a kernel of its own for
         rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])
     for dtype, quantize in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
-        model, name = build(dtype, quantize, not static), f"sample.py, {dtype}{', int8 weights' if quantize == 'int8' else ''}"
+        model, name = build(dtype, quantize, not cfg.compile), f"sample.py, {dtype}{', int8 weights' if quantize == 'int8' else ''}"
         ours(model, 1, 16, 8)
         for shape in ((1, 1, n), (1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
             if sum(shape[1:]) <= cfg.block_size: rows.append([name, *shape, *ours(model, *shape)])

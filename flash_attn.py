@@ -311,7 +311,7 @@ def dq_kernel(Q, K, V, dOut, LSE, Delta, dQ, Doc, q_strides, k_strides, v_stride
 # programs (Flash-Decoding, Dao et al. 2023), each leaving its own output and log-sum-exp; the heads of a group fill one tile.
 
 @jit
-def decode_kernel(Q, K, V, Lengths, Part, LSE, q_strides, k_strides, v_strides, H, G, T, S, splits, window, scale,
+def decode_kernel(Q, K, V, Lengths, Part, LSE, q_strides, k_strides, v_strides, p_strides, H, G, T, S, splits, window, scale,
                   D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     tiles = tl.cdiv(G * T, BLOCK_M)
     pid = tl.program_id(0)
@@ -319,9 +319,9 @@ def decode_kernel(Q, K, V, Lengths, Part, LSE, q_strides, k_strides, v_strides, 
     kv, b = row_kv % (H // G), row_kv // (H // G)
     r, d = m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)     # row r of the tile is query r // G of head kv * G + r % G
     inside = (r[:, None] < G * T) & (d[None, :] < D)
-    corner = Q + tl.cast(b, tl.int64) * q_strides[0]
-    rows = (kv * G + r % G).to(tl.int64) * q_strides[1] + (r // G).to(tl.int64) * q_strides[2]
-    q = tl.load(corner + rows[:, None] + d[None, :] * q_strides[3], mask=inside, other=0.0)
+    b, h, t = tl.cast(b, tl.int64), (kv * G + r % G).to(tl.int64), (r // G).to(tl.int64)
+    rows = b * q_strides[0] + h * q_strides[1] + t * q_strides[2]
+    q = tl.load(Q + rows[:, None] + d[None, :] * q_strides[3], mask=inside, other=0.0)
 
     length = tl.minimum(tl.load(Lengths + b), S)
     first, end = bounds(tl.minimum(r // G, T - 1), Lengths, T, length, window, True, WINDOW, False)
@@ -337,22 +337,22 @@ def decode_kernel(Q, K, V, Lengths, Part, LSE, q_strides, k_strides, v_strides, 
         s = hide(s, n + tl.arange(0, BLOCK_N)[None, :], first[:, None], end[:, None], float("-inf"), WINDOW)
         m_i, l_i, a_i = online_softmax(s, v, m_i, l_i, a_i, scale)
     out, lse = finish(m_i, l_i, a_i)
-    at = (tl.cast(row_kv, tl.int64) * (G * T) + r) * splits + part      # Part and LSE: (B, K, T * G, splits)
-    tl.store(Part + at[:, None] * D + d[None, :], out, mask=inside)
-    tl.store(LSE + at, lse, mask=r < G * T)
+    rows = b * p_strides[0] + h * p_strides[1] + t * p_strides[2] + part * p_strides[3]
+    tl.store(Part + rows[:, None] + d[None, :] * p_strides[4], out.to(Part.dtype.element_ty), mask=inside)
+    tl.store(LSE + ((b * H + h) * T + t) * splits + part, lse, mask=r < G * T)
 
 @jit
-def combine_kernel(Part, LSE, Out, o_strides, H, G, T, splits, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    """Weigh every part by exp(its log-sum-exp): the online softmax all at once."""
+def combine_kernel(Part, LSE, Out, o_strides, H, T, splits, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+    """Weigh every part by exp(its log-sum-exp): the online softmax all at once. Part (B, H, T, splits, D), LSE without D."""
     row = tl.cast(tl.program_id(0), tl.int64)
-    r, kv, b = row % (G * T), row // (G * T) % (H // G), row // (G * T) // (H // G)
+    t, h, b = row % T, row // T % H, row // T // H
     i, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     lse = tl.load(LSE + row * splits + i, mask=i < splits, other=float("inf"))
     lse = tl.where(lse == float("inf"), float("-inf"), lse)             # +inf: this part saw nothing
     w = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -3.0e38))
     part = tl.load(Part + (row * splits + i)[:, None] * D + d[None, :], mask=(i < splits)[:, None] & (d < D)[None, :], other=0.0)
     out = tl.sum(part * w[:, None], 0) / tl.maximum(tl.sum(w, 0), 1.0)  # the largest weight is 1, unless no part saw anything
-    at = b * o_strides[0] + (kv * G + r % G) * o_strides[1] + (r // G) * o_strides[2] + d * o_strides[3]
+    at = b * o_strides[0] + h * o_strides[1] + t * o_strides[2] + d * o_strides[3]
     tl.store(Out + at, out.to(Out.dtype.element_ty), mask=d < D)
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -437,14 +437,15 @@ def decode_launches(q, k, v, lengths, out, window, scale, arch, processors):
     options.update(BLOCK_M=min(64, max(16, triton.next_power_of_2(rows))), WINDOW=0 < window < S)
     tiles, blocks = triton.cdiv(rows, options["BLOCK_M"]) * K * B, triton.cdiv(S, N)
     splits = max(1, min(processors // max(tiles, 1), blocks)) if blocks > 4 else 1
-    part = q.new_empty(B * H * T * splits, D, dtype=torch.float32)
-    lse = q.new_empty(B * H * T * splits, dtype=torch.float32)
-    args = (q, k, v, lengths, part, lse, q.stride(), k.stride(), v.stride(), H, H // K, T, S, splits, min(window, S),
-            scale * math.log2(math.e))
+    part = out[:, :, :, None] if splits == 1 else q.new_empty(B, H, T, splits, D, dtype=torch.float32)      # one is the whole
+    lse = q.new_empty(B, H, T, splits, dtype=torch.float32)
+    args = (q, k, v, lengths, part, lse, q.stride(), k.stride(), v.stride(), part.stride(), H, H // K, T, S, splits,
+            min(window, S), scale * math.log2(math.e))
     combine = dict(D=D, WIDTH=options["WIDTH"], SPLITS=triton.next_power_of_2(splits))
     options.pop("TMA")
-    return [(decode_kernel, tiles * splits, args, options),
-            (combine_kernel, B * H * T, (part, lse, out, out.stride(), H, H // K, T, splits), combine)]
+    launches = [(decode_kernel, tiles * splits, args, options),
+                (combine_kernel, B * H * T, (part, lse, out, out.stride(), H, T, splits), combine)]
+    return launches[:1] if splits == 1 else launches
 
 def run(launches, device):
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -174,7 +174,7 @@ def draw(logits, u, cfg):
     argmax at temperature 0. One number a token, so a row's draws depend on its own seed and logits alone."""
     if cfg.temperature == 0: return logits.argmax(-1)
     # of k columns from here, not V, in the order of ids: in that of logits a rounding that swaps two would change the draw
-    top = logits.topk(cfg.top_k).indices.sort(-1).values if 0 < cfg.top_k < logits.shape[-1] else None
+    top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values if 0 < cfg.top_k < logits.shape[-1] else None
     if top is not None: logits = logits.gather(1, top)
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
     i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)   # right: never p = 0
@@ -241,7 +241,7 @@ def align(model, cache, rows, need, cfg):
         if (over := row.length + need - cache.max_len) > 0:
             if cfg.past_context == "error": raise ValueError(f"block_size={cache.max_len} is full: use --past_context=window")
             row.length = make_room(model, cache, r, row.length, row.ids[:row.read], cfg.sinks, over)
-    cache.set_lengths([row.length for row in rows])
+    if not cache.static: cache.set_lengths([row.length for row in rows])        # else a step is told, see feed
 
 def prefill(model, rows, cfg, stats, cache=None, static=False):
     """Read the ids of each row but its last, cfg.prefill_chunk at a time, and return the cache: the one that holds the only row's
@@ -251,7 +251,7 @@ def prefill(model, rows, cfg, stats, cache=None, static=False):
     if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
     else:
         length = max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate
-        cache = new_cache(model, len(once), 1 << (length - 1).bit_length() if static else length)   # few shapes to compile for
+        cache = new_cache(model, len(once), 1 << (length - 1).bit_length() if static else length)   # few shapes to compile
     idx = nn.utils.rnn.pad_sequence([torch.tensor(text, dtype=torch.long) for text in once], batch_first=True)
     idx, n = idx.to(cache.lengths.device), cfg.prefill_chunk
     for i in range(0, idx.shape[1], n): model.hidden(idx[:, i:i + n], cache)
@@ -262,26 +262,32 @@ def prefill(model, rows, cfg, stats, cache=None, static=False):
     return cache
 
 def feed(rows, drafts, T, limit, cfg):
-    """What a step wants to know of each row: its last id and its draft (R, T), numbers to draw with (R, T), and with a repetition
-    penalty which ids its text has (R, limit). On the CPU."""
+    """What a step wants to know of each row: its length in the cache (R,), its last id and its draft (R, T), numbers to draw with
+    (R, T), and with a repetition penalty which ids its text has (R, limit). On the CPU."""
     ids = [row.ids[-1:] + draft + [0] * (T - 1 - len(draft)) for row, draft in zip(rows, drafts)]
-    inputs = [torch.tensor(ids), torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows])]
+    inputs = [torch.tensor([row.length for row in rows], dtype=torch.int32), torch.tensor(ids),
+              torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows])]
     if cfg.repetition_penalty != 1:
         inputs.append(torch.stack([torch.bincount(torch.tensor(row.ids), minlength=limit)[:limit] > 0 for row in rows]))
     return inputs
 
 def record(step, inputs, device):
-    """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph. So the host launches one thing a
-    token and not hundreds of kernels behind torch.compile's guards, which alone take it 0.12 ms with 22 layers."""
+    """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph, with the copies there and back.
+    So the host launches one thing a token and waits once, and not hundreds of kernels, of PyTorch or behind torch.compile's
+    guards."""
     buffers = [x.to(device) for x in inputs]
-    step(*buffers)                              # compiles, which cannot be recorded
+    outputs = step(*buffers)                    # compiles kernels, which cannot be recorded
     if not buffers[0].is_cuda: return step
+    sent, said = ([x.cpu().pin_memory() for x in xs] for xs in (inputs, outputs))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph): outputs = step(*buffers)
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        for buffer, x in zip(buffers, sent): buffer.copy_(x, non_blocking=True)
+        for x, y in zip(said, step(*buffers)): x.copy_(y, non_blocking=True)
     def replay(*new):
-        for buffer, x in zip(buffers, new): buffer.copy_(x, non_blocking=True)      # x is read before this returns
+        for x, y in zip(sent, new): x.copy_(y)
         graph.replay()
-        return outputs
+        torch.cuda.synchronize(device)
+        return said
     return replay
 
 @torch.inference_mode()
@@ -289,28 +295,30 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     """Continue rows (Row objects) together until every one has finished, and yield them after each step; with num_beams continue
     the one row there is, and yield its best endings so far. Only ids below `limit` are drawn. Rows that end leave the batch.
     The cache lacks each row's last id: a step feeds that, at first the prompt's last, with a draft of what may follow.
-    cache: where the one row has its earlier text. static: compile, with shapes that stay (beams have none). stats: a Counter of
-    tokens, seconds, steps and bytes read, those of the prompts apart."""
+    cache: where the one row has its earlier text. static: shapes that stay (beams have none), so that a GPU's step is recorded,
+    and compiled if cfg.compile. stats: a Counter of tokens, seconds, steps and bytes read, those of the prompts apart."""
     device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
     live, found, static = rows, [] if beams else rows, static and not beams
     cache = prefill(model, rows, cfg, stats, cache, static)
     cache.static = static
+    cache.set_lengths([row.length for row in rows])
     written = lambda: sum(len(row.tokens) for row in found)
-    read = lambda new, cache: model.head(model.hidden(new, cache))
-    # with coordinate descent, on a GPU a product with one row becomes a kernel that reads weights at full bandwidth, int8 as
-    # int8, and has the norm before it in it
-    options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
-    if static:
+    def work(cache, lengths, new, u, *seen):        # what `feed` returns -> tokens drawn and their log-probabilities (R, T), logits
+        cache.lengths.copy_(lengths)
+        own = model.head(model.hidden(new, cache))[:, :, :limit].float()
+        logits = penalise(own, *seen, cfg.repetition_penalty) if seen else own
+        picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
+        more = [logits] if beams else []            # (R, T, V)
+        return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1), *more]
+    if static and cfg.compile:
+        # with coordinate descent, on a GPU a product with one row becomes a kernel that reads weights at full bandwidth, int8 as
+        # int8, and has the norm before it in it
+        options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
         for module in model.modules() if options else ():
             if type(module) is nn.Linear and module.bias is not None: module.__class__ = SplitLinear
         if model.backend is None: model.set_backend(training=False)     # to set it in the first step would compile the next anew
-        read = torch.compile(read, dynamic=False, options=options)
-    def step(*inputs):                  # what `feed` returns -> logits (R, T, V), tokens drawn and their log-probabilities (R, T)
-        new, u, *seen = (x.to(device) for x in inputs)
-        own = read(new, cache)[:, :, :limit].float()
-        logits = penalise(own, *seen, cfg.repetition_penalty) if seen else own
-        picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
-        return logits, picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)
+        work = torch.compile(work, dynamic=False, options=options)
+    step = lambda *inputs: work(cache, *(x.to(device) for x in inputs))
     recorded = {}                       # steps by T, for the batch as it is
     place_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)         # what the cache has of one position
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
@@ -323,14 +331,13 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
         inputs = feed(live, drafts, T, limit, cfg)
         if static and T not in recorded:
             recorded[T] = record(step, inputs, device)
-            align(model, cache, live, 1, cfg)                   # what recording wrote is forgotten
             clock = time.perf_counter()                         # and its time is not decoding's
         read_bytes = weights + place_bytes * sum(row.length + T for row in live)
-        logits, picked, logp = recorded.get(T, step)(*inputs)
-        grown = branch(live, logits[:, 0], found, cfg) if beams else extend(live, picked.tolist(), logp.tolist(), drafts)
+        picked, logp, *logits = recorded.get(T, step)(*inputs)
+        grown = branch(live, logits[0][:, 0], found, cfg) if beams else extend(live, picked.tolist(), logp.tolist(), drafts)
         stats.update(steps=1, bytes=read_bytes, tokens=written() - before, seconds=time.perf_counter() - clock)
         yield found
-        if static and 2 * len(grown) > len(live): continue      # each shape is compiled: those that have finished wait
+        if static and 2 * len(grown) > len(live): continue      # each shape is recorded: those that have finished wait
         parents, live = [r for r, _ in grown], [row for _, row in grown]
         if live and parents != list(range(len(cache.lengths))):
             cache.reorder(parents)
@@ -452,12 +459,13 @@ def main(cfg):
     if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops)
     beams, ranked, as_json = cfg.num_beams > 1, cfg.best_of > cfg.num_samples, bool(cfg.prompts) or cfg.logprobs
     draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
+    static = bool(cfg.compile) or pick_device(cfg.device).type == "cuda"
     rows = [Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for i, p in enumerate(prompts) for j in range(draws)]
     page = lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
     shown = at = 0
     for i, text in enumerate(texts):
         while at < (i + 1) * draws:         # a batch may end several prompts, a prompt take several batches
-            for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=bool(cfg.compile)):
+            for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=static):
                 if as_json or beams or ranked: continue
                 # stream the first row that has not finished; those behind it catch up in their turn
                 ended = next((j for j, row in enumerate(rows) if not row.finish), draws)

@@ -3399,7 +3399,7 @@ def sample_gpt(seed=0, noise=0.3, **kw):
 
 
 def sample_rows(model, prompts, seeds=None, ends=(), stops=(), limit=280, static=False, stats=None, **kw):
-    cfg = config.Config(**{**dict(max_new_tokens=20, temperature=1.0, top_k=0), **kw})
+    cfg = config.Config(**{**dict(max_new_tokens=20, temperature=1.0, top_k=0, compile=static), **kw})
     rows = [sample.Row(p, s, sample_TOK, cfg, ends, stops) for p, s in zip(prompts, seeds or range(len(prompts)))]
     for _ in sample.decode(model, rows, cfg, limit, Counter() if stats is None else stats, static=static): pass
     return rows
@@ -3673,7 +3673,7 @@ def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
 
 def test_sample_static_shapes_give_the_same_text(monkeypatch):
     shapes = set()          # the path that a compiler sees, without waiting for one
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: lambda idx, cache: shapes.add(idx.shape) or f(idx, cache))
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: lambda cache, *x: shapes.add(x[1].shape) or f(cache, *x))
     model = sample_gpt(window_pattern="SL", window=6)
     sample_rows(model, [[7, 8, 9, 7, 8]], static=True, max_new_tokens=12, speculate=3)
     assert shapes == {(1, 4)}       # to the last token: each shape is compiled
@@ -3729,6 +3729,8 @@ def test_sample_recorded_steps_give_the_same_text(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recordings.append(Tape()) or recordings[-1])
     # a real recording computes nothing; the tape does, so it starts where there is room
     monkeypatch.setattr(torch.cuda, "graph", lambda tape: caches[-1].lengths.zero_() is None or tape)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
     for shape in (dict(window_pattern="SL", window=6), dict(pos="learned")):
         model = sample_gpt(**shape)
         for kw in (dict(), dict(speculate=3), dict(repetition_penalty=1.3, top_k=50), dict(temperature=0, speculate=2)):
@@ -3741,7 +3743,7 @@ def test_sample_recorded_steps_give_the_same_text(monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("kw", [dict(), dict(speculate=3), dict(repetition_penalty=1.3)])
+@pytest.mark.parametrize("kw", [dict(), dict(speculate=3), dict(repetition_penalty=1.3), dict(compile=False)])
 def test_sample_gpu_recorded_steps_give_the_same_text(kw):
     torch.set_float32_matmul_precision("highest")       # train.py, in an earlier test, has set TF32: tokens would differ
     model = sample_gpt(n_embd=64).cuda()
@@ -4339,7 +4341,7 @@ def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T,
         return float(len(done))
     found = bench.attention_case(B, H, K, T, S, 16, mask, torch.device("cpu"), measure)
     first = done[:len(found)]                                       # in turns: the first round has each once
-    assert len(done) == 5 * len(found) and found["forward", "ours"][1] == "-"
+    assert len(done) == 3 * len(found) and found["forward", "ours"][1] == "-"
     names = [name for name in ("ours", *bench.BACKENDS) if ("forward", name) in found]
     assert names[0] == "ours" and names[-1] == "MATH" and "CUDNN_ATTENTION" not in names      # which refuses a CPU
     passes = ["forward", "backward"] if T > 1 else ["forward"]

@@ -431,6 +431,18 @@ def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_t
     torch.testing.assert_close(compiled.eval()(ids)[0], model.eval()(ids)[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_model_gpu_stream_is_bfloat16_under_autocast_alone():
+    model, idx = tiny_gpt().cuda(), torch.randint(61, (2, 9), device="cuda")
+    for dtype, enabled, want in ((torch.bfloat16, True, torch.bfloat16), (torch.float16, True, torch.float32),
+                                 (torch.bfloat16, False, torch.float32)):
+        seen = []
+        hook = model.transformer.h[1].register_forward_pre_hook(lambda block, args: seen.append(args[0].dtype))
+        with torch.autocast("cuda", dtype, enabled=enabled): model(idx)
+        hook.remove()
+        assert seen == [want]
+
+
 def test_model_flops_of_windows():
     flops = lambda **kw: model_py.GPT(tiny(n_layer=4, **kw)).estimate_flops()
     assert flops() - flops(window_pattern="SL", window=5) == 12 * 32 * 2 * (32 - 5)

@@ -285,7 +285,8 @@ def bench_sample(argv):
         work(min(n, 17))        # up to a multiple of 16, which Triton compiles a kernel of its own for
         rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])
     for dtype, quantize in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
-        model, name = build(dtype, quantize, not cfg.compile), f"sample.py, {dtype}{', int8 weights' if quantize == 'int8' else ''}"
+        name = f"sample.py, {dtype}{', int8 weights' if quantize == 'int8' else ''}"
+        model = build(dtype, quantize, not cfg.compile)
         ours(model, 1, 16, 8)
         for shape in ((1, 1, n), (1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
             if sum(shape[1:]) <= cfg.block_size: rows.append([name, *shape, *ours(model, *shape)])

@@ -340,7 +340,8 @@ class GPT(nn.Module):
         else: rope = tuple(t[pos] if pos.dim() == 1 else t[pos][:, None] for t in (self.table0, self.table1))
         x = F.dropout(x, self.config.dropout, self.training)
         # a GPU waits for memory in norms and sums: half the bytes, and stdlib's loss as before (1.4295 bits for 1.4303, on a CPU)
-        if x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16: x = x.bfloat16()
+        amp = torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else None
+        if amp == torch.bfloat16: x = x.to(amp)
         if self.doc_mask is not None and cache is None:
             starts = torch.where(idx == self.doc_mask, pos, 0).cummax(1).values                 # (B, T)
         S, flash = cache.span if cache is not None else T, self.backend == "flash_attn"

@@ -303,7 +303,7 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=False):
     cache.static = static
     cache.set_lengths([row.length for row in rows])
     written = lambda: sum(len(row.tokens) for row in found)
-    def work(cache, lengths, new, u, *seen):        # what `feed` returns -> tokens drawn and their log-probabilities (R, T), logits
+    def work(cache, lengths, new, u, *seen):    # what `feed` returns -> tokens drawn and their log-probabilities (R, T); logits
         cache.lengths.copy_(lengths)
         own = model.head(model.hidden(new, cache))[:, :, :limit].float()
         logits = penalise(own, *seen, cfg.repetition_penalty) if seen else own

@@ -2597,7 +2597,7 @@ for D, kw in configurations:
                 f.write(kernel.asm["cubin"]); f.flush()
                 sass = subprocess.run([tools / "cuobjdump", "-sass", f.name], capture_output=True, text=True, check=True).stdout
             ptx = kernel.asm["ptx"]
-            sizes = set(re.findall(r"cp\.async\.c\w\.shared\.global.*, (%r\d+);", ptx))         # bytes to load: 0 past the last round
+            sizes = set(re.findall(r"cp\.async\.c\w\.shared\.global.*, (%r\d+);", ptx))     # bytes to load, 0 past the end
             found.append(dict(flash_attn.usage(kernel, arch), arch=arch, D=D, name=name, kw=str(kw), tma="cp.async.bulk" in ptx,
                               guarded=all(re.search(rf"selp\.b32\s+{size},", ptx) for size in sizes),
                               hgmma=" HGMMA" in sass, hmma=" HMMA" in sass, tcgen05="tcgen05.mma" in ptx))

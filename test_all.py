@@ -449,7 +449,7 @@ def test_model_flops_of_windows():
     assert flops() == flops(window_pattern="SL", window=99)
 
 
-@pytest.mark.parametrize("cap", [0.0, 2.0, 40.0])
+@pytest.mark.parametrize("cap", [0.0, 2.0])
 def test_model_fused_loss_against_plain_cross_entropy(cap):
     """Loss and both gradients in float64, over chunks that do not divide the rows, some targets ignored."""
     x, w = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (23, 11))

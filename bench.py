@@ -252,7 +252,7 @@ def bench_sample(argv):
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
     tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
     if cfg.block_size < 2: raise ValueError("block_size=1 has no room for a prompt and a new token: take at least 2")
-    n, static = min(cfg.max_new_tokens, cfg.block_size - 1), bool(cfg.compile) or device.type == "cuda"
+    n = min(cfg.max_new_tokens, cfg.block_size - 1)
 
     def build(dtype, quantize="none", pack=False):
         return sampler.place(copy.deepcopy(random), device, getattr(torch, dtype), quantize, pack)
@@ -268,7 +268,7 @@ def bench_sample(argv):
         if cfg.compile: torch._dynamo.reset()           # each batch size is compiled anew, and the compiler counts
         c, stats = replace(cfg, max_new_tokens=n), Counter()
         texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
-        for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats, static=static)):
+        for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats)):
             if step == 0: reading = stats["prompt_tokens"] / stats["prompt_seconds"] if prompt > 1 else "-"
             if step == 3 and n > 8: stats.clear()       # the first steps warm up
         return stats["tokens"] / stats["seconds"], reading, stats["bytes"] / stats["seconds"] / 1e9

@@ -260,7 +260,7 @@ def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_str
     for EDGE in tl.static_range(1, -1, -1):
         number = edges if EDGE else full
         # subtle: not even a loop of no rounds may divide by zero, or the compiler infers that it has some, and loads for them
-        each = number + (number == 0)
+        each = tl.where(number > 0, number, 1)
         for i in tl.range(0, G * number, disable_licm=True):            # (head of the group, block) in one: two loops would spill
             h, m = kv * G + i // each, block(i % each, EDGE, start, before, full) * BLOCK_M
             rows = m + tl.arange(0, BLOCK_M)

@@ -291,17 +291,19 @@ def record(step, inputs, device):
     return replay
 
 @torch.inference_mode()
-def decode(model, rows, cfg, limit, stats, cache=None, static=False):
+def decode(model, rows, cfg, limit, stats, cache=None, static=None):
     """Continue rows (Row objects) together until every one has finished, and yield them after each step; with num_beams continue
     the one row there is, and yield its best endings so far. Only ids below `limit` are drawn. Rows that end leave the batch.
     The cache lacks each row's last id: a step feeds that, at first the prompt's last, with a draft of what may follow.
-    cache: where the one row has its earlier text. static: shapes that stay (beams have none), so that a GPU's step is recorded,
-    and compiled if cfg.compile. stats: a Counter of tokens, seconds, steps and bytes read, those of the prompts apart."""
+    cache: where the one row has its earlier text. static: shapes that stay, so that a step can be compiled (if cfg.compile) and,
+    on a GPU, recorded; None: where either is so, but not for beams nor with a cache given. stats: a Counter of tokens, seconds,
+    steps and bytes read, those of the prompts apart."""
     device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
-    live, found, static = rows, [] if beams else rows, static and not beams
+    live, found = rows, [] if beams else rows
+    if static is None: static = bool(cfg.compile or device.type == "cuda") and not beams and cache is None
     cache = prefill(model, rows, cfg, stats, cache, static)
     cache.static = static
-    cache.set_lengths([row.length for row in rows])
+    cache.set_lengths([row.length for row in rows])         # static, it forgets what it knew on the host
     written = lambda: sum(len(row.tokens) for row in found)
     def work(cache, lengths, new, u, *seen):    # what `feed` returns -> tokens drawn and their log-probabilities (R, T); logits
         cache.lengths.copy_(lengths)
@@ -459,13 +461,12 @@ def main(cfg):
     if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops)
     beams, ranked, as_json = cfg.num_beams > 1, cfg.best_of > cfg.num_samples, bool(cfg.prompts) or cfg.logprobs
     draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
-    static = bool(cfg.compile) or pick_device(cfg.device).type == "cuda"
     rows = [Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for i, p in enumerate(prompts) for j in range(draws)]
     page = lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
     shown = at = 0
     for i, text in enumerate(texts):
         while at < (i + 1) * draws:         # a batch may end several prompts, a prompt take several batches
-            for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats, static=static):
+            for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats):
                 if as_json or beams or ranked: continue
                 # stream the first row that has not finished; those behind it catch up in their turn
                 ended = next((j for j, row in enumerate(rows) if not row.finish), draws)

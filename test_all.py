@@ -2597,7 +2597,7 @@ for D, kw in configurations:
                 f.write(kernel.asm["cubin"]); f.flush()
                 sass = subprocess.run([tools / "cuobjdump", "-sass", f.name], capture_output=True, text=True, check=True).stdout
             ptx = kernel.asm["ptx"]
-            sizes = set(re.findall(r"cp\.async\.c\w\.shared\.global.*, (%r\d+);", ptx))     # bytes to load, 0 past the end
+            sizes = set(re.findall(r"cp\.async\.c\w\.shared\.global.*, (%r\d+);", ptx))     # bytes: 0 past the end
             found.append(dict(flash_attn.usage(kernel, arch), arch=arch, D=D, name=name, kw=str(kw), tma="cp.async.bulk" in ptx,
                               guarded=all(re.search(rf"selp\.b32\s+{size},", ptx) for size in sizes),
                               hgmma=" HGMMA" in sass, hmma=" HMMA" in sass, tcgen05="tcgen05.mma" in ptx))
@@ -2607,8 +2607,8 @@ print(json.dumps(found))
 
 @needs_flash
 def test_flash_compiles_ahead_of_time():
-    """What is shipped for three generations of GPU, none of which need be here: nothing spilled (16 bytes where rows are at odd
-    addresses), the matrix instructions of the generation, no serialised wgmma, room for the shared memory, and no load for a
+    """What is shipped for three generations of GPU, none of which need be here: nothing spilled (8 bytes by Triton 3.6 where rows
+    are at odd addresses), the matrix instructions of the generation, no serialised wgmma, room for the shared memory, and no load for a
     round of the loop that may not come: unguarded, it ran past the tensor's end and into what the kernel did next."""
     limit = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}            # 99K: what compute capability 8.6, 8.9 and 12.0 have
     scope = "all" if os.cpu_count() >= 8 else "most"                    # seconds each, and slow on a small machine
@@ -2617,7 +2617,8 @@ def test_flash_compiles_ahead_of_time():
         out, error = process.communicate(timeout=550)
         assert process.returncode == 0, error[-2000:]
         for k in json.loads(out):
-            assert k["spilled"] <= 16 * ("aligned" in k["kw"]) and not k["warnings"] and k["guarded"], k
+            odd = "aligned" in k["kw"] and flash_attn.triton.__version__ < "3.7"
+            assert k["spilled"] <= 8 * odd and not k["warnings"] and k["guarded"], k
             assert k["shared"] <= limit[k["arch"]] and k["programs"] >= 1, k
             if k["name"] in ("forward", "dkdv", "dq") and "float32" not in k["kw"]:
                 aligned = "aligned" not in k["kw"]
@@ -3694,6 +3695,17 @@ def test_sample_static_shapes_give_the_same_text(monkeypatch):
             kw = dict(max_new_tokens=80, speculate=speculate, ends={7, 8, 9})
             a, b = sample_rows(model, prompts, **kw), sample_rows(model, prompts, static=True, **kw)
             assert [r.tokens for r in a] == [r.tokens for r in b]
+
+
+def test_sample_shapes_stay_where_steps_are_compiled_but_not_for_beams(monkeypatch):
+    recorded, record = [], sample.record
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    monkeypatch.setattr(sample, "record", lambda *args: recorded.append(1) or record(*args))
+    for kw, want in ((dict(compile=True), 1), (dict(), 0), (dict(compile=True, num_beams=2, temperature=0), 0)):
+        cfg = config.Config(max_new_tokens=5, top_k=0, **kw)
+        for _ in sample.decode(sample_gpt(), [sample.Row([7, 8], 0, sample_TOK, cfg)], cfg, 280, Counter()): pass
+        assert len(recorded) == want, kw
+        recorded.clear()
 
 
 def test_sample_times_of_decoding_leave_compiling_out(monkeypatch):

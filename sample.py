@@ -137,31 +137,34 @@ def export(cfg):
 # ---------------------------------------------------------------------------- a continuation and its next token
 
 class Row:
-    """One continuation: its prompt and seed, what was drawn so far, the text that is safe to show; `finish` says why it ended."""
+    """One continuation: its prompt and seed, ids of the prompt and of what was drawn, the text that is safe to show; `finish` says
+    why it ended. A token costs the same however long the text is."""
     def __init__(self, prompt, seed, tok, cfg, ends=(), stops=()):
         self.prompt, self.seed, self.tok, self.ends, self.stops, self.limit = prompt, seed, tok, ends, stops, cfg.max_new_tokens
-        self.tokens, self.logprobs, self.raw, self.text, self.finish = [], [], b"", "", None
+        self.ids, self.logprobs, self.held, self.text, self.finish = list(prompt), [], b"", "", None
         self.read = self.length = 0         # ids that the cache has read, positions that it holds of them: fewer once it forgets
         self.uniform = torch.rand(self.limit + cfg.speculate + 1, generator=torch.Generator().manual_seed(seed)).tolist()
 
     @property
-    def ids(self): return self.prompt + self.tokens
+    def tokens(self): return self.ids[len(self.prompt):]
 
     def add(self, token, logprob):
         """Take one token. A stop string ends the row where it begins, even if it began tokens ago."""
-        self.tokens, self.logprobs = self.tokens + [token], self.logprobs + [logprob]       # new lists: beams share the old ones
+        self.ids.append(token)
+        self.logprobs.append(logprob)
         self.read, self.length = self.read + 1, self.length + 1                             # the token before it was just fed
         if token in self.ends: self.finish = "end"
         else:
-            self.raw += self.tok.decode_bytes([token])
-            found = [self.raw.find(s) for s in self.stops if s in self.raw]
-            if found: self.raw, self.finish = self.raw[:min(found)], "stop"
-            elif len(self.tokens) == self.limit: self.finish = "length"
+            self.held += self.tok.decode_bytes([token])
+            found = [self.held.find(s) for s in self.stops if s in self.held]
+            if found: self.held, self.finish = self.held[:min(found)], "stop"
+            elif len(self.logprobs) == self.limit: self.finish = "length"
         # subtle: hold back what may yet turn out to begin a stop string, and (the decoder does) what may yet become a character
-        hold = 0 if self.finish else max((n for s in self.stops for n in range(1, len(s)) if self.raw.endswith(s[:n])), default=0)
-        self.text = codecs.utf_8_decode(self.raw[:len(self.raw) - hold], "replace", bool(self.finish))[0]
+        hold = 0 if self.finish else max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        text, used = codecs.utf_8_decode(self.held[:len(self.held) - hold], "replace", bool(self.finish))
+        self.text, self.held = self.text + text, self.held[used:]
 
-    def score(self, penalty): return sum(self.logprobs) / max(len(self.tokens), 1) ** penalty
+    def score(self, penalty): return sum(self.logprobs) / max(len(self.logprobs), 1) ** penalty
 
     def draft(self, n):
         """Up to n tokens: those that followed the latest earlier place where the same two tokens stood that end the text now."""
@@ -203,6 +206,7 @@ def branch(beams, logits, done, cfg):
     total = logp + torch.tensor([[sum(beam.logprobs)] for beam in beams], device=logits.device)
     for parent, token in (divmod(i, V) for i in total.flatten().topk(min(enough, total.numel())).indices.tolist()):
         new = copy.copy(beams[parent])
+        new.ids, new.logprobs = new.ids[:], new.logprobs[:]         # its brothers add to these, too
         new.add(token, logp[parent, token].item())
         if new.finish: done.append(new)
         elif len(grown) < n: grown.append((parent, new))
@@ -266,7 +270,7 @@ def feed(rows, drafts, T, limit, cfg):
     (R, T), and with a repetition penalty which ids its text has (R, limit). On the CPU."""
     ids = [row.ids[-1:] + draft + [0] * (T - 1 - len(draft)) for row, draft in zip(rows, drafts)]
     inputs = [torch.tensor([row.length for row in rows], dtype=torch.int32), torch.tensor(ids),
-              torch.tensor([row.uniform[len(row.tokens):len(row.tokens) + T] for row in rows])]
+              torch.tensor([row.uniform[len(row.logprobs):len(row.logprobs) + T] for row in rows])]
     if cfg.repetition_penalty != 1:
         inputs.append(torch.stack([torch.bincount(torch.tensor(row.ids), minlength=limit)[:limit] > 0 for row in rows]))
     return inputs
@@ -304,7 +308,7 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=None):
     cache = prefill(model, rows, cfg, stats, cache, static)
     cache.static = static
     cache.set_lengths([row.length for row in rows])         # static, it forgets what it knew on the host
-    written = lambda: sum(len(row.tokens) for row in found)
+    written = lambda: sum(len(row.logprobs) for row in found)
     def work(cache, lengths, new, u, *seen):    # what `feed` returns -> tokens drawn and their log-probabilities (R, T); logits
         cache.lengths.copy_(lengths)
         own = model.head(model.hidden(new, cache))[:, :, :limit].float()
@@ -328,7 +332,7 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=None):
         clock, before = time.perf_counter(), written()
         align(model, cache, live, 1, cfg)
         room = min(cfg.speculate, cache.max_len - max(row.length for row in live) - 1)
-        drafts = [row.draft(min(room, row.limit - len(row.tokens) - 1)) for row in live]
+        drafts = [row.draft(min(room, row.limit - len(row.logprobs) - 1)) for row in live]
         T = 1 + (room if static else max(map(len, drafts)))
         inputs = feed(live, drafts, T, limit, cfg)
         if static and T not in recorded:
@@ -480,7 +484,7 @@ def main(cfg):
         if cfg.visualize and i == 0: visualize(model, best[0], cfg.visualize)
         if not as_json: print(page(best)[shown:])
         for j, row in enumerate(best if as_json else ()):
-            data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.tokens), finish=row.finish,
+            data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.logprobs), finish=row.finish,
                         logprob=sum(row.logprobs))
             if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
             print(json.dumps(data, ensure_ascii=False), flush=True)

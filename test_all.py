@@ -3578,6 +3578,18 @@ def test_sample_stop_strings_match_over_token_boundaries_and_are_held_back():
     row = sample.Row([1], 0, sample_TOK, dataclasses.replace(cfg, max_new_tokens=3), (), [b"zzz"])
     for t in b"azz": row.add(t, 0.0)
     assert (row.text, row.finish) == ("azz", "length")                      # held back, then shown after all
+    rng = random.Random(0)
+    for _ in range(300):            # any bytes, against the whole text so far; of which a row holds back only the end
+        stops = ["".join(rng.choices("abé🙂", k=rng.randint(1, 3))).encode() for _ in range(rng.randint(0, 2))]
+        raw = b"".join(rng.choices([b"a", b"b", "é".encode(), "🙂".encode(), b"\xff", b"\xf0\x9f"], k=40))[:40]
+        row = sample.Row([1, 2], 0, sample_TOK, dataclasses.replace(cfg, max_new_tokens=len(raw)), (), stops)
+        for n, byte in enumerate(raw, 1):
+            row.add(byte, 0.0)
+            assert len(row.held) < max(map(len, stops), default=0) + 4
+            if row.finish: break
+        found = [raw[:n].find(stop) for stop in stops if stop in raw[:n]]
+        assert row.text == raw[:min(found, default=n)].decode("utf-8", "replace") and (row.finish == "stop") == bool(found)
+        assert row.ids == [1, 2, *raw[:n]] and row.tokens == list(raw[:n])
 
 
 def test_sample_streams_whole_characters_only():

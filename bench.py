@@ -25,12 +25,9 @@ import numpy as np
 import bpe, config
 if "tokenizer" not in sys.argv[1:2]:        # whose seconds and memory count from its start: it must not pay for torch
     import torch
-    from torch.nn import functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import flash_attn, prepare, sample as sampler, train as trainer
     from model import GPT, pick_device
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---------------------------------------------------------------------------- tools
 
@@ -101,14 +98,12 @@ def attention_case(B, H, K, T, S, D, mask, device, measure):
         if name == "ours" and T == 1: return flash_attn.flash_decode(q, k, v, lengths)
         if name == "ours": return flash_attn.flash_attention(q, k, v, mask != "full", WINDOW if mask == "window" else 0)
         with sdpa_kernel(getattr(SDPBackend, name)):
-            return F.scaled_dot_product_attention(q, k, v, seen, is_causal=mask == "causal", enable_gqa=H != K)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=mask == "causal", enable_gqa=H != K)
 
     for name in ("ours", *BACKENDS[:4 if T <= 4096 else 3]):        # the T x S matrices of math would take most of the time
-        passes = {("forward", name): partial(attend, name)}
         try:
-            if T > 1:
-                y = attend(name)
-                passes["backward", name] = partial(torch.autograd.grad, y, (q, k, v), dy, retain_graph=True)
+            y, passes = attend(name), {("forward", name): partial(attend, name)}
+            if T > 1: passes["backward", name] = partial(torch.autograd.grad, y, (q, k, v), dy, retain_graph=True)
             mib |= {key: memory_of(work)[1] for key, work in passes.items()}
             works |= passes
         except RuntimeError:
@@ -122,7 +117,7 @@ def bench_attention(argv):
     from triton.testing import do_bench
     warnings.simplefilter("ignore")             # torch explains each refusal at length
     # subtle: GPU events around each of many runs, none waited for, and the L2 cache overwritten before each
-    measure, rows, panels, device = partial(do_bench, warmup=5, rep=25, return_mode="median"), [], {}, torch.device("cuda")
+    measure, rows, plots, device = partial(do_bench, warmup=5, rep=25, return_mode="median"), [], {}, torch.device("cuda")
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / take_turns({"product": lambda: a @ b}, 5, measure)["product"] / 1e9
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matrix product 8192^3: {peak:.0f} TFLOP/s")
@@ -137,13 +132,12 @@ def bench_attention(argv):
             keys = {"causal": S / 2, "full": S, "window": WINDOW}[mask] * (2.5 if which == "backward" else 1)
             rate, ours = 4 * B * H * T * D * keys / ms / 1e9, found[which, "ours"][0]
             rows.append([B, H, K, T, S, D, mask, which, name, ms * 1e3, rate, 100 * rate / peak, mib, ms / ours])
-            if H != K or mask == "window": continue             # in the table, not in the plot
-            panels.setdefault(f"{which}, D {D}, {mask}", {}).setdefault(name, []).append((T, rate))
+            if H == K and mask != "window": plots.setdefault(f"{which}, D {D}, {mask}", {}).setdefault(name, []).append((T, rate))
         table(header, rows[-len(found):])
     os.makedirs("out/bench", exist_ok=True)
     with open("out/bench/attention.csv", "w", newline="") as f: csv.writer(f).writerows([header, *rows])
     print("wrote out/bench/attention.csv")
-    if peer("matplotlib"): draw("out/bench/attention.png", panels, xscale="log", xlabel="T = S", ylabel="TFLOP/s")
+    if peer("matplotlib"): draw("out/bench/attention.png", plots, xscale="log", xlabel="T = S", ylabel="TFLOP/s")
 
 def attention_without_gpu():
     """What each pass keeps of a training step and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
@@ -157,9 +151,8 @@ def attention_without_gpu():
         inputs = [x.to(dtype).requires_grad_() for x in qkv]
         y = attend(*inputs)
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results)]
-    print("correctness, float32 under the interpreter against float64, largest error over largest value:",
-          *(f"{name} {error.item():.1e}" for name, error in zip(("out", "dq", "dk", "dv"), errors)))
+    print("correctness, float32 under the interpreter against float64, largest error over largest value:", *(
+        f"{name} {(a - b).abs().max() / b.abs().max():.1e}" for name, a, b in zip(("out", "dq", "dk", "dv"), *results)))
 
 # ---------------------------------------------------------------------------- the tokenizer
 
@@ -169,15 +162,14 @@ def contender(job, name, path, vocab_size, vocab, started):
     module, size, f, ids = importlib.import_module(name), int(vocab_size), open(path, "rb"), []
     if job == "encode":
         ours = bpe.Tokenizer.load(vocab)
-        if name == "bpe":
-            ours.encode("a")                    # what tiktoken makes at its start, ours makes when first used
-            encode = lambda text: ours.encode_batch([text])[0]
+        if name == "bpe": encode = lambda text: ours.encode_batch([text])[0]
         elif name == "tiktoken": encode = ours.to_tiktoken().encode_ordinary
         else:
             ours.special_tokens = {}            # theirs would find them in the text
             ours.to_hf(vocab + ".hf")
             theirs = module.Tokenizer.from_file(vocab + ".hf").encode_batch_fast
             encode = lambda text: np.concatenate([theirs([piece.decode()])[0].ids for piece in bpe.cut([text])])
+        encode("a")                             # what tiktoken makes at its start, ours makes when first used
         text, started = f.read().decode(), time.time()
         ids = encode(text)
     else:
@@ -188,25 +180,22 @@ def contender(job, name, path, vocab_size, vocab, started):
             tok = module.Tokenizer()
             tok.train_from_iterator(pieces, size, pattern=bpe.GPT2_SPLIT)
         else:
-            tok, level = module.Tokenizer(module.models.BPE()), module.pre_tokenizers.ByteLevel
-            tok.pre_tokenizer = level(add_prefix_space=False)
-            options = dict(vocab_size=size, initial_alphabet=level.alphabet(), show_progress=False)
-            tok.train_from_iterator(pieces, module.trainers.BpeTrainer(**options))
+            tok = module.ByteLevelBPETokenizer()
+            tok.train_from_iterator(pieces, size, min_frequency=0, show_progress=False)
     spent = time.time() - float(started)        # of a training: of the whole process, start-up and reading included
     if job == "encode": result = [np.asarray(ids, np.uint32).tobytes()]
     elif name == "bpe":
         result = tok.vocab.values()
         tok.save(vocab)
-    elif name == "rustbpe": result = [bytes(word) for word, _ in sorted(tok.get_mergeable_ranks(), key=lambda rank: rank[1])]
+    elif name == "rustbpe": result = [bytes(word) for word, _ in tok.get_mergeable_ranks()]        # in the order of ids
     else: result = []       # Hugging Face breaks ties by its own order of the bytes: test_all.py compares, renumbered
     print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=hashlib.sha256(b"\0".join(result)).hexdigest() if result else "",
                           MB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 
 def contend(job, name, *words):
     """What the contender printed; its peak memory together with its workers', seen every tenth of a second, shared pages once."""
-    call = [sys.executable, f"{HERE}/bench.py", "tokenizer", "contender", job, name, *words, str(time.time())]
-    env = os.environ | ({"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} if job == "encode" else {})
-    peak, process = 0, subprocess.Popen(call, stdout=subprocess.PIPE, env=env)
+    call = [sys.executable, os.path.abspath(__file__), "tokenizer", "contender", job, name, *words, str(time.time())]
+    peak, process = 0, subprocess.Popen(call, stdout=subprocess.PIPE)
     while process.poll() is None:
         with contextlib.suppress(OSError, TypeError):           # no /proc here, or one of them has just ended
             kids = [kid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for kid in path.read_text().split()]
@@ -247,22 +236,16 @@ def bench_sample(argv):
     """Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): recomputing everything, by Hugging Face's
     generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device,
     --compile (minutes: each shape is compiled anew)."""
-    files = [] if any(word.endswith(".py") for word in argv) else [f"{HERE}/config/gpt2_124m_classic.py"]
+    files = [] if any(word.endswith(".py") for word in argv) else [f"{config.__path__[0]}/gpt2_124m_classic.py"]
     cfg = replace(config.load(files + argv), temperature=1.0, top_k=200, num_beams=1, best_of=1)
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
     tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
     if cfg.block_size < 2: raise ValueError("block_size=1 has no room for a prompt and a new token: take at least 2")
     n = min(cfg.max_new_tokens, cfg.block_size - 1)
 
-    def build(dtype, quantize="none", pack=False):
-        return sampler.place(copy.deepcopy(random), device, getattr(torch, dtype), quantize, pack)
-
     def recompute(n):                                   # nanoGPT's way: the whole text through the model for every token
         idx, u = start, torch.full((1,), 0.5, device=device)
         for _ in range(n): idx = torch.cat((idx, sampler.draw(plain.head(plain.hidden(idx)[:, -1]), u, cfg)[:, None]), 1)
-
-    def generate(n):
-        hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=200)
 
     def ours(model, batch, prompt, n):                  # -> tokens/s of writing and of reading, GB/s
         if cfg.compile: torch._dynamo.reset()           # each batch size is compiled anew, and the compiler counts
@@ -274,22 +257,23 @@ def bench_sample(argv):
         return stats["tokens"] / stats["seconds"], reading, stats["bytes"] / stats["seconds"] / 1e9
 
     torch.manual_seed(cfg.seed)
-    with device: random, start = GPT(cfg.model()), torch.ones(1, 1, dtype=torch.long)
-    plain, others = build("float32"), {"every token anew, as nanoGPT, float32": recompute}
+    with device: plain, start = sampler.place(GPT(cfg.model()), device, torch.float32), torch.ones(1, 1, dtype=torch.long)
+    others = {"every token anew, as nanoGPT, float32": recompute}
     if transformers := peer("transformers"):
         shape = dict(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head)
         shape |= dict(vocab_size=cfg.vocab_size, bos_token_id=0, eos_token_id=None)
         with device: hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-        others["Hugging Face generate, cached, float32"] = generate
+        others["Hugging Face generate, cached, float32"] = lambda n: hf.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=200)
     for name, work in others.items():
         work(min(n, 17))        # up to a multiple of 16, which Triton compiles a kernel of its own for
         rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])
-    for dtype, quantize in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
-        name = f"sample.py, {dtype}{', int8 weights' if quantize == 'int8' else ''}"
-        model = build(dtype, quantize, not cfg.compile)
+    for kind, *how in (("float32", torch.float32), ("bfloat16", torch.bfloat16),
+                       ("bfloat16, int8 weights", torch.bfloat16, "int8")):
+        model = sampler.place(copy.deepcopy(plain), device, *how, pack=not cfg.compile)
         ours(model, 1, 16, 8)
         for shape in ((1, 1, n), (1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
-            if sum(shape[1:]) <= cfg.block_size: rows.append([name, *shape, *ours(model, *shape)])
+            if sum(shape[1:]) <= cfg.block_size: rows.append([f"sample.py, {kind}", *shape, *ours(model, *shape)])
     print(f"\n{plain.num_params():,} parameters, {device}, {torch.get_num_threads()} CPU threads")
     table(["", "batch", "prompt", "new", "tokens/s", "prefill tok/s", "GB/s read", "times the first"],
           [[*row, f"{row[4] / rows[0][4]:.1f} x"] for row in rows])
@@ -309,27 +293,25 @@ def bench_context(argv):
     starts = np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)[:, None]
     texts = torch.tensor(data[starts + np.arange(8 * n + 1)].astype(np.int64), device=plain.transformer.wte.weight.device)
 
-    def perplexity(logits, length):                     # logits (24, >= last, V) of the tokens up to `length`
-        targets = texts[:, length - last + 1:length + 1]
-        return math.exp(F.cross_entropy(logits[:, -last:].float().flatten(0, 1), targets.flatten()).item())
+    def perplexity(model, x, length):                   # x (24, >= last, C): what the head reads of the tokens up to `length`
+        nats = -model.log_probs(x[:, -last:], texts[:, length - last + 1:length + 1])           # (24,)
+        return math.exp(nats.mean().item() / last)
 
     for kind in ("none", "linear", "ntk", "yarn", "llama3") if plain.config.pos == "rope" else ():
         rows.append([f"rope_scaling={kind}"])
         for length in lengths:
             scale = dict(rope_scaling=kind, rope_factor=length / trained) if kind != "none" and length > n else {}
-            shape = replace(plain.config, block_size=length, rope_trained=trained, **scale)
-            model = GPT(shape).requires_grad_(False).eval().to(texts.device)
-            model.load_state_dict(plain.state_dict())
-            rows[-1].append(perplexity(model(texts[:, :length])[0], length))
+            shape = vars(replace(plain.config, block_size=length, rope_trained=trained, **scale))
+            model = GPT.from_checkpoint(dict(config=shape, model=plain.state_dict())).requires_grad_(False).to(texts.device)
+            rows[-1].append(perplexity(model, model.hidden(texts[:, :length]), length))
     for sinks in (0, min(4, (n - 1) // 2)):
-        cache, filled, kept = sampler.new_cache(plain, len(texts), n), 0, []
+        cache, kept = sampler.new_cache(plain, len(texts), n), []
         rows.append([f"window, sinks={sinks}"])
         for t in range(lengths[-1]):
-            if filled == n:
-                filled = [sampler.make_room(plain, cache, r, n, text[:t].tolist(), sinks) for r, text in enumerate(texts)][0]
-                cache.set_lengths([filled] * len(texts))
-            kept, filled = kept[-last + 1:] + [plain(texts[:, t:t + 1], cache=cache)[0]], filled + 1
-            if t + 1 in lengths: rows[-1].append(perplexity(torch.cat(kept, 1), t + 1))
+            if cache.span == n:
+                cache.set_lengths([sampler.make_room(plain, cache, r, n, x[:t].tolist(), sinks) for r, x in enumerate(texts)])
+            kept = kept[-last + 1:] + [plain.hidden(texts[:, t:t + 1], cache)]
+            if t + 1 in lengths: rows[-1].append(perplexity(plain, torch.cat(kept, 1), t + 1))
     table(["perplexity before"] + [f"{length:,} tokens" for length in lengths], rows)
 
 # ---------------------------------------------------------------------------- training
@@ -337,7 +319,7 @@ def bench_context(argv):
 def bench_train(argv):
     """One optimizer step of the config's size, modern and classic, compile on and off, our attention and SDPA. MFU is the share
     of the GPU's data sheet; "of product" that of a large matrix product timed in turn with the steps: on any device the limit."""
-    recipes = {"classic (GPT-2, AdamW)": config.load([*argv, f"{HERE}/config/classic.py"]), "modern": config.load(argv)}
+    recipes = {"classic (GPT-2, AdamW)": config.load([*argv, f"{config.__path__[0]}/classic.py"]), "modern": config.load(argv)}
     cfg, steps, facts, rows = recipes["modern"], {}, {}, []
     machine = trainer.Machine(cfg)
     torch.set_float32_matmul_precision("high")          # as train.py does
@@ -366,14 +348,13 @@ def bench_train(argv):
         steps[name], facts[name] = step, (flops, mib)
     print(f"{machine.name}, torch {torch.__version__}, {str(machine.dtype)[6:]}, {x.numel():,} tokens a step")
     times = take_turns(steps | {"product": lambda: a @ b}, 10)
-    limit = 2 * n ** 3 / times.pop("product")
+    limit, first = 2 * n ** 3 / times.pop("product"), next(iter(times.values()))
     for name, t in times.items():
         rate, mib = facts[name][0] / t, facts[name][1]
         mfu = f"{rate / machine.peak:.1%}" if machine.peak else "unknown peak"
-        rows.append([name, t * 1e3, round(x.numel() / t), rate / 1e12, mfu, f"{rate / limit:.1%}", mib])
+        rows.append([name, t * 1e3, round(x.numel() / t), rate / 1e12, mfu, f"{rate / limit:.1%}", mib, f"{first / t:.2f} x"])
     print(f"a matrix product of {n} x {n}: {limit / 1e12:.2f} TFLOP/s")
-    table(["step", "ms", "tokens/s", "TFLOP/s", "MFU", "of product", "peak MiB", "speed"],
-          [[*r, f"{rows[0][1] / r[1]:.2f} x"] for r in rows])
+    table(["step", "ms", "tokens/s", "TFLOP/s", "MFU", "of product", "peak MiB", "speed"], rows)
 
 # ---------------------------------------------------------------------------- sizing and seeing runs
 
@@ -397,26 +378,24 @@ def bench_size(argv):
 
 def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
-    panels, styles = {"steps": {}, "million tokens": {}, "seconds": {}}, {}
+    panels, styles = {"step": {}, "tokens": {}, "seconds": {}}, {}
     for n, folder in enumerate(argv):
         log = read_run(folder)[1]
         best = min((r["val_loss"] for r in log if "val_loss" in r), default=math.nan)
         for key, label in (("loss", f"_{folder}"), ("val_loss", f"{folder}, best {best:.4f}")):
             styles[label] = dict(color=f"C{n}", **(dict(alpha=0.4) if key == "loss" else dict(marker="o")))
-            for lines, (axis, unit) in zip(panels.values(), (("step", 1), ("tokens", 1e6), ("seconds", 1))):
-                lines[label] = [(r[axis] / unit, r[key]) for r in log if key in r] or [(math.nan, math.nan)]
+            for axis in panels: panels[axis][label] = [(r[axis], r[key]) for r in log if key in r] or [(math.nan, math.nan)]
     if not importlib.util.find_spec("matplotlib"): raise ValueError("plot needs matplotlib: pip install matplotlib")
     draw(f"{argv[0]}/loss.png", panels, styles, ylabel="nats per token: pale = training, dots = validation")
 
 def fit_law(compute, loss):
     """(E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): for every E on a grid
     below the lowest loss a straight line in logarithms; the E with the least squared error in the loss wins."""
-    best = None
-    for E in np.linspace(0, min(loss) * 0.999, 2000):
-        slope, intercept = np.polyfit(np.log(compute), np.log(np.array(loss) - E), 1)
-        error = np.square(E + np.exp(intercept) * np.array(compute) ** slope - loss).sum()
-        if best is None or error < best[0]: best = error, E, math.exp(intercept), -slope
-    return best[1:]
+    compute, loss = np.array(compute)[:, None], np.array(loss)[:, None]             # (runs, 1)
+    E = np.linspace(0, loss.min() * 0.999, 2000)
+    slope, intercept = np.polyfit(np.log(compute[:, 0]), np.log(loss - E), 1)       # (2000,) each
+    best = np.square(E + np.exp(intercept) * compute ** slope - loss).sum(0).argmin()
+    return E[best], np.exp(intercept[best]), -slope[best]
 
 def bench_scaling(argv):
     points = []
@@ -445,25 +424,22 @@ TASKS = {                               # url, what to take out of it
     "arc_easy": (ARC, "/ARC-Easy-Test.jsonl$"), "arc_challenge": (ARC, "/ARC-Challenge-Test.jsonl$"),
     "mmlu": ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", r"/test/\w+_test\.csv$")}
 
-def task_file(task):
-    """The JSONL file of a task: a path, or one of TASKS, downloaded and unpacked into data/eval."""
-    if task not in TASKS and os.path.isfile(task): return task
-    if task not in TASKS: raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a file")
-    (url, wanted), path = TASKS[task], f"data/eval/{task}.jsonl"
-    archive = f"data/eval/{os.path.basename(url)}" if wanted else path
-    if not os.path.exists(path): prepare.fetch(url, archive)
-    if os.path.exists(path): return path
+def task_lines(task):
+    """The lines of a task's JSONL: of a file, or of one of TASKS, which is downloaded into data/eval."""
+    if not (task in TASKS or os.path.isfile(task)): raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a file")
+    url, wanted = TASKS.get(task, ("", ""))
+    path = f"data/eval/{os.path.basename(url)}" if url else task
+    if url: prepare.fetch(url, path)
+    if not wanted: return sampler.read_file(path).split("\n")
     try:
-        with zipfile.ZipFile(archive) if url == ARC else tarfile.open(archive) as a:
+        with zipfile.ZipFile(path) if url == ARC else tarfile.open(path) as a:
             names, read = (a.namelist(), a.open) if url == ARC else (a.getnames(), a.extractfile)
             files = {name: read(name).read().decode() for name in sorted(names) if re.search(wanted, name)}
     except (tarfile.TarError, zipfile.BadZipFile, ValueError) as e:
-        raise ValueError(f"{archive} is damaged ({e}): delete it to fetch it again") from None
-    lines = list(files.values()) if url == ARC else [
-        json.dumps(dict(subject=os.path.basename(name)[:-9], question=question, choices=choices, answer=answer))
-        for name, text in files.items() for question, *choices, answer in csv.reader(io.StringIO(text, newline=""))]
-    prepare.write(path, lambda f: f.write("\n".join(lines).encode()))
-    return path
+        raise ValueError(f"{path} is damaged ({e}): delete it to fetch it again") from None
+    if url == ARC: return "".join(files.values()).split("\n")
+    return [json.dumps(dict(subject=os.path.basename(name)[:-9], question=question, choices=choices, answer=answer))
+            for name, text in files.items() for question, *choices, answer in csv.reader(io.StringIO(text, newline=""))]
 
 def read_question(item):
     """One line of HellaSwag, ARC (AI2's or the hub's form) or MMLU -> (context, endings, index of the right one), worded as
@@ -484,60 +460,56 @@ def read_question(item):
     asked = about + question.strip() + "".join(f"\n{a}. {c}" for a, c in zip(letters, choices)) + "\nAnswer:"
     return asked, list(letters), letters.index(answer) if isinstance(answer, str) else int(answer)
 
-def read_task(path, tok, size):
+def read_task(task, lines, tok, size):
     """[(ids of the context, ids of each ending, bytes of each, index of the right one)]; a long context loses its beginning."""
     questions = []
-    for n, line in enumerate(sampler.read_file(path).split("\n"), 1):
+    for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         try:
             context, endings, label = read_question(json.loads(line))
             if not all(map(str.strip, [context] + endings)): raise ValueError("empty text")
             if not 0 <= label < len(endings): raise ValueError("no such answer")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path}, line {n}: not HellaSwag's, ARC's or MMLU's form ({e!r}): {line[:50]!r}") from None
+            raise ValueError(f"{task}, line {n}: not HellaSwag's, ARC's or MMLU's form ({e!r}): {line[:50]!r}") from None
         ids = [tok.encode(" " + e.strip()) for e in endings]
         room = size + 1 - max(map(len, ids))
-        if room < 1: raise ValueError(f"{path}, line {n}: an ending of {size + 1 - room} tokens does not fit block_size={size}")
+        if room < 1: raise ValueError(f"{task}, line {n}: an ending of {size + 1 - room} tokens does not fit block_size={size}")
         questions.append((tok.encode(context.rstrip())[-room:], ids, [len(e.strip().encode()) for e in endings], label))
-    if not questions: raise ValueError(f"{path} has no questions")
+    if not questions: raise ValueError(f"{task} has no questions")
     return questions
 
 def score(model, questions):
     """Per question the log-probability of each ending, in nats: a context is read once, its endings go on from its cache."""
-    contexts, counts, device = [q[0] for q in questions], [len(q[1]) for q in questions], model.transformer.wte.weight.device
-    def pad(rows):
-        rows = [torch.tensor(row, device=device) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    tokens = pad([context[-1:] + ending for context, endings, *_ in questions for ending in endings])
-    longest, half = max(map(len, contexts)) + tokens.shape[1] - 2, len(questions) // 2
+    pairs = [(context, ending) for context, endings, *_ in questions for ending in endings]
+    tokens = [torch.tensor(context[-1:] + ending, device=model.transformer.wte.weight.device) for context, ending in pairs]
+    tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
+    longest, half = max(len(context) for context, _ in pairs) + tokens.shape[1] - 2, len(questions) // 2
     if longest > model.config.block_size and half:      # the longest of both do not fit together; those of one question do
         return score(model, questions[:half]) + score(model, questions[half:])
-    cache = sampler.new_cache(model, len(questions), longest)
-    if max(map(len, contexts)) > 1: model.hidden(pad([context[:-1] for context in contexts]).clamp(min=0), cache)
-    cache.set_lengths([len(context) - 1 for context in contexts])
-    cache.reorder(np.repeat(range(len(questions)), counts))
+    cfg = config.Config(max_new_tokens=tokens.shape[1])
+    rows = [sampler.Row(context, 0, None, cfg) for context, _ in pairs]
+    cache = sampler.prefill(model, rows, cfg, Counter())        # of all but the last ids, equal ones once
+    cache.set_lengths([row.length for row in rows])
     found = model.log_probs(model.hidden(tokens[:, :-1].clamp(min=0), cache), tokens[:, 1:])
-    return [part.tolist() for part in found.split(counts)]
+    return [part.tolist() for part in found.split([len(q[1]) for q in questions])]
 
-def evaluate_task(model, tok, path, batch_size):
+def evaluate_task(model, tok, task, lines, batch_size):
     """A row of the table. Scores are kept, a line a question, in a file named after the task, the weights and the questions."""
-    size, name = os.path.getsize(path), os.path.basename(path).removesuffix(".jsonl")
-    questions = sorted(read_task(path, tok, model.config.block_size), key=lambda q: -len(q[0]))     # equal lengths together
+    name, questions = os.path.basename(task).removesuffix(".jsonl"), read_task(task, lines, tok, model.config.block_size)
+    questions.sort(key=lambda q: -len(q[0]))        # equal lengths together
     weights = [p.double().sum().item() for p in model.state_dict().values()]
-    digest = hashlib.sha256(repr((model.config, tok.hash, weights, prepare.sha256(path))).encode()).hexdigest()
+    digest = hashlib.sha256(repr((model.config, tok.hash, weights, questions)).encode()).hexdigest()
     os.makedirs("out/bench", exist_ok=True)
     with open(f"out/bench/eval_{name}_{digest[:12]}.jsonl", "a+", encoding="utf-8") as f:
         f.seek(0)
-        text = f.read()
-        f.truncate(text.rfind("\n") + 1)        # a line that a kill cut short
-        done = [json.loads(line) for line in text.split("\n")[:-1]]
+        done = [json.loads(line) for line in f if line.rstrip().endswith("]")]         # none that a kill cut short
         if done: print(f"{name}: going on, {len(done):,} of {len(questions):,} questions are answered in {f.name}")
-        add = prepare.progress(name, size)
+        add = prepare.progress(f"{name} questions", len(questions) - len(done))
         while len(done) < len(questions):
             found = score(model, questions[len(done):len(done) + batch_size])
-            f.writelines(json.dumps(scores) + "\n" for scores in found)
+            f.writelines("\n" + json.dumps(scores) for scores in found)
             f.flush()
-            add(size * len(found) // len(questions))
+            add(len(found))
             done += found
     right = np.array([(np.argmax(scores) == label, np.argmax(np.divide(scores, sizes)) == label)
                       for scores, (_, _, sizes, label) in zip(done, questions)])
@@ -546,26 +518,25 @@ def evaluate_task(model, tok, path, batch_size):
 
 def text_loss(model, tok, text, batch_size, stride):
     """(nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the
-    one before has not. The first token follows an end-of-text; where the tokenizer has none, it is given and not scored."""
-    begin, ids, nats, device = sampler.first_token(tok), tok.encode(text), 0.0, model.transformer.wte.weight.device
-    size = len(text.encode()) - (0 if begin else len(tok.decode_bytes(ids[:1])))
-    ids, add = torch.tensor(begin + ids, device=device), prepare.progress("text", size)
-    n = len(ids) - 1
+    one before has not. The first token follows tok.first, as a sample's does."""
+    ids, nats = torch.tensor(tok.first + tok.encode(text), device=model.transformer.wte.weight.device), 0.0
+    n, device = len(ids) - 1, ids.device
     if n < 1: raise ValueError(f"nothing to score in {text[:30]!r}: give a longer text")
     T = min(model.config.block_size, n)
     ends = torch.tensor([0, *range(T, n, stride), n], device=device)        # of the windows
+    add = prepare.progress("windows", len(ends) - 1)
     for last, end in zip(ends[:-1].split(batch_size), ends[1:].split(batch_size)):
         at = end[:, None] - T + torch.arange(T + 1, device=device)      # (B, T + 1)
         x, y = model.hidden(ids[at[:, :-1]]), ids[at[:, 1:]].masked_fill(at[:, 1:] <= last[:, None], -1)
         nats -= sum(model.log_probs(*row).item() for row in zip(x.split(1), y.split(1)))    # one by one: logits are large
-        add(size * len(end) // (len(ends) - 1))
-    return nats, n, size
+        add(len(end))
+    return nats, n, len(text.encode())
 
 def bench_eval(argv):
     """A checkpoint (--out_dir), or others' weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
     cfg, rows = config.load(argv), []
     if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=TEXT, --task=hellaswag or FILE.jsonl")
-    tasks = [task_file(task) for task in filter(None, cfg.task.split(","))]
+    tasks = {task: task_lines(task) for task in filter(None, cfg.task.split(","))}
     model, tok, about = sampler.load(cfg)
     context = model.config.block_size
     stride = cfg.stride or max(context // 2, 1)
@@ -575,7 +546,7 @@ def bench_eval(argv):
         nats, tokens, size = text_loss(model, tok, sampler.read_file(path), cfg.batch_size, stride)
         rows.append([path, size, tokens, f"{nats / tokens:.4f}", math.exp(nats / tokens), f"{nats / math.log(2) / size:.4f}"])
     if rows: table(["text", "bytes", "tokens", "nats per token", "perplexity", "bits per byte"], rows)
-    rows = [evaluate_task(model, tok, path, cfg.batch_size) for path in tasks]
+    rows = [evaluate_task(model, tok, task, lines, cfg.batch_size) for task, lines in tasks.items()]
     if rows: table(["task", "questions", "acc", "acc_norm", "chance"], rows)
 
 # ---------------------------------------------------------------------------- the command line

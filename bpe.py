@@ -18,8 +18,7 @@ References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019
 tiktoken (GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
 """
 # Notation: a word is what the pattern cuts out of the text; starts and lens are the words' offsets and lengths in bytes.
-import base64, codecs, collections, functools, hashlib, heapq, itertools, json, operator, os, re, signal, sys, threading, time, \
-    unicodedata
+import base64, codecs, collections, functools, hashlib, itertools, json, os, re, signal, sys, threading, time, unicodedata
 import numpy as np
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -72,47 +71,40 @@ def code_points(raw):
     size[(code >= 0xDC80) & (code < 0xDD00)] = 1
     return code, np.cumsum(size, dtype=np.int64) - size
 
+def split_gpt2(c):
+    """Classes of a text's characters -> True where a word starts; of contractions it knows nothing."""
+    white, before, after, start = c <= NEWLINE, c[:-1], c[1:], np.ones(len(c), bool)
+    # a word is a run of one class with at most one space before it; white space leaves its last character to what follows
+    start[1:] = np.where(white[1:], ~white[:-1], (before != after) & (before != SPACE))
+    start[:-1] |= white[:-1] & ~white[1:] & (after != EDGE)
+    return start
+
+def split_gpt4(c, pattern):
+    """The same for GPT-4's pattern and its relatives."""
+    before, after, start = c[:-1], c[1:], np.ones(len(c), bool)
+    joins = ((before <= NEWLINE) & (after <= NEWLINE) | (before == OTHER) & (after == NEWLINE)   # punctuation takes its newlines
+             | (before == SPACE) & (after == OTHER) | (before <= WHITE) & (after == LETTER))
+    start[1:] = (before != after) & ~joins
+    # Blanks, white space without newlines, are one word with a newline after them. The last one before a word stands apart or
+    # joins that word. Every text ends in an EDGE, so c[-1] is one, as before the first character.
+    (blanks, end), (line, rest) = (np.flatnonzero(np.diff(k, prepend=False)).reshape(-1, 2).T for k in (c <= WHITE, c == NEWLINE))
+    start[rest[c[line - 1] == OTHER]] = True    # what follows newlines that punctuation took
+    start[blanks[(c[end] > NEWLINE) & (c[end] <= (OTHER if pattern == CL100K_SPLIT else EDGE))]] = True
+    start[(end - 1)[(c[end] > NEWLINE) & (c[end] < EDGE)]] = True
+    start[1:] &= ~((before == OTHER) & (after == LETTER) & start[:-1])   # one character joins letters, unless a space took it
+    digit, most = np.flatnonzero(c == NUMBER), 1 if pattern == QWEN_SPLIT else 3
+    first = np.flatnonzero(start[digit])    # of each number; then every third, or every one
+    start[digit] = (np.arange(len(digit)) - np.repeat(first, np.diff(first, append=len(digit)))) % most == 0
+    return start
+
 def contractions(start, code, fold):
-    """Where 's 'd 'm 't 'll 've 're stand at the start of a word -> (positions of the apostrophe, positions after the last
-    letter). fold: ignore case, and then U+017F, the long s, is an s."""
+    """Where a word starts so, make 's 'd 'm 't 'll 've 're a word. fold: ignore case; then U+017F, the long s, is an s, too."""
     at = np.flatnonzero((code == ord("'")) & start)
     a, b = (code[np.minimum(at + i, len(code) - 1)] for i in (1, 2))
     if fold: a, b = np.where(a == 0x17F, ord("s"), a | 0x20), b | 0x20
     one = np.logical_or.reduce([a == ord(x) for x in "sdmt"])
     two = np.logical_or.reduce([(a == ord(x)) & (b == ord(y)) for x, y in ("ll", "ve", "re")])
-    return at[one | two], np.where(one, at + 2, at + 3)[one | two]
-
-def split_gpt2(c, code):
-    """Classes and code points of a text's characters -> True where a word starts."""
-    white, before, after, start = c <= NEWLINE, c[:-1], c[1:], np.ones(len(c), bool)
-    # a word is a run of one class with at most one space before it; white space leaves its last character to what follows
-    start[1:] = np.where(white[1:], ~white[:-1], (before != after) & (before != SPACE))
-    start[:-1] |= white[:-1] & ~white[1:] & (after != EDGE)
-    at, end = contractions(start, code, False)
-    start[at + 1], start[end] = False, True
-    return start
-
-def split_gpt4(c, code, trailing, digits):
-    """The same for GPT-4's patterns. trailing: white space at the end of a text is one word; a number has up to so many
-    digits."""
-    before, after, start = c[:-1], c[1:], np.ones(len(c), bool)
-    start[1:] = (before != after) & np.where(
-        after == NEWLINE, (before > NEWLINE) & (before != OTHER),   # punctuation takes the newlines that follow it
-        (after > NEWLINE) & ~((before == SPACE) & (after == OTHER)) & ~((before <= WHITE) & (after == LETTER)))
-    # Blanks, white space without newlines, from `first` to before `end`: up to a newline they are one word with it; the last one
-    # before a word stands apart or joins that word. Every text ends in an EDGE, so c[-1] is one, as before the first character.
-    blanks, lines = (np.flatnonzero(np.diff(kind, prepend=False)) for kind in (c <= WHITE, c == NEWLINE))
-    first, end, lines = blanks[::2], blanks[1::2], np.append(lines[::2], 0)
-    line = lines[np.searchsorted(lines[:-1], first) - 1]    # where the newlines before these blanks start
-    goes_on = (c[end] == NEWLINE) | (trailing & (c[end] == EDGE))
-    start[first] = (c[first - 1] != NEWLINE) | ~goes_on | (c[line - 1] == OTHER)
-    start[(end - 1)[(c[end] > NEWLINE) & (c[end] < EDGE)]] = True
-    start[1:] &= ~((before == OTHER) & (after == LETTER) & start[:-1])   # one character joins letters, unless a space took it
-    start[contractions(start, code, True)[1]] = True
-    digit = np.flatnonzero(c == NUMBER)
-    first = np.flatnonzero(start[digit])    # of each number; then every third, or every one
-    start[digit] = (np.arange(len(digit)) - np.repeat(first, np.diff(first, append=len(digit)))) % digits == 0
-    return start
+    for found, size in (at[one], 2), (at[two], 3): start[found + 1], start[found + size] = False, True
 
 def split(texts, pattern):
     """list of bytes -> (their bytes in one piece, starts and lens of the words, number of words up to the end of each text)."""
@@ -122,9 +114,9 @@ def split(texts, pattern):
     edge = np.searchsorted(offset, edges)
     c = classes(code)
     c[edge] = EDGE
-    if pattern == GPT2_SPLIT: start = split_gpt2(c, code)
-    else: start = split_gpt4(c, code, trailing=pattern == CL100K_SPLIT, digits=1 if pattern == QWEN_SPLIT else 3)
-    start[edge] = start[edge[:-1] + 1] = True
+    start = split_gpt2(c) if pattern == GPT2_SPLIT else split_gpt4(c, pattern)
+    contractions(start, code, fold=pattern != GPT2_SPLIT)
+    start[edge] = True
     starts = offset[np.flatnonzero(start)]
     drop = np.searchsorted(starts, edges)
     return raw, np.delete(starts, drop), np.delete(np.diff(starts, append=len(raw)), drop), drop - np.arange(len(drop))
@@ -187,15 +179,14 @@ def word_keys(raw, starts, lens):
     under multipliers drawn at random by each process: among a million distinct words two collide with a probability of 1e-7."""
     eight = np.ndarray(len(raw), "<u8", raw + bytes(7), strides=(1,))    # the 8 bytes from any offset
     keys = eight[starts] & KEEP[np.minimum(lens, 8)] | lens.astype(U) << U(56)
-    go, i = np.flatnonzero(lens > 7), 0
-    while len(go) and i < LONG:
+    go = np.flatnonzero(lens > 7)
+    keys[go] = lens[go].astype(U) * MIX[2]
+    for i in range(0, LONG, 8):
         block = eight[starts[go] + i] & KEEP[np.minimum(lens[go] - i, 8)]
-        h = ((keys[go] if i else lens[go].astype(U) * MIX[2]) ^ block) * MIX[0]
+        h = (keys[go] ^ block) * MIX[0]
         keys[go] = (h ^ h >> U(32)) * MIX[1] | U(1 << 63)
-        i += 8
-        go = go[lens[go] > i]
-    for word in go:
-        keys[word] = hash(raw[starts[word]:starts[word] + lens[word]]) & (1 << 63) - 1 | 1 << 63
+        go = go[lens[go] > i + 8]
+    for word in go: keys[word] = hash(raw[starts[word]:starts[word] + lens[word]]) & (1 << 63) - 1 | 1 << 63
     return keys
 
 class Words(dict):
@@ -272,19 +263,9 @@ def in_order(function, jobs, workers):
 
 def count_words(pieces, pattern):
     """list of bytes -> dict of distinct words with their counts; runs in a worker."""
-    words, counts = Words(), np.zeros(0, np.int64)
-    for group in groups(pieces, CHUNK):
-        numbers = words.number(*split(group, pattern)[:3])
-        counts = np.append(counts, np.zeros(len(words) - len(counts), np.int64)) + np.bincount(numbers, minlength=len(words))
-    return dict(zip(words, counts.tolist()))
-
-def count_parallel(pieces, pattern, workers, add):
-    """The same for any number of pieces."""
-    total = {}
-    for counts in in_order(functools.partial(count_words, pattern=pattern), groups(pieces, BATCH), workers):
-        for word, count in counts.items(): total[word] = total.get(word, 0) + count
-        add(sum(map(operator.mul, map(len, counts), counts.values())))
-    return total
+    words = Words()
+    numbers = [words.number(*split(group, pattern)[:3]) for group in groups(pieces, CHUNK)]
+    return dict(zip(words, np.bincount(np.concatenate(numbers)).tolist()))
 
 # ---- Merging ------------------------------------------------------------------------------------------------------------------
 
@@ -298,30 +279,26 @@ class Pairs:
 
     def __init__(self, words):
         lens, counts = (np.fromiter(numbers, np.int64, len(words)) for numbers in (map(len, words), words.values()))
-        sep = np.append(0, np.cumsum(lens + 1))
-        n = int(sep[-1]) + 1
-        self.sym = np.zeros(n, np.int32)
-        self.sym[sep] = -1
-        self.sym[self.sym >= 0] = np.frombuffer(b"".join(words), np.uint8)
+        text = np.frombuffer(b"".join(words), np.uint8).astype(np.int32)
+        self.sym = np.insert(text, np.append(0, np.cumsum(lens)), -1)
+        n = len(self.sym)
         self.nxt, self.prv = np.arange(1, n + 1, dtype=np.int32), np.arange(-1, n - 1, dtype=np.int32)
         self.weight = np.append(0, np.repeat(counts, lens + 1))    # how often the word around a position occurs
         self.pid = np.full(n, -1, np.int32)
         self.n, self.pool = 0, np.zeros(3 * n, np.int32)
         self.key, self.count, self.begin = np.zeros((3, 3 * n), np.int64)
-        self.store(np.flatnonzero(self.sym >= 0).astype(np.int32))
+        self.store(np.arange(n - 1, dtype=np.int32))
 
     def store(self, at):
         """Enter the pairs that start at these positions, all new; -> their numbers."""
-        right = self.sym[self.nxt[at]]
-        at, right = at[right >= 0], right[right >= 0]
-        if not len(at): return at
-        key = self.sym[at].astype(np.int64) << 32 | right
+        key = self.sym[at].astype(np.int64) << 32 | self.sym[self.nxt[at]]
+        at, key = at[key >= 0], key[key >= 0]   # a separator makes it negative
         # of bytes there are few pairs: a radix sort
         order = np.argsort(key) if self.n else np.argsort((key >> 24 | key & 255).astype(np.uint16), kind="stable")
         at, key = at[order], key[order]
-        first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
+        first = np.flatnonzero(key != np.append(-1, key[:-1]))
         old, self.n, used = self.n, self.n + len(first), int(self.begin[self.n])
-        end = np.concatenate((first[1:], [len(at)]))
+        end = np.append(first, len(at))[1:]
         self.key[old:self.n], self.count[old:self.n] = key[first], np.add.reduceat(self.weight[at], first)
         self.begin[old + 1:self.n + 1], self.pool[used:used + len(at)] = used + end, at
         new = np.arange(old, self.n)
@@ -347,7 +324,7 @@ class Pairs:
         after = self.nxt[right]
         self.sym[pos], self.sym[right], self.nxt[pos], self.prv[after] = base + who, -1, after, pos
         left = self.prv[pos]
-        return self.store(np.concatenate([left[(self.sym[left] >= 0) & (self.sym[left] < base)], pos]))   # each position once
+        return self.store(np.append(left[self.sym[left] < base], pos))  # each position once
 
 def learn_merges(words, n_merges, add=lambda n: None):
     """dict of words with their counts -> up to n_merges pairs (left id, right id), most frequent first.
@@ -359,39 +336,31 @@ def learn_merges(words, n_merges, add=lambda n: None):
     one, l == b or r == a, or that is (a, a), which overlaps itself and goes alone; what is passed is exactly what one merge at a
     time would take.
 
-    The order is a heap's, of the pairs that occur at least `least` times. A count in it may be out of date, but only too high: a
-    pair that comes out with an old count goes back with the new one.
+    A batch may end sooner: only the hot pairs, up to a `last` one, are looked at, and only the first of them put in order.
     """
-    pairs, merges, heap, least = Pairs(words), [], [], 1
+    pairs, merges, hot = Pairs(words), [], []
+    def first(count, key, n):   # the n first of some pairs
+        top = np.flatnonzero(count >= max(1, np.partition(count, -n)[-n] if len(count) > n else 1))
+        return top[np.lexsort((key[top], -count[top]))][:n]
     while len(merges) < n_merges:
-        if not heap:   # take the next thousand or so
-            count = pairs.count[:pairs.n]
-            least = max(1, np.partition(count, -HOT)[-HOT]) if len(count) > HOT else 1
-            hot = np.flatnonzero(count >= least)
-            heap = list(zip((-count[hot]).tolist(), pairs.key[hot].tolist(), hot.tolist()))
-            heapq.heapify(heap)
-            if not heap: break  # every word is one token
+        if not len(hot):
+            hot = first(pairs.count[:pairs.n], pairs.key, HOT)
+            if not len(hot): break  # every word is one token
+            least, last = pairs.count[hot[-1]], pairs.key[hot[-1]]
+        best = hot[first(pairs.count[hot], pairs.key[hot], min(64, n_merges - len(merges)))]
         batch, lefts, rights = [], set(), set()
-        while heap and len(merges) + len(batch) < n_merges:
-            minus, key, p = heap[0]
-            left, right, count = key >> 32, key & 0xFFFFFFFF, pairs.count.item(p)
-            if -minus != count:
-                heapq.heapreplace(heap, (-count, key, p)) if count >= least else heapq.heappop(heap)
-                continue
+        for key in pairs.key[best].tolist():
+            left, right = key >> 32, key & 0xFFFFFFFF
             if left in rights or right in lefts or left == right and batch: break
-            heapq.heappop(heap)
-            batch.append((p, (left, right)))
+            batch.append((left, right))
             lefts.add(left)
             rights.add(right)
             if left == right: break
-        if batch:
-            taken, made = zip(*batch)
-            new = pairs.merge(np.array(taken), 256 + len(merges))
-            merges += made
-            new = new[pairs.count[new] >= least]
-            for entry in zip((-pairs.count[new]).tolist(), pairs.key[new].tolist(), new.tolist()):
-                heapq.heappush(heap, entry)
-            add(len(batch))
+        hot = np.append(hot, pairs.merge(best[:len(batch)], 256 + len(merges)))
+        count = pairs.count[hot]
+        hot = hot[(count > least) | (count == least) & (pairs.key[hot] <= last)]
+        merges += batch
+        add(len(batch))
     return merges
 
 # ---- The tokenizer ------------------------------------------------------------------------------------------------------------
@@ -447,18 +416,19 @@ class Tokenizer:
         < 256 or another pattern, OSError if a worker dies.
         """
         if (workers or 0) < 0: raise ValueError(f"workers is {workers}: want a number of processes, or none for one per core")
-        if vocab_size < 256: raise ValueError(f"vocab_size is {vocab_size}, too small: the 256 bytes alone need 256")
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
-        if 256 < vocab_size < plain.vocab_size:
-            raise ValueError(f"vocab_size is {vocab_size}, too small: bytes and special tokens need {plain.vocab_size}")
-        n_merges, merges = max(0, vocab_size - 256 - len(plain.special_tokens)), []
+        if vocab_size < plain.vocab_size and vocab_size != 256:
+            raise ValueError(f"vocab_size is {vocab_size}, too small: 256 bytes and special tokens need {plain.vocab_size}")
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
                 if not isinstance(doc, (str, bytes)): yield from cut(doc)
                 else: yield from itertools.chain(*(cut([text]) for text in plain._parts(doc, plain.special_tokens)[::2]))
-        if n_merges:
-            words = count_parallel(pieces(), plain.pattern, workers or os.cpu_count(), show("MB counted", n_bytes, 1e6))
-            merges = learn_merges(words, n_merges, show("merges", n_merges))
+        n_merges, words = max(0, vocab_size - 256 - len(plain.special_tokens)), collections.Counter()
+        add, count = show("MB counted", n_bytes, 1e6), functools.partial(count_words, pattern=plain.pattern)
+        for counts in in_order(count, groups(pieces() if n_merges else (), BATCH), workers or os.cpu_count()):
+            words.update(counts)
+            add(sum(len(word) * n for word, n in counts.items()))
+        merges = learn_merges(words, n_merges, show("merges", n_merges))
         if len(merges) < n_merges:
             print(f"bpe.py: the text has only {len(merges)} pairs to merge, so vocab_size is "
                   f"{vocab_size - n_merges + len(merges)}, not {vocab_size}", file=sys.stderr)

@@ -33,11 +33,9 @@ end is p + 1 if causal, else S; first is 0, raised by a window to p - window + 1
 that sees nothing yields zeros and passes no gradient (its L is +inf, which makes every p_ij zero). Of the tiles of the score
 matrix, those that nobody sees are skipped, and only those on an edge of the mask are masked.
 """
-import contextlib
 import math
 import re
 import subprocess
-import tempfile
 
 import torch
 from torch import Tensor
@@ -69,7 +67,9 @@ def attention_ref(q, k, v, causal=True, window=0, scale=None, doc_start=None):
     return s.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0) @ v        # softmax over nothing is NaN: make it 0
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# What the kernels share. A constexpr is known at compile time. A tile is ROWS x WIDTH, WIDTH being D rounded up to a power of two
+# What the kernels share. A kernel runs as many programs, told apart by program_id, which counts tiles first, then heads, then the
+# batch. What reads like NumPy works on a whole tile, in registers: ROWS x WIDTH, WIDTH being D rounded up to a power of two. A
+# constexpr is known to the compiler: it decides an if on one, and unrolls a static_range or a comprehension over a tuple.
 
 @jit
 def dot(a, b, c):
@@ -85,11 +85,10 @@ def pointers(X, strides, b, h, row, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return corner + (tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, WIDTH)[None, :] * strides[3])
 
 @jit
-def load(X, strides, b, h, row, rows, EDGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-         TMA: tl.constexpr):
-    """Tile X[b, h, row : row + ROWS], zeros outside the tensor: (ROWS, WIDTH). X is a pointer or, if TMA, a descriptor for the
-    copy engine, which looks after the tensor's edges itself."""
-    if TMA:
+def load(X, strides, b, h, row, rows, EDGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Tile X[b, h, row : row + ROWS], zeros outside the tensor: (ROWS, WIDTH). X is a pointer or a descriptor for the copy
+    engine (TMA), which looks after the tensor's edges itself."""
+    if isinstance(X, tl.tensor_descriptor):
         tile = X.load([b, h, row, 0]).reshape(ROWS, WIDTH)
     elif EDGE or D < WIDTH:
         inside = (tl.arange(0, ROWS)[:, None] < rows - row) & (tl.arange(0, WIDTH)[None, :] < D)
@@ -164,11 +163,11 @@ def finish(m, l, a):
 @jit
 def forward_kernel(Q, K, V, Out, LSE, Doc, q_strides, k_strides, v_strides, o_strides, H, G, T, S, T_pad, window, scale,
                    D: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr,
-                   TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One tile of queries or, where matrix units are asynchronous, TWO: they work for one while the other is at its softmax.
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One tile of queries or, where matrix units are asynchronous, two: they work for one while the other is at its softmax.
     An H100 takes 571 us for 4 x 16 heads, T 4096, D 128, causal; with one tile at best 607, by pointers 657."""
-    TWO: tl.constexpr = TMA
-    ROWS: tl.constexpr = 2 * BLOCK_M if TWO else BLOCK_M
+    COUNT: tl.constexpr = 2 if isinstance(Q, tl.tensor_descriptor) else 1                   # GPUs of that kind load by descriptor
+    ROWS: tl.constexpr = COUNT * BLOCK_M
     tiles = tl.cdiv(T, ROWS)
     pid = tl.program_id(0)
     m_start = (tiles - 1 - pid % tiles) * ROWS                          # the tiles with the most keys to see start first
@@ -177,43 +176,32 @@ def forward_kernel(Q, K, V, Out, LSE, Doc, q_strides, k_strides, v_strides, o_st
     first, end = bounds(m_start + tl.arange(0, ROWS), doc, T, S, window, CAUSAL, WINDOW, DOC)
     start, before, full, edges = split(tl.min(first, 0), tl.max(first, 0), tl.min(end, 0), tl.max(end, 0), BLOCK_N)
 
-    rows0 = m_start + tl.arange(0, BLOCK_M)
-    first0, end0 = bounds(rows0, doc, T, S, window, CAUSAL, WINDOW, DOC)
-    q0 = load(Q, q_strides, b, h, m_start, T, True, D, BLOCK_M, WIDTH, TMA)
-    m0, l0, a0 = empty_state(BLOCK_M, WIDTH)
-    if TWO:
-        rows1 = rows0 + BLOCK_M
-        first1, end1 = bounds(rows1, doc, T, S, window, CAUSAL, WINDOW, DOC)
-        q1 = load(Q, q_strides, b, h, m_start + BLOCK_M, T, True, D, BLOCK_M, WIDTH, TMA)
-        m1, l1, a1 = empty_state(BLOCK_M, WIDTH)
+    rows, mask, q, state = (), (), (), ()                               # one of each per tile
+    for t in tl.static_range(COUNT):
+        rows += (m_start + tl.arange(0, BLOCK_M) + t * BLOCK_M,)
+        mask += (bounds(rows[t], doc, T, S, window, CAUSAL, WINDOW, DOC),)
+        q += (load(Q, q_strides, b, h, m_start + t * BLOCK_M, T, True, D, BLOCK_M, WIDTH),)
+        state += (empty_state(BLOCK_M, WIDTH),)
 
     zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for EDGE in tl.static_range(1, -1, -1):                             # the blocks on an edge of the mask, then the full ones
         # subtle: hoisting what does not change out of the loop costs more registers than it saves instructions, and spills
         for i in tl.range(0, edges if EDGE else full, disable_licm=True):
             n = block(i, EDGE, start, before, full) * BLOCK_N
-            k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
-            s0 = dot(q0, k.T, zero)
-            if TWO:
-                s1 = dot(q1, k.T, zero)
+            k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
+            s = [dot(x, k.T, zero) for x in q]
             if EDGE:
                 cols = n + tl.arange(0, BLOCK_N)[None, :]
-                s0 = hide(s0, cols, first0[:, None], end0[:, None], float("-inf"), WINDOW or DOC)
-                if TWO:
-                    s1 = hide(s1, cols, first1[:, None], end1[:, None], float("-inf"), WINDOW or DOC)
-            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
-            m0, l0, a0 = online_softmax(s0, v, m0, l0, a0, scale)
-            if TWO:
-                m1, l1, a1 = online_softmax(s1, v, m1, l1, a1, scale)
+                s = [hide(s[t], cols, mask[t][0][:, None], mask[t][1][:, None], float("-inf"), WINDOW or DOC)
+                     for t in (0, 1)[:COUNT]]
+            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
+            state = [online_softmax(s[t], v, *state[t], scale) for t in (0, 1)[:COUNT]]
 
     lse = LSE + tl.cast(pid // tiles, tl.int64) * T_pad
-    out, lse0 = finish(m0, l0, a0)
-    store(Out, o_strides, b, h, m_start, T, out, D, BLOCK_M, WIDTH)
-    tl.store(lse + rows0, lse0, mask=rows0 < T)
-    if TWO:
-        out, lse1 = finish(m1, l1, a1)
-        store(Out, o_strides, b, h, m_start + BLOCK_M, T, out, D, BLOCK_M, WIDTH)
-        tl.store(lse + rows1, lse1, mask=rows1 < T)
+    for t in tl.static_range(COUNT):
+        out, L = finish(*state[t])
+        store(Out, o_strides, b, h, m_start + t * BLOCK_M, T, out, D, BLOCK_M, WIDTH)
+        tl.store(lse + rows[t], L, mask=rows[t] < T)
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Backward
@@ -225,28 +213,27 @@ def delta_kernel(Out, dOut, Delta, o_strides, do_strides, H, T, T_pad, D: tl.con
     tiles = T_pad // BLOCK_M
     pid = tl.program_id(0)
     m, h, b = pid % tiles * BLOCK_M, pid // tiles % H, pid // tiles // H
-    o = load(Out, o_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, False).to(tl.float32)
-    do = load(dOut, do_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, False).to(tl.float32)
+    o = load(Out, o_strides, b, h, m, T, True, D, BLOCK_M, WIDTH).to(tl.float32)
+    do = load(dOut, do_strides, b, h, m, T, True, D, BLOCK_M, WIDTH).to(tl.float32)
     tl.store(Delta + tl.cast(pid // tiles, tl.int64) * T_pad + m + tl.arange(0, BLOCK_M), tl.sum(o * do, 1))
 
 @jit
 def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_strides, v_strides, do_strides, dk_strides,
                 dv_strides, H, G, T, S, T_pad, window, scale, scale_log2, D: tl.constexpr, WIDTH: tl.constexpr,
-                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, TMA: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One tile of keys against every query that sees it, in all G heads of its group. Scores are transposed, (keys, queries), to
     be the left operand of both sums without a detour through shared memory."""
     tiles = tl.cdiv(S, BLOCK_N)
     pid = tl.program_id(0)
     n, kv, b = pid % tiles * BLOCK_N, pid // tiles % (H // G), pid // tiles // (H // G)
-    k = load(K, k_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH, TMA)
-    v = load(V, v_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH, TMA)
+    k = load(K, k_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH)
+    v = load(V, v_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH)
     dk = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv = tl.zeros([BLOCK_N, WIDTH], tl.float32)
 
     # The mask as the keys n..n_last see it: some of them are seen by the queries start..stop, all by full_start..full_stop
     n_last, past = tl.minimum(n + BLOCK_N, S) - 1, S - T
-    start, full_start, full_stop, stop = n * 0, n * 0, n * 0 + T, n * 0 + T
+    start, full_start, full_stop, stop = 0, 0, T, T
     if CAUSAL:
         start, full_start = tl.maximum(n - past, 0), tl.maximum(n_last - past, 0)
     if WINDOW:
@@ -265,12 +252,12 @@ def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_str
             h, m = kv * G + i // each, block(i % each, EDGE, start, before, full) * BLOCK_M
             rows = m + tl.arange(0, BLOCK_M)
             stats = (tl.cast(b, tl.int64) * H + h) * T_pad + rows
-            q = load(Q, q_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH, TMA)
+            q = load(Q, q_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH)
             p = tl.exp2(dot(k, q.T, zero) * scale_log2 - tl.load(LSE + stats)[None, :])
             if EDGE:
                 first, end = bounds(rows, Doc + tl.cast(b, tl.int64) * T, T, S, window, CAUSAL, WINDOW, DOC)
                 p = hide(p, n + tl.arange(0, BLOCK_N)[:, None], first[None, :], end[None, :], 0.0, WINDOW or DOC)
-            do = load(dOut, do_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH, TMA)
+            do = load(dOut, do_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH)
             dv = dot(p.to(do.dtype), do, dv)
             ds = p * (dot(v, do.T, zero) - tl.load(Delta + stats)[None, :])
             dk = dot(ds.to(q.dtype), q, dk)
@@ -280,7 +267,7 @@ def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_str
 @jit
 def dq_kernel(Q, K, V, dOut, LSE, Delta, dQ, Doc, q_strides, k_strides, v_strides, do_strides, dq_strides, H, G, T, S, T_pad,
               window, scale, scale_log2, D: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-              DOC: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+              DOC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One tile of queries against every key it sees: the walk of the forward."""
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
@@ -288,8 +275,8 @@ def dq_kernel(Q, K, V, dOut, LSE, Delta, dQ, Doc, q_strides, k_strides, v_stride
     rows = m + tl.arange(0, BLOCK_M)
     first, end = bounds(rows, Doc + tl.cast(b, tl.int64) * T, T, S, window, CAUSAL, WINDOW, DOC)
     start, before, full, edges = split(tl.min(first, 0), tl.max(first, 0), tl.min(end, 0), tl.max(end, 0), BLOCK_N)
-    q = load(Q, q_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, TMA)
-    do = load(dOut, do_strides, b, h, m, T, True, D, BLOCK_M, WIDTH, TMA)
+    q = load(Q, q_strides, b, h, m, T, True, D, BLOCK_M, WIDTH)
+    do = load(dOut, do_strides, b, h, m, T, True, D, BLOCK_M, WIDTH)
     stats = tl.cast(pid // tiles, tl.int64) * T_pad + rows
     lse, delta = tl.load(LSE + stats)[:, None], tl.load(Delta + stats)[:, None]
     dq = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -298,11 +285,11 @@ def dq_kernel(Q, K, V, dOut, LSE, Delta, dQ, Doc, q_strides, k_strides, v_stride
     for EDGE in tl.static_range(1, -1, -1):
         for i in tl.range(0, edges if EDGE else full, disable_licm=True):
             n = block(i, EDGE, start, before, full) * BLOCK_N
-            k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
+            k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
             p = tl.exp2(dot(q, k.T, zero) * scale_log2 - lse)
             if EDGE:
                 p = hide(p, n + tl.arange(0, BLOCK_N)[None, :], first[:, None], end[:, None], 0.0, WINDOW or DOC)
-            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH, TMA)
+            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
             ds = p * (dot(do, v.T, zero) - delta)
             dq = dot(ds.to(k.dtype), k, dq)
     store(dQ, dq_strides, b, h, m, T, dq * scale, D, BLOCK_M, WIDTH)
@@ -321,25 +308,25 @@ def decode_kernel(Q, K, V, Lengths, Part, LSE, q_strides, k_strides, v_strides, 
     r, d = m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)     # row r of the tile is query r // G of head kv * G + r % G
     inside = (r[:, None] < G * T) & (d[None, :] < D)
     b, h, t = tl.cast(b, tl.int64), (kv * G + r % G).to(tl.int64), (r // G).to(tl.int64)
-    rows = b * q_strides[0] + h * q_strides[1] + t * q_strides[2]
-    q = tl.load(Q + rows[:, None] + d[None, :] * q_strides[3], mask=inside, other=0.0)
+    at = b * q_strides[0] + h * q_strides[1] + t * q_strides[2]
+    q = tl.load(Q + at[:, None] + d[None, :] * q_strides[3], mask=inside, other=0.0)
 
     length = tl.minimum(tl.load(Lengths + b), S)
     first, end = bounds(tl.minimum(r // G, T - 1), Lengths, T, length, window, True, WINDOW, False)
     start, stop = tl.min(first, 0) // BLOCK_N, tl.cdiv(tl.max(end, 0), BLOCK_N)
     share = tl.cdiv(tl.maximum(stop - start, 0), splits)                # whatever this row's length, its programs share it evenly
     start += part * share
-    m_i, l_i, a_i = empty_state(BLOCK_M, WIDTH)
+    state = empty_state(BLOCK_M, WIDTH)
     for i in range(start, tl.minimum(start + share, stop)):
         n = i * BLOCK_N
-        k = load(K, k_strides, b, kv, n, length, True, D, BLOCK_N, WIDTH, False)
-        v = load(V, v_strides, b, kv, n, length, True, D, BLOCK_N, WIDTH, False)
+        k = load(K, k_strides, b, kv, n, length, True, D, BLOCK_N, WIDTH)
+        v = load(V, v_strides, b, kv, n, length, True, D, BLOCK_N, WIDTH)
         s = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         s = hide(s, n + tl.arange(0, BLOCK_N)[None, :], first[:, None], end[:, None], float("-inf"), WINDOW)
-        m_i, l_i, a_i = online_softmax(s, v, m_i, l_i, a_i, scale)
-    out, lse = finish(m_i, l_i, a_i)
-    rows = b * p_strides[0] + h * p_strides[1] + t * p_strides[2] + part * p_strides[3]
-    tl.store(Part + rows[:, None] + d[None, :] * p_strides[4], out.to(Part.dtype.element_ty), mask=inside)
+        state = online_softmax(s, v, *state, scale)
+    out, lse = finish(*state)
+    at = b * p_strides[0] + h * p_strides[1] + t * p_strides[2] + part * p_strides[3]
+    tl.store(Part + at[:, None] + d[None, :] * p_strides[4], out.to(Part.dtype.element_ty), mask=inside)
     tl.store(LSE + ((b * H + h) * T + t) * splits + part, lse, mask=r < G * T)
 
 @jit
@@ -386,36 +373,32 @@ def copy_engine(arch, *tensors):
     return arch >= 90 and all(x.numel() > 0 and x.element_size() == 2 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 and
                               all(0 < stride < 2 ** 39 and stride % 8 == 0 for stride in x.stride()[:3]) for x in tensors)
 
-def tile_options(which, arch, tma, q):
+def tile_options(which, arch, tma, q, **mask):
+    """-> BLOCK_M, BLOCK_N, keywords for the kernel, and what makes of a tensor, in tiles of some rows, the X that load wants."""
     width = max(16, triton.next_power_of_2(q.shape[3]))
     known = TILES[which]                                # the backward's tiles of 90 do for 100
     table = FLOAT32 if q.dtype == torch.float32 else known[80] if not tma else known.get(arch, known[90])
-    m, n, warps, stages = table[max(64, width)]
-    return m, n, dict(D=q.shape[3], WIDTH=width, TMA=tma, BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
-
-def tiled(x, rows, options):
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, options["WIDTH"]]) if options["TMA"] else x
+    M, N, warps, stages = table[max(64, width)]
+    options = dict(D=q.shape[3], WIDTH=width, BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, **mask)
+    return M, N, options, lambda x, rows: TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width]) if tma else x
 
 def forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, arch):
-    (B, H, T, _), (K, S) = q.shape, k.shape[1:3]
-    M, N, options = tile_options("forward", arch, copy_engine(arch, q, k, v), q)
-    options.update(CAUSAL=causal, WINDOW=0 < window < S, DOC=doc_start is not None)
+    (B, H, T, _), (K, S), tma = q.shape, k.shape[1:3], copy_engine(arch, q, k, v)
+    M, N, options, tiled = tile_options("forward", arch, tma, q, CAUSAL=causal, WINDOW=0 < window < S, DOC=doc_start is not None)
     doc = lse if doc_start is None else doc_start                       # never read without documents, but it must be a pointer
-    args = (tiled(q, M, options), tiled(k, N, options), tiled(v, N, options), out, lse, doc, q.stride(), k.stride(), v.stride(),
-            out.stride(), H, H // K, T, S, lse.shape[2], min(window, S), scale * math.log2(math.e))
-    return [(forward_kernel, triton.cdiv(T, 2 * M if options["TMA"] else M) * H * B, args, options)]
+    args = (tiled(q, M), tiled(k, N), tiled(v, N), out, lse, doc, q.stride(), k.stride(), v.stride(), out.stride(),
+            H, H // K, T, S, lse.shape[2], min(window, S), scale * math.log2(math.e))
+    return [(forward_kernel, triton.cdiv(T, 2 * M if tma else M) * H * B, args, options)]
 
 def backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch):
     (B, H, T, D), (K, S), T_pad, tma = q.shape, k.shape[1:3], lse.shape[2], copy_engine(arch, q, k, v, dout)
     launches = [(delta_kernel, T_pad // 64 * H * B, (out, dout, delta, out.stride(), dout.stride(), H, T, T_pad),
                  dict(D=D, WIDTH=triton.next_power_of_2(D), BLOCK_M=64, num_warps=8))]
+    doc, strides = lse if doc_start is None else doc_start, (q.stride(), k.stride(), v.stride(), dout.stride())
+    sizes = (H, H // K, T, S, T_pad, min(window, S), scale, scale * math.log2(math.e))
     for which in ("dkdv", "dq"):
-        M, N, options = tile_options(which, arch, tma, q)
-        options.update(CAUSAL=causal, WINDOW=0 < window < S, DOC=doc_start is not None)
-        doc = lse if doc_start is None else doc_start
-        inputs = (tiled(q, M, options), tiled(k, N, options), tiled(v, N, options), tiled(dout, M, options), lse, delta)
-        strides = (q.stride(), k.stride(), v.stride(), dout.stride())
-        sizes = (H, H // K, T, S, T_pad, min(window, S), scale, scale * math.log2(math.e))
+        M, N, options, tiled = tile_options(which, arch, tma, q, CAUSAL=causal, WINDOW=0 < window < S, DOC=doc_start is not None)
+        inputs = (tiled(q, M), tiled(k, N), tiled(v, N), tiled(dout, M), lse, delta)
         if which == "dkdv":
             ends = lse if doc_start is None else document_ends(doc_start, S, N)
             launches.append((dkdv_kernel, triton.cdiv(S, N) * K * B,
@@ -434,22 +417,21 @@ def document_ends(doc_start, S, block):
 def decode_launches(q, k, v, lengths, out, window, scale, arch, processors):
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     rows = T * H // K                                                   # of all heads in a group
-    _, N, options = tile_options("decode", arch, False, q)
-    options.update(BLOCK_M=min(64, max(16, triton.next_power_of_2(rows))), WINDOW=0 < window < S)
-    tiles, blocks = triton.cdiv(rows, options["BLOCK_M"]) * K * B, triton.cdiv(S, N)
+    _, N, options, _ = tile_options("decode", arch, False, q, WINDOW=0 < window < S)
+    M = options["BLOCK_M"] = min(64, max(16, triton.next_power_of_2(rows)))
+    tiles, blocks = triton.cdiv(rows, M) * K * B, triton.cdiv(S, N)
     splits = max(1, min(processors // max(tiles, 1), blocks)) if blocks > 4 else 1
     part = out[:, :, :, None] if splits == 1 else q.new_empty(B, H, T, splits, D, dtype=torch.float32)      # one is the whole
     lse = q.new_empty(B, H, T, splits, dtype=torch.float32)
     args = (q, k, v, lengths, part, lse, q.stride(), k.stride(), v.stride(), part.stride(), H, H // K, T, S, splits,
             min(window, S), scale * math.log2(math.e))
     combine = dict(D=D, WIDTH=options["WIDTH"], SPLITS=triton.next_power_of_2(splits))
-    options.pop("TMA")
     launches = [(decode_kernel, tiles * splits, args, options),
                 (combine_kernel, B * H * T, (part, lse, out, out.stride(), H, T, splits), combine)]
     return launches[:1] if splits == 1 else launches
 
-def run(launches, device):
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+def run(launches, x):
+    with torch.cuda.device_of(x):                           # on the GPU of x; nothing to do where there is none
         for kernel, programs, args, options in launches:
             if programs > 0:
                 kernel[(programs,)](*args, **options)
@@ -474,7 +456,7 @@ def new_stats(q):
 def forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float,
                doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = empty_like(q), new_stats(q)
-    run(forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, architecture(q.device)), q.device)
+    run(forward_launches(q, k, v, out, lse, causal, window, scale, doc_start, architecture(q.device)), q)
     return out, lse
 
 @torch.library.custom_op("flash_attn_py::backward", mutates_args=())
@@ -482,14 +464,14 @@ def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse:
                 doc_start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dout = dout.contiguous() if dout.stride(3) != 1 or 0 in dout.stride() else near(dout)     # a sum's is one number, expanded
     dq, dk, dv, delta, arch = empty_like(q), empty_like(k), empty_like(v), torch.empty_like(lse), architecture(q.device)
-    run(backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch), q.device)
+    run(backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch), q)
     return dq, dk, dv
 
 @torch.library.custom_op("flash_attn_py::decode", mutates_args=())
 def decode_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale: float) -> Tensor:
     out, cuda = empty_like(q), q.device.type == "cuda"
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if cuda else 8
-    run(decode_launches(q, k, v, lengths, out, window, scale, architecture(q.device), processors), q.device)
+    run(decode_launches(q, k, v, lengths, out, window, scale, architecture(q.device), processors), q)
     return out
 
 forward_op.register_fake(lambda q, k, v, causal, window, scale, doc_start: (empty_like(q), new_stats(q)))
@@ -536,8 +518,7 @@ def check(q, k, v, window, scale):
                          "want (B, H, T, D) and twice (B, K, S, D), H a multiple of K")
     if window < 0:
         raise ValueError(f"window is {window}: want the number of keys a query may see, or 0 for all")
-    reason = why_not(q, k, v)
-    if reason:
+    if reason := why_not(q, k, v):
         raise ValueError(f"{reason}; else take attention_ref or SDPA, with tensors of one type and device")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:                                      # subtle: the largest scaled score is the scaled largest only if scale > 0
@@ -598,11 +579,8 @@ def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, H=
 def usage(kernel, arch):
     """What a compiled kernel uses: registers, bytes spilled, shared memory, programs per multiprocessor; ptxas warnings."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(kernel.asm["ptx"])
-        ptx.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", ptx.name, "-o", "/dev/null"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", "/dev/stdin", "-o", "/dev/null"]
+    log = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
     registers, spilled = int(re.search(r"Used (\d+) registers", log)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     warps, shared, room = kernel.metadata.num_warps, kernel.metadata.shared, {80: 164, 90: 228, 100: 228}[arch] * 1024
     programs = min(65536 // (-(-registers // 8) * 8 * 32 * warps), room // (shared + 1024), 64 // warps)

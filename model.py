@@ -19,9 +19,8 @@ A GPT in one file: the modern one by default, GPT-2 itself by switches of the sa
 Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = n_embd (H*D unless
 head_size says otherwise), V vocab_size.
 """
-import contextlib, json, math, os, re, textwrap
-from collections import namedtuple
-from dataclasses import fields, replace
+import contextlib, glob, json, math, os, re, textwrap
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -33,37 +32,28 @@ from config import GPTConfig
 
 # ---------------------------------------------------------------------------- positions
 
-def frequencies(width, theta):      # on the CPU: a model of meta weights has real tables, too
-    return theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-
-def angles(config, frequency):
-    return torch.outer(torch.arange(config.block_size, dtype=torch.float64, device="cpu"), frequency)
-
-def rope_table(config):
-    """cos and sin of every position's rotation angles, each (block_size, D/2); pair d turns by position / theta^(2d/D). Scaling
-    stretches a model trained at block_size / s to block_size, s = rope_factor: linear (arXiv:2306.15595) slows every pair by s;
-    ntk (bloc97 2023) raises theta so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (Llama 3.1's code) slow
-    those that turn less than once in the trained context, leave those that turn often, and blend between; yarn also sharpens the
-    attention."""
-    s, D, scaling = config.rope_factor, config.head_dim, config.rope_scaling
-    frequency = frequencies(D, config.rope_theta * (s ** (D / max(D - 2, 1)) if scaling == "ntk" else 1))
+def position_table(config):
+    """cos and sin of every position's angles, (2, block_size, D/2): pair d turns by position / theta^(2d/D). Sinusoidal positions
+    (Vaswani et al. 2017, arXiv:1706.03762, section 3.5) are the same with D = n_embd. Scaling stretches a model trained at
+    block_size / s to block_size, s = rope_factor: linear (arXiv:2306.15595) slows every pair by s; ntk (bloc97 2023) raises theta
+    so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (Llama 3.1's code) slow those that turn less than once
+    in the trained context, leave those that turn often, and blend between; yarn also sharpens the attention."""
+    s, D, scaling = config.rope_factor, config.head_dim if config.pos == "rope" else config.n_embd, config.rope_scaling
+    theta = config.rope_theta * (s ** (D / max(D - 2, 1)) if scaling == "ntk" else 1)
+    n = torch.arange(max(config.block_size, D), dtype=torch.float64, device="cpu")  # a model of meta weights has real tables, too
+    frequency = theta ** -(n[:D:2] / D)
     if scaling == "linear": frequency /= s
     elif scaling in ("yarn", "llama3"):
         often, turns = 32 if scaling == "yarn" else 4, config.trained_length * frequency / (2 * math.pi)
         keep = ((turns - 1) / (often - 1)).clamp(0, 1)
         frequency *= keep + (1 - keep) / s
-    angle, sharpen = angles(config, frequency), 0.1 * math.log(s) + 1 if scaling == "yarn" else 1.0
-    return (sharpen * angle.cos()).float(), (sharpen * angle.sin()).float()
-
-def sinusoidal_table(config):
-    """Vaswani et al. 2017, arXiv:1706.03762, section 3.5: sines in the even columns, cosines in the odd; one (block_size, C)."""
-    angle = angles(config, frequencies(config.n_embd, 10000.0))
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float(),
+    angle, sharpen = torch.outer(n[:config.block_size], frequency), 0.1 * math.log(s) + 1 if scaling == "yarn" else 1.0
+    return (sharpen * torch.stack((angle.cos(), angle.sin()))).float()
 
 def apply_rope(x, cos, sin):
     """Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), as one complex product (x1 + i x2)(cos + i sin), so that q.k
-    depends on the distance alone. cos, sin: (T, D/2), or (B, 1, T, D/2) where rows stand at different positions. subtle: Llama's
-    published code pairs (x[2d], x[2d+1]); halves, as Hugging Face's too, are the same up to a permutation."""
+    depends on the distance alone. cos, sin: (1, T, D/2), or (B, 1, T, D/2) where rows stand at different positions. subtle:
+    Llama's published code pairs (x[2d], x[2d+1]); halves, as Hugging Face's too, are the same up to a permutation."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -79,13 +69,12 @@ class KVCache:
         shape = (batch_size, config.kv_heads, max_len, config.head_dim)
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
-        self.max_len = self.span = max_len                                  # span: S, the keys that attention is given
-        self.end, self.ragged, self.static = 0, False, False                # end: the longest row, known on the host
+        self.max_len, self.span, self.ragged, self.static = max_len, 0, False, False        # span: S, as many keys as are seen
 
     def set_lengths(self, lengths):
         """lengths: one int per row. Forget everything beyond them; all zero empties the cache."""
         assert len(lengths) == len(self.lengths) and max(lengths) <= self.max_len
-        self.end = 0 if self.static else max(lengths)       # a static cache must not show a number that changes to the compiler
+        self.span = self.max_len if self.static else max(lengths)       # static: the compiler must see no number that changes
         self.ragged = self.static or min(lengths) != max(lengths)
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=self.lengths.is_cuda)
 
@@ -95,14 +84,13 @@ class KVCache:
         self.k, self.v, self.lengths = [k[rows] for k in self.k], [v[rows] for v in self.v], self.lengths[rows]
 
     def grow(self, T):
-        """Make room for T new tokens a row and return their positions: (T,), or (B, T) where rows differ."""
-        if self.end + T > self.max_len:
-            raise ValueError(f"the cache holds {self.end} of {self.max_len} tokens: no room for {T} more")
-        pos = torch.arange(T, device=self.lengths.device) + (self.lengths[:, None] if self.ragged else self.end)
+        """Make room for T new tokens a row; return their positions, (T,), or (B, T) where rows differ, and S."""
+        if not self.static and self.span + T > self.max_len:
+            raise ValueError(f"the cache holds {self.span} of {self.max_len} tokens: no room for {T} more")
+        pos = torch.arange(T, device=self.lengths.device) + (self.lengths[:, None] if self.ragged else self.span)
         self.lengths += T
-        if not self.static: self.end += T
-        self.span = self.max_len if self.static else self.end
-        return pos
+        if not self.static: self.span += T
+        return pos, self.span
 
     def update(self, layer, pos, k, v):
         """Write the new k, v (B, K, T, D) of one layer at pos; return what attention may look at, (B, K, S, D)."""
@@ -110,7 +98,7 @@ class KVCache:
             if self.ragged:     # subtle: indices around a slice put (B, T) first and K after them
                 store[torch.arange(len(new), device=new.device)[:, None], :, pos] = new.transpose(1, 2).to(store.dtype)
             else:
-                store[:, :, self.end - new.shape[2]:self.end] = new
+                store[:, :, self.span - new.shape[2]:self.span] = new
         return self.k[layer][:, :, :self.span], self.v[layer][:, :, :self.span]
 
 def sdpa_mask(pos, S, window=0, doc_start=None):
@@ -149,18 +137,13 @@ def norm(config, width, kind="rmsnorm"):
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T, A (rank, in) Gaussian, B (out, rank) zero, so it
     starts as the layer it was. Hu et al. 2021, arXiv:2106.09685; their factor alpha / rank is 1 here, for it only rescales the
-    learning rate (section 4.1). A layer changes its class in place, there and back, so the names in the state dict stay."""
+    learning rate (section 4.1). A layer changes its class in place, so the names in the state dict stay."""
     @classmethod
     def adapt(cls, linear, rank):
         out, width = linear.weight.shape
         linear.__class__ = cls
         linear.lora_a = nn.Parameter(torch.randn(rank, width, device=linear.weight.device) / math.sqrt(width))
         linear.lora_b = nn.Parameter(torch.zeros(out, rank, device=linear.weight.device))
-
-    def merge(self):
-        self.weight.data += self.lora_b @ self.lora_a
-        del self.lora_a, self.lora_b
-        self.__class__ = nn.Linear
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
@@ -178,10 +161,8 @@ class CausalSelfAttention(nn.Module):
 
     def qkv(self, x, rope):
         """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), normalised and rotated as they meet in the dot product."""
-        B, T, D = *x.shape[:2], self.config.head_dim
-        q = self.c_q(x).view(B, T, -1, D).transpose(1, 2)       # (B, H, T, D)
-        k = self.c_k(x).view(B, T, -1, D).transpose(1, 2)       # (B, K, T, D)
-        v = self.c_v(x).view(B, T, -1, D).transpose(1, 2)       # (B, K, T, D)
+        heads = -1, self.config.head_dim
+        q, k, v = (linear(x).unflatten(-1, heads).transpose(1, 2) for linear in (self.c_q, self.c_k, self.c_v))
         if self.config.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None: q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q.type_as(v), k.type_as(v), v
@@ -189,8 +170,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope, cache, pos, masks):
         q, k, v = self.qkv(x, rope)
         if cache is not None: k, v = cache.update(self.layer, pos, k, v)       # (B, K, S, D)
-        dropout = self.config.dropout if self.training else 0.0
-        y = attention(q, k, v, self.backend, cache, self.window, masks[self.window], dropout)
+        y = attention(q, k, v, self.backend, cache, self.window, masks[self.window], self.config.dropout * self.training)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, H*D)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
@@ -272,10 +252,9 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=norm(config, config.n_embd, config.norm)))
         if config.pos == "learned": self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else: self.register_buffer("table", position_table(config), persistent=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights: self.lm_head.weight = self.transformer.wte.weight
-        tables = rope_table(config) if config.pos == "rope" else sinusoidal_table(config) if config.pos == "sinusoidal" else ()
-        for i, table in enumerate(tables): self.register_buffer(f"table{i}", table, persistent=False)
         for name, p in self.named_parameters():
             adds = name.endswith("c_proj.weight")       # to the stream: nothing at first, or GPT-2's 1/sqrt(2L)
             if p.dim() == 2: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
@@ -294,23 +273,17 @@ class GPT(nn.Module):
         return f"torch SDPA ({why_not})" if why_not else "flash_attn.py, Triton kernels"
 
     def add_lora(self, rank):
-        """Freeze every weight and learn a low-rank addition to the attention's matrices instead, until merge_lora."""
+        """Freeze every weight and learn a low-rank addition to the attention's matrices instead; from_checkpoint merges it."""
         self.requires_grad_(False)
         for block in self.transformer.h:
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.attn.c_proj): LoRALinear.adapt(linear, rank)
 
-    def merge_lora(self):
-        """A plain model again, with the same logits."""
-        for module in self.modules():
-            if isinstance(module, LoRALinear): module.merge()
-        self.requires_grad_(True)
-
     def stretch(self, scaling, factor):
-        """Give the model `factor` times the context it was trained at, by this RoPE scaling (see rope_table) only."""
+        """Give the model `factor` times the context it was trained at, by this RoPE scaling (see position_table) only."""
         trained = self.config.trained_length
         self.config = replace(self.config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
                               block_size=int(trained * factor))
-        self.table0, self.table1 = (table.to(self.table0.device) for table in rope_table(self.config))
+        self.table = position_table(self.config).to(self.table.device)
 
     def forward(self, idx, targets=None, cache=None, by_row=False):
         """idx (B, T) token ids -> (logits (B, T, V), None); with targets (B, T; -1 = ignore) -> (None, mean loss in nats per
@@ -326,20 +299,19 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """idx (B, T) -> what the head reads, (B, T, C); whoever needs few positions' logits calls head on those alone."""
         if self.backend is None: self.set_backend(self.training)
-        T, past = idx.shape[1], cache.end if cache is not None else 0
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}: shorten the text")
-        pos = cache.grow(T) if cache is not None else torch.arange(T, device=idx.device)        # (T,) or (B, T)
+        T, flash = idx.shape[1], self.backend == "flash_attn"
+        pos, S = cache.grow(T) if cache is not None else (torch.arange(T, device=idx.device), T)        # pos (T,) or (B, T)
+        if S > self.config.block_size:
+            raise ValueError(f"{S} tokens do not fit block_size={self.config.block_size}: shorten the text")
         x, rope, starts = self.transformer.wte(idx), None, None                                 # x (B, T, C)
         if self.config.pos == "learned": x = x + self.transformer.wpe(pos)
-        elif self.config.pos == "sinusoidal": x = x + self.table0[pos].type_as(x)
-        else: rope = tuple(t[pos] if pos.dim() == 1 else t[pos][:, None] for t in (self.table0, self.table1))
+        elif self.config.pos == "rope": rope = self.table[:, pos].unsqueeze(-3).unbind()        # (1, T, D/2) or (B, 1, T, D/2)
+        else: x = x + self.table[:, pos].flip(0).movedim(0, -1).flatten(-2).type_as(x)  # sines in even columns, cosines in odd
         x = F.dropout(x, self.config.dropout, self.training)
         device = x.device.type      # bfloat16 in the stream, too: half the bytes for norms and sums, on a CPU 5% of a step
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16: x = x.bfloat16()
         if self.doc_mask is not None and cache is None:
             starts = torch.where(idx == self.doc_mask, pos, 0).cummax(1).values                 # (B, T)
-        S, flash = cache.span if cache is not None else T, self.backend == "flash_attn"
         masks = {w: starts if flash else sdpa_mask(pos, S, w, starts) for w in set(self.config.windows)}    # not in every layer
         again = self.grad_checkpoint and self.training and cache is None
         for block in self.transformer.h:
@@ -364,9 +336,8 @@ class GPT(nn.Module):
         """Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding
         look-ups), 4 if it is frozen, and 12*H*D*T a layer for the attention matrix (its window instead of T), not halved for
         causality; PaLM, arXiv:2204.02311, appendix B."""
-        c, looked_up = self.config, {"transformer.wpe.weight", "transformer.wte.weight"}
-        if c.tie_weights: looked_up.remove("transformer.wte.weight")        # as the head it multiplies
-        flops = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in self.named_parameters() if name not in looked_up)
+        c, layers = self.config, (m for m in self.modules() if not isinstance(m, nn.Embedding))     # tied: the head's
+        flops = sum(p.numel() * (6 if p.requires_grad else 4) for m in layers for p in m.parameters(recurse=False))
         return flops + 12 * c.n_head * c.head_dim * sum(min(window or c.block_size, c.block_size) for window in c.windows)
 
     def configure_optimizers(self, cfg):
@@ -397,7 +368,7 @@ class GPT(nn.Module):
         weight, size, new = self.lm_head.weight, self.config.block_size, idx
         cache = KVCache(self.config, len(idx), min(size, idx.shape[1] + max_new_tokens), weight.device, weight.dtype)
         for _ in range(max_new_tokens):
-            if cache.end + new.shape[1] > size:
+            if cache.span + new.shape[1] > size:
                 cache.set_lengths([0] * len(idx))
                 new = idx[:, -max(size // 2, 1):]
             logits = self.head(self.hidden(new, cache)[:, -1])
@@ -416,11 +387,11 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint, path="checkpoint"):
         try:
-            known = {f.name for f in fields(GPTConfig)}
-            model = cls(GPTConfig(**{k: v for k, v in checkpoint["config"].items() if k in known}))
-            if rank := checkpoint["config"].get("lora_rank"): model.add_lora(rank)
-            model.load_state_dict(checkpoint["model"])
-            if rank: model.merge_lora()
+            model = cls(GPTConfig(**{k: v for k, v in checkpoint["config"].items() if hasattr(GPTConfig, k)}))
+            state = dict(checkpoint["model"])
+            for layer in [key.removesuffix(".lora_a") for key in state if key.endswith(".lora_a")]:     # becomes W + B A
+                state[f"{layer}.weight"] = state[f"{layer}.weight"] + state.pop(f"{layer}.lora_b") @ state.pop(f"{layer}.lora_a")
+            model.load_state_dict(state)
         except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as e:
             what = textwrap.shorten(str(e).splitlines()[-1], 240)       # load_state_dict has a line for each tensor
             raise ValueError(f"{path}: not a checkpoint of this project's model: {what}") from None
@@ -445,86 +416,76 @@ def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 # An architecture of transformers, whose tables reading, writing and refusing follow. kind: its class; shape: what all its models
 # are, in fields of GPTConfig; keys: what its config.json calls our fields; names: its parameters', replaced in ours in this order
-Family = namedtuple("Family", "kind shape keys names")
-GPT2 = Family(
-    "GPT2LMHeadModel", dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
-    dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
-         n_inner="n_inner", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"),
-    dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"))
-QWEN3 = Family(
-    "Qwen3ForCausalLM", dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=True),
-    dict(max_position_embeddings="block_size", vocab_size="vocab_size", num_hidden_layers="n_layer", num_attention_heads="n_head",
-         num_key_value_heads="n_kv_head", head_dim="head_size", hidden_size="n_embd", intermediate_size="n_inner",
-         rms_norm_eps="norm_eps", tie_word_embeddings="tie_weights", rope_theta="rope_theta"),
-    {"transformer.h": "model.layers", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
-     "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.",
-     "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_fc": "up_proj", "c_gate": "gate_proj", "c_proj": "down_proj"})
-LLAMA = Family("LlamaForCausalLM", QWEN3.shape | dict(qk_norm=False),
-               QWEN3.keys | dict(attention_bias="bias", mlp_bias="bias"), QWEN3.names)
+GPT2 = dict(
+    kind="GPT2LMHeadModel", shape=dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
+    keys=dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
+              n_inner="n_inner", layer_norm_epsilon="norm_eps", tie_word_embeddings="tie_weights"),
+    names=dict(c_q="c_attn", c_k="c_attn", c_v="c_attn"))
+QWEN3 = dict(
+    kind="Qwen3ForCausalLM", shape=dict(pos="rope", norm="rmsnorm", norm_gain=True, mlp="swiglu", qk_norm=True),
+    keys=dict(max_position_embeddings="block_size", vocab_size="vocab_size", num_hidden_layers="n_layer", hidden_size="n_embd",
+              num_attention_heads="n_head", num_key_value_heads="n_kv_head", head_dim="head_size", intermediate_size="n_inner",
+              rms_norm_eps="norm_eps", tie_word_embeddings="tie_weights", rope_theta="rope_theta"),
+    names={"transformer.h": "model.layers", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
+           "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.",
+           "c_q": "q_proj", "c_k": "k_proj", "c_v": "v_proj", "c_fc": "up_proj", "c_gate": "gate_proj", "c_proj": "down_proj"})
+LLAMA = QWEN3 | dict(kind="LlamaForCausalLM", shape=QWEN3["shape"] | dict(qk_norm=False),
+                     keys=QWEN3["keys"] | dict(attention_bias="bias", mlp_bias="bias"))
 FAMILIES = dict(gpt2=GPT2, llama=LLAMA, qwen3=QWEN3)
 OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weights")       # if absent, our default holds
 # what else a config.json may say, if it says anything
-ALLOWED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,), add_cross_attention=(False,),
-               scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"), use_sliding_window=(False,),
-               rope_type=("default", "linear", "llama3"), low_freq_factor=(1,), high_freq_factor=(4,),
-               partial_rotary_factor=(1,), quantization_config=())
+ALLOWED = dict(model_type=tuple(FAMILIES), activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+               add_cross_attention=(False,), scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"),
+               use_sliding_window=(False,), rope_type=("default", "linear", "llama3"), low_freq_factor=(1,),
+               high_freq_factor=(4,), partial_rotary_factor=(1,), quantization_config=())
 
 def safetensors():
     try: import safetensors, safetensors.torch
     except ImportError: raise ValueError("Hugging Face folders need safetensors: pip install safetensors") from None
     return safetensors
 
-def read_json(path, parse):
-    """parse(what the file says); ValueError names the file and what is wrong with it."""
-    try:
-        with open(path, encoding="utf-8") as f: return parse(json.load(f))
-    except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder has it, and safetensors") from None
-    except (ValueError, TypeError, AttributeError, LookupError) as e: raise ValueError(f"cannot read {path}: {e}") from None
-
 def hf_shape(said):
     """(family, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
-    if (name := said.get("model_type")) not in FAMILIES:
-        raise ValueError(f"its architecture is {name!r}, and only {', '.join(FAMILIES)} can be read")
     said = said | (said.get("rope_scaling") or said.get("rope_parameters") or {})
     said = {key: value for key, value in said.items() if value is not None}
     scaling = said.setdefault("rope_type", said.get("type", "default"))
-    wrong = [f"{key}={said[key]!r}" for key, allowed in ALLOWED.items() if key in said and said[key] not in allowed]
+    wrong = [f"{key}={said[key]!r}, not in {ok}" for key, ok in ALLOWED.items() if key in said and said[key] not in ok]
     if set(said.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
     if said.get("attention_bias", False) != said.get("mlp_bias", False): wrong.append("attention_bias unlike mlp_bias")
     if wrong: raise ValueError(f"asks for what cannot be read here: {', '.join(wrong)}")
-    keys, shape = FAMILIES[name].keys, dict(FAMILIES[name].shape)
-    needed = [key for key, field in keys.items() if field not in OPTIONAL] + ["factor"] * (scaling != "default")
-    if absent := [key for key in needed if key not in said]: raise ValueError(f"does not say {absent[0]!r}")
-    shape |= {field: said[key] for key, field in keys.items() if key in said}
+    family = FAMILIES[said["model_type"]]
+    shape = family["shape"] | {field: said[key] for key, field in family["keys"].items() if key in said or field not in OPTIONAL}
     if scaling != "default" and said["factor"] != 1:
         trained = said.get("original_max_position_embeddings", shape["block_size"])
         shape |= dict(rope_scaling=scaling, rope_factor=float(said["factor"]), rope_trained=trained)
     if said.get("hidden_act") == "relu": shape["mlp"] = "relu2"         # if gate and up are the same, which load_hf sees to
-    return name, GPTConfig(**shape, zero_init=False)
+    return said["model_type"], GPTConfig(**shape, zero_init=False)
 
 def hf_config(folder):
-    """hf_shape of the folder's config.json."""
-    return read_json(os.path.join(folder, "config.json"), hf_shape)
+    """hf_shape of the folder's config.json; ValueError names the file and what is wrong with it."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f: return hf_shape(json.load(f))
+    except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder has it, and safetensors") from None
+    except KeyError as e: raise ValueError(f"{path} does not say {e}") from None
+    except (ValueError, TypeError, AttributeError) as e: raise ValueError(f"cannot read {path}: {e}") from None
 
 def hf_places(config, family):
     """{their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
     turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours."""
-    own, places = family.shape | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
+    own, places = family["shape"] | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
     with torch.device("meta"): model = GPT(replace(config, **own))
     for ours, p in model.named_parameters():
         theirs, turned = ours, family is GPT2 and ".h." in ours and p.dim() == 2
-        for old, new in family.names.items(): theirs = theirs.replace(old, new)
+        for old, new in family["names"].items(): theirs = theirs.replace(old, new)
         if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
         places.setdefault(theirs, ([], p.shape, turned))[0].append(ours)
     return places
 
 def hf_tensors(folder):
     """(path, name, tensor) of all in the folder's safetensors, one at a time; ValueError for what is missing or damaged."""
-    st, index, paths = safetensors(), os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if os.path.exists(index): paths = read_json(index, lambda said: sorted({"" + name for name in said["weight_map"].values()}))
-    paths = [os.path.join(folder, name) for name in paths]
-    if gone := [path for path in paths if not os.path.isfile(path)]:
-        raise ValueError(f"{gone[0]} is missing ({len(gone)} of {len(paths)} safetensors files): download it")
+    st, paths = safetensors(), sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
+    if not paths: raise ValueError(f"{folder} has no model.safetensors, nor its parts, model-00001-of-.. and on: download them")
     for path in paths:
         try:
             with st.safe_open(path, "pt") as f: keys = list(f.keys())
@@ -537,28 +498,22 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
     family, found = hf_config(folder)
     config, places, state = config or found, hf_places(found, FAMILIES[family]), {}
-    missing = set(places)
     if found.tie_weights:       # some files keep it a second time
         places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
     for path, key, whole in hf_tensors(folder):
         name = "transformer." + key if "transformer." + key in places else key      # GPT-2's own file leaves the beginning out
         if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue           # masks and tables that old files keep
         if name not in places: raise ValueError(f"{path} has {key}, for which config.json has no place")
-        if whole.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"{path}: {key} is {whole.dtype}, quantised")
-        parts, (rows, *width), turned = places[name]
-        if turned: whole = whole.T
-        if list(whole.shape) != [len(parts) * rows, *width]:
-            raise ValueError(f"{path}: {key} is {list(whole.shape)}, but by config.json {[len(parts) * rows, *width]}")
-        missing.discard(name)
-        for ours, t in zip(parts, whole.chunk(len(parts))):
+        if not whole.is_floating_point(): raise ValueError(f"{path}: {key} is {whole.dtype}, quantised")
+        parts, shape, turned = places[name]
+        for ours, t in zip(parts, (whole.T if turned else whole).chunk(len(parts))):
+            if t.shape != shape: raise ValueError(f"{path}: {key} is {list(t.shape)}, but by config.json {list(shape)}")
             if ours == "transformer.wpe.weight": t = t[:config.block_size]
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
-            first = state.setdefault(ours, t)           # a tied head comes twice, and what is both gate and up
-            if not torch.equal(first, t):
+            if not torch.equal(state.setdefault(ours, t), t):       # a tied head comes twice, and what is both gate and up
                 raise ValueError(f"{path}: {key} is unlike its twin: a tied head must be the embedding, gate_proj be up_proj")
-    more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-    if missing: raise ValueError(f"{folder} lacks {min(missing)}{more}")
+    if missing := [name for name, (parts, *_) in places.items() if not state.keys() >= set(parts)]:
+        raise ValueError(f"{folder} lacks {len(missing)} of {len(places)} tensors, such as {min(missing)}: are all files there?")
     with torch.device("meta"): model = GPT(config)
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # wte is another tensor now
@@ -572,18 +527,16 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}
     name = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
     family = FAMILIES[name]
-    said = {key: getattr(c, field) for key, field in family.keys.items()} | dict(
-        model_type=name, architectures=[family.kind], torch_dtype=str(dtype)[6:], bos_token_id=begin, eos_token_id=end)
+    said = {key: getattr(c, field) for key, field in family["keys"].items()} | dict(
+        model_type=name, architectures=[family["kind"]], torch_dtype=str(dtype)[6:], bos_token_id=begin, eos_token_id=end)
     if name == "gpt2": said |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
     else: said["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
     if c.rope_scaling in ("linear", "llama3"): said["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
-    if c.rope_scaling == "llama3":
-        trained = dict(original_max_position_embeddings=round(c.trained_length))
-        said["rope_scaling"] |= trained | dict(low_freq_factor=1.0, high_freq_factor=4.0)
+    llama3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=round(c.trained_length))
+    if c.rope_scaling == "llama3": said["rope_scaling"] |= llama3
     try: back = explicit(hf_shape(said)[1])
     except ValueError as e: raise ValueError(f"no export: as transformers' {name} it would be another shape ({e})") from None
-    silent = ["dropout", "zero_init", "rope_theta", "rope_factor", "rope_trained", "window"]
-    silent += [field for field in ("bias", "norm_gain") if not getattr(c, field)]       # these are filled in
+    silent = ["dropout", "zero_init", "rope_theta", "rope_trained"] + [f for f in ("bias", "norm_gain") if not getattr(c, f)]
     wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in silent]
     if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
     if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")

@@ -19,7 +19,8 @@ import collections, contextlib, dataclasses, functools, glob, hashlib, importlib
 from os.path import basename, exists, join
 import numpy as np
 import bpe, config
-from bpe import progress, write
+from bpe import ENDOFTEXT, progress, write
+from config import require
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -47,14 +48,14 @@ def need_space(folder, size):
     if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: make room")
 
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
-    """Download url to path, unless it is there: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds, given up
-    after `tries` attempts in a row that brought nothing; `stall` seconds of silence end one. Length and sha256 (given, or the
-    hub's own, its header X-Linked-Etag) are verified before the file gets its name, a given one even if it is there already.
-    Two processes at once are safe, but download twice."""
+    """Download url to path, unless it is there, -> path: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds,
+    given up after `tries` attempts in a row that brought nothing; `stall` seconds of silence end one. Length and sha256 (given,
+    or the hub's own, its header X-Linked-Etag) are verified before the file gets its name, a given one even if it is there
+    already. Two processes at once are safe, but download twice."""
     def fail(why):
         raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand; config/stdlib.py needs no download")
     if exists(path):
-        if not sha or sha256(path) == sha: return
+        if not sha or sha256(path) == sha: return path
         raise ValueError(f"{path} is not {url}, whose sha256 is {sha}: delete it to download it again")
     import requests
     part, failures = path + ".part", 0
@@ -79,7 +80,9 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
                     for block in r.iter_content(1 << 13): add(f.write(block))
                     os.fsync(f.fileno())
             if total and size_of(part) != total: raise OSError(f"{size_of(part):,} of {total:,} bytes came")
-            if not sha or (found := sha256(part)) == sha: return os.replace(part, path)
+            if not sha or (found := sha256(part)) == sha:
+                os.replace(part, path)
+                return path
             os.remove(part)
             if not have: fail(f"its sha256 is {found}, not {sha}")                      # a resumed file gets one clean attempt
         except OSError as e:                                                            # requests' exceptions are OSErrors, too
@@ -94,14 +97,14 @@ def pretrained(init_from):
     """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is GPT-2's; "" for scratch and resume."""
     if init_from in ("scratch", "resume"): return ""
     folder = join("data", "hf", init_from) if init_from in GPT2 else init_from
-    if init_from in GPT2 and not importlib.util.find_spec("safetensors"):       # better now than after 500 MB
-        raise ValueError(f"init_from={init_from!r} needs safetensors: pip install safetensors")
-    for name in ("config.json", "tokenizer.json", "model.safetensors") if init_from in GPT2 else ():
-        fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
-    if os.path.isdir(folder) and not exists(join(folder, "tokenizer.json")):
-        raise ValueError(f"{folder} has no tokenizer.json, as a Hugging Face folder has; of a run, sample.py --export makes one")
-    if os.path.isdir(folder): return folder
-    raise ValueError(f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, nor a folder")
+    if init_from in GPT2:                                                       # what is missing is said before 500 MB, not after
+        require(importlib.util.find_spec("safetensors"), f"init_from={init_from!r} needs safetensors: pip install safetensors")
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
+    require(os.path.isdir(folder), f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, nor a folder")
+    require(exists(join(folder, "tokenizer.json")),
+            f"{folder} has no tokenizer.json, as a Hugging Face folder has; of a run, sample.py --export makes one")
+    return folder
 
 def own_tokenizer(cfg):
     """cfg with the tokenizer of the model that init_from names: other ids would mean nothing to it."""
@@ -109,9 +112,6 @@ def own_tokenizer(cfg):
     if not folder or cfg.init_from in GPT2 and cfg.tokenizer == "gpt2": return cfg
     # vocab_size: what uint16 holds; whether the model has as many is for train.py to check
     return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"), vocab_size=65536)
-
-# once per worker; only from .partial folders, whose names have the hash of text and knobs, so that none ever holds two tokenizers
-load_tokenizer = functools.lru_cache(1)(bpe.Tokenizer.load)
 
 def check_vocab(cfg, size):
     if size > 65536: raise ValueError(f"the tokenizer has {size} tokens, uint16 holds 65536: take one with fewer")
@@ -144,8 +144,7 @@ def built_in(cfg):
 def sources(cfg):
     """Spans that cover the files to read, in order; what is missing is downloaded to data/<the built-in text's name>."""
     name, folder = built_in(cfg), join("data", built_in(cfg))
-    def span(path, kind, fate=FREE, start=0):
-        return Span(path, start, size_of(path), kind, fate, True)
+    def span(path, kind, fate=FREE, start=0): return Span(path, start, size_of(path), kind, fate, True)
     if name == "fineweb":                                   # 256 int32 (20240520, version 1, tokens, zeros), then uint16 tokens
         paths = [join(folder, f"fineweb_{'train' if n else 'val'}_{n:06d}.bin") for n in range(cfg.num_shards + 1)]
         os.makedirs(folder, exist_ok=True)
@@ -157,28 +156,22 @@ def sources(cfg):
                 raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
         return [span(path, "tokens", TRAIN if n else VAL, 1024) for n, path in enumerate(paths)]
     if name == "tinystories":                               # validation first: a story that is in both stays there
-        paths = [join(folder, f"TinyStoriesV2-GPT4-{name}.txt") for name in ("valid", "train")]
-        for path in paths: fetch(TINYSTORIES + basename(path), path)
-        return [span(paths[0], "stories", VAL), span(paths[1], "stories", TRAIN)]
+        files = ("TinyStoriesV2-GPT4-valid.txt", VAL), ("TinyStoriesV2-GPT4-train.txt", TRAIN)
+        return [span(fetch(TINYSTORIES + file, join(folder, file)), "stories", fate) for file, fate in files]
+    require(name or cfg.input, f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
     paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if name == "stdlib" else []
-    if name == "shakespeare":
-        paths = [join(folder, "input.txt")]
-        fetch(SHAKESPEARE, paths[0], SHAKESPEARE_SHA)
-    elif not paths and not cfg.input:
-        raise ValueError(f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
+    if name == "shakespeare": paths = [fetch(SHAKESPEARE, join(folder, "input.txt"), SHAKESPEARE_SHA)]
     for item in map(str.strip, cfg.input.split(",") if cfg.input else ()):
         if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
         found = walk(item) if os.path.isdir(item) else [item] * (item.endswith(ENDINGS) and os.path.isfile(item))
         if not found: raise ValueError(f"--input: nothing to read in {item!r}, only {' '.join(ENDINGS)} files are read")
         paths += found
-    if not any(map(size_of, paths)): raise ValueError(f"nothing to read: {', '.join(paths[:3])} is empty")
     if len(paths) > 1 or paths[0].endswith(".jsonl"):
         return [span(path, "jsonl" if path.endswith(".jsonl") else "text") for path in paths]
-    with open(paths[0], "rb") as f:                         # a single text: its last part is for validation
-        middle = f.seek(int(size_of(paths[0]) * (1 - cfg.val_fraction)))
-        ahead = f.read(3)
-    middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))      # on to a whole character
-    return [Span(paths[0], 0, middle, "single", TRAIN, True), span(paths[0], "single", VAL, middle)]
+    path, middle = paths[0], int(size_of(paths[0]) * (1 - cfg.val_fraction))    # a single text: its last part is for validation
+    ahead = np.fromfile(path, np.uint8, 3, offset=middle).tobytes()
+    middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))          # on to a whole character
+    return [Span(path, 0, middle, "single", TRAIN, True), span(path, "single", VAL, middle)]
 
 def cut(span):
     """Yield the span in parts of about UNIT bytes; longer where there is no place to cut."""
@@ -192,21 +185,19 @@ def parse(item):
     """The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an
     end-of-text, the rest is only read; a question that nobody answers is left out. Here alone is the template, of plain text:
     {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
+    def asked(question, answer): return [("user", question), ("assistant", answer)]
     if "text" in item: return "text", [(item["text"], True)]
-    if "chosen" in item:
-        pair = [{"prompt": item["prompt"], "response": item[key]} for key in ("chosen", "rejected")]
-        return "pairs", parse(pair[0])[1] + parse(pair[1])[1]
-    if "instruction" in item:
-        ask = item["instruction"] + ("\n\n" + item["input"] if item.get("input") else "")
-        return parse({"prompt": ask, "response": item["output"]})
-    if "messages" in item: messages = [(m["role"], m["content"]) for m in item["messages"]]
-    else: messages = [("user", item["prompt"]), ("assistant", item["response"])]
+    if "chosen" in item: turns = asked(item["prompt"], item["chosen"]) + asked(item["prompt"], item["rejected"])
+    elif "instruction" in item:
+        turns = asked(item["instruction"] + ("\n\n" + item["input"] if item.get("input") else ""), item["output"])
+    elif "messages" in item: turns = [(m["role"], m["content"]) for m in item["messages"]]
+    else: turns = asked(item["prompt"], item["response"])
     parts, ask = [], ""
-    for role, text in messages:
+    for role, text in turns:
         if role == "assistant": parts, ask = parts + [(ask + "Assistant:", False), (" " + text, True)], ""
         else: ask += role.capitalize() + ": " + text + "\n\n"
     if not parts: raise ValueError("nobody answers")
-    return "answers", parts
+    return "pairs" if "chosen" in item else "answers", parts
 
 def to_bytes(text):
     try: return text.encode("utf-8", "surrogateescape")                         # what was not UTF-8 comes out as it went in
@@ -215,9 +206,7 @@ def to_bytes(text):
 def documents(unit):
     """The documents of spans, empty ones too: (span, form, [(bytes, counts)]), see parse. Most have one part, and it counts."""
     for span in unit:
-        with open(span.path, "rb") as f:
-            f.seek(span.start)
-            data = f.read(span.stop - span.start)
+        data = np.fromfile(span.path, np.uint8, span.stop - span.start, offset=span.start).tobytes()
         if span.kind not in MANY: yield span, "text", [(data, True)]
         elif span.kind == "stories":
             stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
@@ -229,8 +218,7 @@ def documents(unit):
                     form, parts = parse(json.loads(line.decode("utf-8-sig", "surrogateescape")))
                     parts = [(to_bytes(text), counts) for text, counts in parts]
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-                    with open(span.path, "rb") as f:
-                        n += sum(f.read(min(UNIT, span.start - i)).count(b"\n") for i in range(0, span.start, UNIT))
+                    with open(span.path, "rb") as f: n += sum(f.tell() <= span.start for _ in f)     # the lines before the span
                     raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", prompt and '
                                      f"response, instruction and output, or prompt, chosen and rejected, all of them text "
                                      f"({e!r:.99}): {line[:60]!r}") from None
@@ -274,15 +262,15 @@ def read_again(unit, rows):
         raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
     return docs
 
-def encode_unit(job):
-    """(unit, rows of its documents, tokenizer's path, how many of FILES) -> what it adds to them: the ids of both splits, and
-    which of them count."""
-    unit, rows, path, n_files = job
-    tok, docs = load_tokenizer(path), read_again(unit, rows)
+def encode_unit(tok, n_files, job):
+    """(unit, rows of its documents) -> what they add to the first n_files of FILES: the ids of both splits, and which of them
+    count."""
+    unit, rows = job
+    docs = read_again(unit, rows)
     kept = [(text, counts, span, fate) for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP
             for text, counts in parts]
     encoded = [np.frombuffer(k[0], "<u2") for k in kept] if unit[0].kind == "tokens" else tok.encode_batch(k[0] for k in kept)
-    eot, out = np.array([tok.special_tokens.get(bpe.ENDOFTEXT, 0)], "<u2"), [[] for _ in FILES]
+    eot, out = np.array([tok.special_tokens.get(ENDOFTEXT, 0)], "<u2"), [[] for _ in FILES]
     for (_, counts, span, fate), ids in zip(kept, encoded):
         ends = counts and span.last and span.kind in ("text", *MANY)        # a single text needs no end-of-text
         out[fate] += [ids, eot[:ends]]                                      # FILES[fate] and FILES[2 + fate] are its split's
@@ -298,7 +286,7 @@ def write_bins(work, encode, jobs, names):
         if 0 < units <= len(jobs) and all(0 <= size <= size_of(path) for path, size in zip(paths, saved, strict=True)):
             done, sizes = units, saved                                      # else killed while the files got their names
     if done: print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
-    files, saved = [open(path, "r+b" if exists(path) else "w+b") for path in paths], time.time()
+    files, saved = [open(path, "ab") for path in paths], time.time()
     for f, size in zip(files, sizes): f.truncate(f.seek(size))
     for done, arrays in enumerate(encode(jobs[done:]), done + 1):
         for f, array in zip(files, arrays): f.write(array)
@@ -312,38 +300,34 @@ def write_bins(work, encode, jobs, names):
 
 def count_tokens(path, tok):
     """The numbers of documents and of bytes in a bin."""
-    counts, eot = np.zeros(tok.vocab_size, np.int64), tok.special_tokens[bpe.ENDOFTEXT]
-    for at in range(0, size_of(path), UNIT):
-        counts += np.bincount(np.fromfile(path, "<u2", UNIT // 2, offset=at), minlength=tok.vocab_size)
-    return int(counts[eot]), int(sum(counts[i] * len(tok.decode_bytes([i])) for i in range(tok.vocab_size) if i != eot))
+    ids, eot = np.memmap(path, "<u2", "r"), tok.special_tokens[ENDOFTEXT]
+    counts = sum(np.bincount(ids[at:at + UNIT], minlength=tok.vocab_size) for at in range(0, len(ids), UNIT))
+    return int(counts[eot]), int(sum(counts[i] * len(token) for i, token in tok.vocab.items() if i != eot))
 
 # ---- the dataset's folder ------------------------------------------------------------------------------------------------
 def knobs(cfg):
     """The knobs that decide what is in data/<dataset>, a tokenizer's file as its sha256. ValueError for what cannot be right."""
     named = cfg.tokenizer in ("bpe", "gpt2")
-    for wrong, message in (
-        (not re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -"),
-        (cfg.input and built_in(cfg), f"--input needs a --dataset=NAME of its own: {cfg.dataset!r} means a built-in text"),
-        (built_in(cfg) == "fineweb" and cfg.tokenizer != "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2"),
-        (cfg.tokenizer == "bpe" and not 256 <= cfg.vocab_size <= 65536,
-         f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds"),
-        (not named and not os.path.isfile(cfg.tokenizer), f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")):
-        if wrong: raise ValueError(message)
+    require(re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -")
+    require(not (cfg.input and built_in(cfg)), f"--input needs a --dataset=NAME of its own: {cfg.dataset!r} is a built-in text")
+    require(built_in(cfg) != "fineweb" or cfg.tokenizer == "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2")
+    require(cfg.tokenizer != "bpe" or 256 <= cfg.vocab_size <= 65536,
+            f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds")
+    require(named or os.path.isfile(cfg.tokenizer), f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")
     names = ["input"] * bool(cfg.input) + ["vocab_size", "split_pattern"] * (cfg.tokenizer == "bpe")
     names += {"fineweb": ["num_shards"], "tinystories": []}.get(built_in(cfg), ["val_fraction"])
     return {"tokenizer": cfg.tokenizer if named else sha256(cfg.tokenizer)} | {name: getattr(cfg, name) for name in names}
 
 def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 
-def verify(cfg, deep=False):
+def verify(cfg):
     """The contents of meta.json. FileNotFoundError if the dataset is not prepared; ValueError with the remedy if it was prepared
-    with other knobs than cfg's, or its bins are not whole. deep: compares their sha256, too."""
-    folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
-    if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
+    with other knobs than cfg's, or its bins are not whole."""
+    folder, again = join("data", cfg.dataset), "run prepare.py with this config again"
     needed = operator.itemgetter("knobs", "tokens", "sha256", "vocab_size", "tokenizer", "tokenizer_hash")
     try: meta, made_with = bpe.read(join(folder, "meta.json"), lambda text: ((meta := json.loads(text)), {**needed(meta)[0]}))
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
-    for key, value in wanted.items():
+    for key, value in knobs(cfg).items():
         found, file = made_with.get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
         if found != value and not (file and bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]):
             raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
@@ -351,19 +335,17 @@ def verify(cfg, deep=False):
     try: whole = meta["tokenizer"] == "gpt2" or bpe.Tokenizer.load(join(folder, "tokenizer.json")).hash == meta["tokenizer_hash"]
     except (ValueError, OSError): whole = False
     if not whole: raise ValueError(f"{folder}/tokenizer.json is missing or damaged: {again}")
-    for name, digest in meta["sha256"].items():
+    for name in meta["sha256"]:
         path, size = join(folder, name), meta["tokens"][name.split(".")[0]] * (2 if name.endswith(".bin") else 1)
         if size_of(path) != size: raise ValueError(f"{path} has {size_of(path):,} bytes, not {size:,}: {again}")
-        if deep and sha256(path) != digest: raise ValueError(f"{path} has not the sha256 of meta.json: {again}")
     return meta
 
-def make_tokenizer(cfg, jobs):
-    """GPT-2's tokenizer, or one trained on the training split."""
-    if cfg.tokenizer == "gpt2": return bpe.Tokenizer.gpt2()
-    docs = (doc for unit, rows, *_ in jobs for doc, fate in zip(read_again(unit, rows), rows["fate"]) if fate == TRAIN)
+def train_tokenizer(cfg, jobs):
+    """A tokenizer trained on the training split."""
+    docs = (doc for unit, rows in jobs for doc, fate in zip(read_again(unit, rows), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
-    special = (bpe.ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
+    special = (ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
     return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, verbose=True)
 
 def lock(path, busy=""):
@@ -382,22 +364,22 @@ def lock(path, busy=""):
 def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
     folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or built_in(cfg), "knobs": knobs(cfg)}
-    given = None if cfg.tokenizer in ("bpe", "gpt2") else bpe.Tokenizer.load(cfg.tokenizer)
+    given = cfg.tokenizer != "bpe" and (bpe.Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else bpe.Tokenizer.load(cfg.tokenizer))
     if given: check_vocab(cfg, given.vocab_size)
     parts = itertools.chain(*map(cut, sources(cfg)))
     units = list(bpe.groups(parts, UNIT, lambda span: span.stop - span.start))
-    parted = bpe.ENDOFTEXT in given.special_tokens if given else cfg.tokenizer == "gpt2" or cfg.vocab_size > 256
+    parted = ENDOFTEXT in given.special_tokens if given else cfg.vocab_size > 256
     if not parted and units[0][0].kind != "single":
-        raise ValueError(f"the tokenizer has no {bpe.ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
+        raise ValueError(f"the tokenizer has no {ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
     size = sum(span.stop - span.start for unit in units for span in unit)
     def every(label, function, jobs):                       # function(job) for each job, in order, from all cores
         add = progress(label, size * len(jobs) / len(units))
-        for result in bpe.in_order(function, jobs, min(cfg.workers or os.cpu_count(), len(jobs))):
+        for result in bpe.in_order(function, jobs, cfg.workers or os.cpu_count()):
             add(size / len(units))
             yield result
     found, forms = zip(*every("read", read_unit, units))
     rows, forms = np.concatenate(found), set().union(*forms)
-    if not len(rows): raise ValueError(f"nothing to read: {meta['source']} has nothing but empty lines")
+    if not rows["size"].any(): raise ValueError(f"nothing to read: {meta['source']} is empty, or has nothing but empty lines")
     if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts")
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
     rows["fate"], meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
@@ -412,20 +394,18 @@ def main(cfg):
         except ValueError as e: print(f"{e}: doing that")
 
     work = join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
-    path, names = join(work, "gpt2.json" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
-    jobs = [(unit, part, path, len(names)) for unit, part in zip(units, np.split(rows, np.cumsum(list(map(len, found)))))]
+    path, names = join(work, "gpt2" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
+    jobs = list(zip(units, np.split(rows, np.cumsum(list(map(len, found))))))
     os.makedirs(work, exist_ok=True)
     there = sum(size_of(join(work, name)) for name in names)
     need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - there)    # an id is two bytes; a token, two of text or more
-    if not exists(path): (given or make_tokenizer(cfg, jobs)).save(path)
-    tok = load_tokenizer(path)
-    check_vocab(cfg, tok.vocab_size)
-    eot = tok.special_tokens.get(bpe.ENDOFTEXT)
-    write_bins(work, functools.partial(every, "encode", encode_unit), jobs, names)
+    if not exists(path): (given or train_tokenizer(cfg, jobs)).save(path)
+    tok = given or bpe.Tokenizer.load(path)
+    write_bins(work, lambda jobs: every("encode", functools.partial(encode_unit, tok, len(names)), jobs), jobs, names)
     def count(key): return {name: int(rows[key][rows["fate"] == split].sum()) for split, name in enumerate(SPLITS)}
     meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),
-             "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": eot, "tokenizer_hash": tok.hash,
-             "tokenizer": basename(path).replace("gpt2.json", "gpt2"), "sha256": {n: sha256(join(work, n)) for n in names}}
+             "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": tok.special_tokens.get(ENDOFTEXT),
+             "tokenizer_hash": tok.hash, "tokenizer": basename(path), "sha256": {n: sha256(join(work, n)) for n in names}}
     if masked: meta["answers"] = {"bytes": count("counts"), "tokens": {
         split: int(np.memmap(join(work, split + ".mask"), np.uint8).sum()) for split in SPLITS}}
     for split in SPLITS if built_in(cfg) == "fineweb" else ():

@@ -72,9 +72,8 @@ def place(model, device, dtype, quantize="none", pack=False):
     """The model ready to sample: weights rounded or packed, on the device; the tables of positions stay float32."""
     pack = pack and device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()
     int8 = quantize == "int8"
-    for module in list(model.modules()) if int8 or pack else ():
-        for name, child in module.named_children():         # embeddings stay, they are only looked up
-            if isinstance(child, nn.Linear): setattr(module, name, Int8Linear(child) if int8 else PackedLinear(child.to(dtype)))
+    for name, child in list(model.named_modules()) if int8 or pack else ():         # embeddings stay, they are only looked up
+        if isinstance(child, nn.Linear): model.set_submodule(name, Int8Linear(child) if int8 else PackedLinear(child.to(dtype)))
     for p in model.parameters(): p.data = p.data.to(dtype)
     return model.to(device).requires_grad_(False).eval()
 
@@ -120,8 +119,7 @@ def export(cfg):
     folder, dtype = os.path.abspath(cfg.export), "float32" if cfg.dtype == "auto" else cfg.dtype
     if os.path.exists(folder): raise ValueError(f"--export={cfg.export} exists: delete it or choose another folder")
     if cfg.quantize != "none": raise ValueError("--export writes float32 or --dtype, not int8: leave out --quantize")
-    cfg = dataclasses.replace(cfg, device="cpu", dtype=dtype)
-    model, tok, about = load(cfg)
+    model, tok, about = load(dataclasses.replace(cfg, device="cpu", dtype=dtype))
     begin, end = (next((t for t in names if t in tok.special_tokens), None) for names in ((BEGIN, *ENDS), ENDS))
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as work:
@@ -137,16 +135,15 @@ def export(cfg):
 # ---------------------------------------------------------------------------- a continuation and its next token
 
 class Row:
-    """One continuation: its prompt and seed, ids of the prompt and of what was drawn, the text that is safe to show; `finish` says
-    why it ended. A token costs the same however long the text is."""
-    def __init__(self, prompt, seed, tok, cfg, ends=(), stops=()):
+    """One continuation: its prompt and seed, ids of the prompt and those drawn, the text that is safe to show; `finish` says why
+    it ended. A token costs the same however long the text is."""
+    def __init__(self, prompt, seed, tok, cfg, ends=(), stops=(), read=0, length=0):
         self.prompt, self.seed, self.tok, self.ends, self.stops, self.limit = prompt, seed, tok, ends, stops, cfg.max_new_tokens
         self.ids, self.logprobs, self.held, self.text, self.finish = list(prompt), [], b"", "", None
-        self.read = self.length = 0         # ids that the cache has read, positions that it holds of them: fewer once it forgets
+        self.read, self.length = read, length     # ids that the cache has read, positions it holds of them: fewer once it forgets
         self.uniform = torch.rand(self.limit + cfg.speculate + 1, generator=torch.Generator().manual_seed(seed)).tolist()
 
-    @property
-    def tokens(self): return self.ids[len(self.prompt):]
+    tokens = property(lambda self: self.ids[len(self.prompt):])
 
     def add(self, token, logprob):
         """Take one token. A stop string ends the row where it begins, even if it began tokens ago."""
@@ -160,7 +157,7 @@ class Row:
             if found: self.held, self.finish = self.held[:min(found)], "stop"
             elif len(self.logprobs) == self.limit: self.finish = "length"
         # subtle: hold back what may yet turn out to begin a stop string, and (the decoder does) what may yet become a character
-        hold = 0 if self.finish else max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        hold = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n]) and not self.finish), default=0)
         text, used = codecs.utf_8_decode(self.held[:len(self.held) - hold], "replace", bool(self.finish))
         self.text, self.held = self.text + text, self.held[used:]
 
@@ -176,12 +173,11 @@ def draw(logits, u, cfg):
     """One token a row, (N,), from logits (N, V): the filtered softmax's distribution function inverted at u (N,) in [0, 1), or
     argmax at temperature 0. One number a token, so a row's draws depend on its own seed and logits alone."""
     if cfg.temperature == 0: return logits.argmax(-1)
-    # of k columns from here, not V, in the order of ids: in that of logits a rounding that swaps two would change the draw
-    top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values if 0 < cfg.top_k < logits.shape[-1] else None
-    if top is not None: logits = logits.gather(1, top)
+    if 0 < cfg.top_k < logits.shape[-1]:        # then of k columns, not V
+        top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values      # by id: of logits, a rounding may swap two
+        return top.gather(1, draw(logits.gather(1, top), u, cfg)[:, None])[:, 0]
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
-    i = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)   # right: never p = 0
-    return (i if top is None else top.gather(1, i))[:, 0]
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)[:, 0]  # right: never p = 0
 
 def penalise(logits, seen, penalty):
     """Make the tokens that a row's text has, seen (R, V), less likely: positive logits (R, T, V) divided by the penalty, negative
@@ -224,13 +220,12 @@ def new_cache(model, rows, length):
 def make_room(model, cache, row, length, text, sinks, need=1):
     """Free at least `need` positions of one row and return its new length; text: the ids it was fed. RoPE: drop the oldest after
     the first `sinks`, turn the keys behind them back by as many positions. Else: read the sinks and the newer half again."""
-    size = cache.max_len
+    size, sinks = cache.max_len, min(sinks, (cache.max_len - 1) // 2)
     drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once: no cost per token
     kept, end = length - sinks - drop, length - drop        # positions behind the sinks that stay; the new length
     if kept <= 0: raise ValueError(f"{need} more tokens do not fit block_size={size}: give shorter text")
     if model.config.pos == "rope":
-        tables = torch.stack((model.table0[drop], model.table1[drop]))      # (2, D/2)
-        cos, sin = nn.functional.normalize(tables, dim=0)   # YaRN's are scaled, a rotation must not be
+        cos, sin = nn.functional.normalize(model.table[:, drop], dim=0)     # (D/2,); YaRN's are scaled, a rotation must not be
         for store in cache.k: store[row, :, sinks:end] = apply_rope(store[row, :, length - kept:length].float(), cos, -sin)
         for store in cache.v: store[row, :, sinks:end] = store[row, :, length - kept:length].clone()
     else:
@@ -256,9 +251,8 @@ def prefill(model, rows, cfg, stats, cache=None, static=False):
     else:
         length = max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate
         cache = new_cache(model, len(once), 1 << (length - 1).bit_length() if static else length)   # few shapes to compile
-    idx = nn.utils.rnn.pad_sequence([torch.tensor(text, dtype=torch.long) for text in once], batch_first=True)
-    idx, n = idx.to(cache.lengths.device), cfg.prefill_chunk
-    for i in range(0, idx.shape[1], n): model.hidden(idx[:, i:i + n], cache)
+    idx = nn.utils.rnn.pad_sequence([torch.tensor(text).long() for text in once], batch_first=True).to(cache.lengths.device)
+    for i in range(0, idx.shape[1], cfg.prefill_chunk): model.hidden(idx[:, i:i + cfg.prefill_chunk], cache)
     for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
     if len(once) < len(rows): cache.reorder([once.index(text) for text in texts])
     cache.lengths.tolist()                      # waits for the device
@@ -276,17 +270,14 @@ def feed(rows, drafts, T, limit, cfg):
     return inputs
 
 def record(step, inputs, device):
-    """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph, with the copies there and back.
-    So the host launches one thing a token and waits once, and not hundreds of kernels, of PyTorch or behind torch.compile's
-    guards."""
-    buffers = [x.to(device) for x in inputs]
-    outputs = step(*buffers)                    # compiles kernels, which cannot be recorded
-    if not buffers[0].is_cuda: return step
+    """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph, with the copies there and back:
+    the host launches one thing a token and waits once, not hundreds of kernels, PyTorch's or behind torch.compile's guards."""
+    outputs = step(*inputs)                     # compiles kernels, which cannot be recorded
+    if not outputs[0].is_cuda: return step
     sent, said = ([x.cpu().pin_memory() for x in xs] for xs in (inputs, outputs))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph):
-        for buffer, x in zip(buffers, sent): buffer.copy_(x, non_blocking=True)
-        for x, y in zip(said, step(*buffers)): x.copy_(y, non_blocking=True)
+        for x, y in zip(said, step(*sent)): x.copy_(y, non_blocking=True)
     def replay(*new):
         for x, y in zip(sent, new): x.copy_(y)
         graph.replay()
@@ -295,16 +286,15 @@ def record(step, inputs, device):
     return replay
 
 @torch.inference_mode()
-def decode(model, rows, cfg, limit, stats, cache=None, static=None):
+def decode(model, rows, cfg, limit, stats, cache=None):
     """Continue rows (Row objects) together until every one has finished, and yield them after each step; with num_beams continue
     the one row there is, and yield its best endings so far. Only ids below `limit` are drawn. Rows that end leave the batch.
     The cache lacks each row's last id: a step feeds that, at first the prompt's last, with a draft of what may follow.
-    cache: where the one row has its earlier text. static: shapes that stay, so that a step can be compiled (if cfg.compile) and,
-    on a GPU, recorded; None: where either is so, but not for beams nor with a cache given. stats: a Counter of tokens, seconds,
-    steps and bytes read, those of the prompts apart."""
+    cache: where the one row has its earlier text. stats: a Counter of tokens, seconds, steps, bytes read; of prompts apart."""
     device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
     live, found = rows, [] if beams else rows
-    if static is None: static = bool(cfg.compile or device.type == "cuda") and not beams and cache is None
+    # static: shapes stay, so that a step can be compiled (if cfg.compile) and, on a GPU, recorded
+    static = bool(cfg.compile or device.type == "cuda") and not beams and cache is None
     cache = prefill(model, rows, cfg, stats, cache, static)
     cache.static = static
     cache.set_lengths([row.length for row in rows])         # static, it forgets what it knew on the host
@@ -314,17 +304,14 @@ def decode(model, rows, cfg, limit, stats, cache=None, static=None):
         own = model.head(model.hidden(new, cache))[:, :, :limit].float()
         logits = penalise(own, *seen, cfg.repetition_penalty) if seen else own
         picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
-        more = [logits] if beams else []            # (R, T, V)
-        return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1), *more]
+        return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)] + [logits] * beams       # (R, T, V)
     if static and cfg.compile:
         # with coordinate descent, on a GPU a product with one row becomes a kernel that reads weights at full bandwidth, int8 as
         # int8, and has the norm before it in it
-        options = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
-        for module in model.modules() if options else ():
+        for module in model.modules() if device.type == "cuda" else ():
             if type(module) is nn.Linear and module.bias is not None: module.__class__ = SplitLinear
-        if model.backend is None: model.set_backend(training=False)     # to set it in the first step would compile the next anew
-        work = torch.compile(work, dynamic=False, options=options)
-    step = lambda *inputs: work(cache, *(x.to(device) for x in inputs))
+        work = torch.compile(work, dynamic=False, options={"coordinate_descent_tuning": True})
+    step = lambda *inputs: work(cache, *(x.to(device, non_blocking=device.type == "cuda") for x in inputs))
     recorded = {}                       # steps by T, for the batch as it is
     place_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)         # what the cache has of one position
     weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
@@ -401,8 +388,7 @@ def interact(model, tok, cfg, begin, ends, stops):
     while True:
         try: line = tok.encode(input("> ") + "\n", "all")
         except (EOFError, RuntimeError): return             # RuntimeError: stdin is closed
-        before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops)
-        row.read, row.length = before.read, before.length
+        before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops, row.read, row.length)
         try:
             for _ in decode(model, [row], cfg, tok.vocab_size, Counter(), cache):
                 print(row.text[shown:], end="", flush=True)
@@ -429,24 +415,23 @@ def visualize(model, row, path):
     spans = [f"<span>{html.escape(name(ids[0]))}</span>"]
     for t, p in zip(ids[1:], logits.float().softmax(-1).cpu()):
         title = html.escape("\n".join(f"{p[i].item():.1%} {name(i)!r}" for i in [t, *p.topk(8).indices.tolist()]))
-        style = f"background: rgba(230, 60, 30, {min(0.8, -math.log(p[t] + 1e-9) / 10):.2f})"
-        spans.append(f'<span title="{title}" style="{style}">{html.escape(name(t))}</span>')
+        red = min(0.8, -math.log(p[t] + 1e-9) / 10)
+        spans.append(f'<span title="{title}" style="--red: {red:.2f}">{html.escape(name(t))}</span>')
     maps = base64.b64encode(torch.cat(maps).numpy().tobytes()).decode()
     Path(path).write_text(PAGE % (c.n_layer - 1, c.n_head - 1, "".join(spans), maps, c.n_head), encoding="utf-8")
 
 PAGE = r"""<!doctype html><meta charset="utf-8"><title>sample.py --visualize</title>
-<style>body {font: 15px/1.7 monospace; margin: 2em} p {white-space: pre-wrap}</style>
+<style>body {font: 15px/1.7 monospace; margin: 2em} p {white-space: pre-wrap} span {background: rgb(230 60 30/var(--red))}</style>
 layer <input type="number" min="0" max="%d" value="0"> head <input type="number" min="0" max="%d" value="0"><br>
 Red: improbable. Point at a token to see its probability, the likeliest in its place, and in blue where the head looked.
 <p>%s</p><script>
 const maps = Uint8Array.from(atob("%s"), c => c.charCodeAt(0)), heads = %d;
 const [layer, head] = document.querySelectorAll("input"), spans = [...document.querySelectorAll("span")];
 const paint = color => spans.forEach((span, i) => span.style.background = color(i));
-const red = spans.map(span => span.style.background);
 spans.forEach((span, on) => {
   const look = i => maps[((+layer.value * heads + +head.value) * spans.length + on) * spans.length + i];
   span.onmouseenter = () => paint(i => `rgba(30, 90, 230, ${Math.sqrt(look(i) / 255)})`);
-  span.onmouseleave = () => paint(i => red[i]);
+  span.onmouseleave = () => paint(() => "");
 });
 </script>"""
 
@@ -456,9 +441,7 @@ def main(cfg):
     if wrong := [key for key in alone if getattr(cfg, key) not in (getattr(config.Config, key), False)]:
         raise ValueError(f"interactive continues one text as you type it: leave out {', '.join(wrong)}")
     model, tok, about = load(cfg, pack=not cfg.compile or cfg.num_beams > 1)
-    size, stats = model.config.block_size, Counter()
-    (prompts, texts), (ends, stops) = read_prompts(cfg, tok, size), read_stops(cfg, tok)
-    cfg = dataclasses.replace(cfg, sinks=min(cfg.sinks, (size - 1) // 2))
+    (prompts, texts), (ends, stops) = read_prompts(cfg, tok, model.config.block_size), read_stops(cfg, tok)
     if cfg.visualize and (os.path.isdir(cfg.visualize) or not os.path.isdir(os.path.dirname(cfg.visualize) or ".")):
         raise ValueError(f"--visualize={cfg.visualize}: want a file in a folder that exists")
     say(f"{about} | {model.set_backend(training=False)}\n")
@@ -467,7 +450,7 @@ def main(cfg):
     draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
     rows = [Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for i, p in enumerate(prompts) for j in range(draws)]
     page = lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
-    shown = at = 0
+    at, shown, stats = 0, 0, Counter()
     for i, text in enumerate(texts):
         while at < (i + 1) * draws:         # a batch may end several prompts, a prompt take several batches
             for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats):

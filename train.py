@@ -13,7 +13,7 @@ A step means tokens_per_step tokens, however many devices share them: batches ar
 one process and eight see the same data and a resumed run goes on as if it had never stopped.
 Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import contextlib, copy, dataclasses, datetime, errno, functools, itertools, json, math, os, re, signal, subprocess, sys, time
+import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class Batches:
     def __init__(self, path, block_size, seed, eot=None):
         self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
         mask = os.path.splitext(path)[0] + ".mask"
-        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else None
+        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else np.broadcast_to(True, len(self.data))
         self.n, self.pairs = len(self.data) // block_size, None
         if eot is not None:
             stop = np.flatnonzero(self.data == eot) + 1
@@ -55,6 +55,10 @@ class Batches:
         start = (rng.integers(len(self.data)) + self.T * rng.permutation(self.n)) % len(self.data)
         return np.stack((start, start + self.T + 1), axis=1)
 
+    def spans(self, first, count):
+        """Those of rows first .. first + count - 1 of the run, counted over all its epochs."""
+        return np.array([self.epoch(i // self.n)[i % self.n] for i in range(first, first + count)])
+
     def windows(self, tokens):
         """Consecutive spans over the first `tokens` targets (0 = all of them), to evaluate on."""
         if self.pairs is not None: return self.pairs[:max(tokens // self.T // 2, 1) if tokens else None].reshape(-1, 2)
@@ -63,36 +67,24 @@ class Batches:
         return np.stack((start, np.minimum(start + self.T, end) + 1), axis=1)
 
     def read(self, spans):
-        """Spans of at most T + 1 tokens -> inputs and targets as one array (2, B, T); targets past the end of a span are -1."""
-        start, stop = np.array(spans).T[:, :, None]                                     # (B, 1) each
+        """Spans of at most T + 1 tokens -> inputs and targets as one tensor (2, B, T); targets past the end of a span are -1."""
+        start, stop = spans.T[:, :, None]                                               # (B, 1) each
         at = start + np.arange(self.T + 1)
         ring = at % len(self.data)
-        tokens, counts = self.data[ring].astype(np.int64), at[:, 1:] < stop
-        if self.mask is not None: counts &= self.mask[ring[:, 1:]] > 0
-        return np.stack((tokens[:, :-1], np.where(counts, tokens[:, 1:], -1)))
-
-    def rows(self, first, count):
-        """Rows first .. first + count - 1 of the run, counted over all its epochs, as `read` gives them."""
-        return self.read([self.epoch(i // self.n)[i % self.n] for i in range(first, first + count)])
+        tokens, counts = self.data[ring].astype(np.int64), (at < stop) & (self.mask[ring] > 0)
+        return torch.from_numpy(np.stack((tokens[:, :-1], np.where(counts, tokens, -1)[:, 1:])))
 
     def weigh(self, rows):
         """How much rows weigh in the mean over a step or an evaluation: as their targets that count, or as their pairs."""
         return int((rows[1] >= 0).sum()) if self.pairs is None else rows.shape[1] // 2
 
-    def stream(self, step, accumulate, batch_size, run):
-        """This rank's micro-batches from `step` on, and the share of the step that each is: rank r of W takes batches r, W + r,
-        .. of those that make up a step. Shares add up to W, over which DDP takes the mean."""
-        size = accumulate * run.world * batch_size
-        for n in itertools.count(step * accumulate):
-            if self.mask is None: whole = size * self.T
-            elif n % accumulate == 0: whole = max(self.weigh(self.rows(n // accumulate * size, size)), 1)
-            rows = self.rows((n * run.world + run.rank) * batch_size, batch_size)
-            yield *to_device(rows, run.device), self.weigh(rows) * run.world / whole
-
-def to_device(rows, device):
-    """(2, B, T) -> inputs and targets, both (B, T), copied to the device without waiting for it."""
-    rows = torch.from_numpy(rows)
-    return (rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)).unbind()
+    def share(self, spans, batch_size, run):
+        """This rank's batches of the spans, inputs and targets (B, T) on its device, and how much each weighs: rank r of W takes
+        batches r, W + r, .. A copy to a GPU is queued, not waited for."""
+        gpu = run.device.type == "cuda"
+        for b in range(run.rank * batch_size, len(spans), run.world * batch_size):
+            rows = self.read(spans[b:b + batch_size])
+            yield *(rows.pin_memory() if gpu else rows).to(run.device, non_blocking=gpu), self.weigh(rows)
 
 # ---------------------------------------------------------------------------- the step
 
@@ -106,12 +98,11 @@ def objective(model, x, y, cfg, reference=None):
 @torch.no_grad()
 def evaluate(model, batches, cfg, run, reference=None):
     """The mean loss over the batches' windows (the first eval_tokens), shared by the ranks."""
-    spans, total = batches.windows(cfg.eval_tokens), torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)
     model.eval()
-    for b in range(run.rank * cfg.batch_size, len(spans), run.world * cfg.batch_size):
-        rows = batches.read(spans[b:b + cfg.batch_size])
-        with run.autocast: loss = objective(model, *to_device(rows, run.device), cfg, reference)
-        total += batches.weigh(rows) * torch.tensor([loss.item(), 1]).double()
+    for x, y, weight in batches.share(batches.windows(cfg.eval_tokens), cfg.batch_size, run):
+        with run.autocast: loss = objective(model, x, y, cfg, reference)
+        total += weight * torch.tensor([loss.item(), 1]).double()
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
     return (total[0] / total[1]).item()
@@ -129,17 +120,14 @@ def update(optimizers, bad):
     """One step of each optimizer, or none at all where `bad`, a flag on the device, is set; the host never waits to learn which.
     AdamW's fused kernel takes the flag; Muon gets its momentum as gradient, which leaves it as it was, and its weights back."""
     for optimizer in optimizers:
-        inner = getattr(optimizer, "optim", optimizer)          # a sharded optimizer's share of this rank
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if inner.defaults.get("fused"):
-            inner.found_inf = bad.float()
-            optimizer.step()
+        inner, before = getattr(optimizer, "optim", optimizer), {}      # a sharded optimizer's share of this rank
+        if inner.defaults.get("fused"): inner.found_inf = bad.float()
         elif isinstance(inner, torch.optim.Muon):
-            before = [p.clone() for p in params]
-            for p in params: p.grad = torch.where(bad, inner.state.get(p, {}).get("momentum_buffer", 0), p.grad)
-            optimizer.step()
-            for p, old in zip(params, before): p.copy_(torch.where(bad, old, p))
-        elif not bad: optimizer.step()                          # on devices without a fused AdamW
+            before = {p: p.clone() for group in optimizer.param_groups for p in group["params"]}
+            for p in before: p.grad = torch.where(bad, inner.state.get(p, {}).get("momentum_buffer", 0), p.grad)
+        elif bad: continue                                      # on devices without a fused AdamW
+        optimizer.step()
+        for p, old in before.items(): p.copy_(torch.where(bad, old, p))
 
 # ---------------------------------------------------------------------------- the machine
 
@@ -162,7 +150,7 @@ class Machine:
             self.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-        self.compile, self.profiler = gpu if cfg.compile is None else cfg.compile, None
+        self.compile = gpu if cfg.compile is None else cfg.compile
         self.name = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {torch.get_num_threads()} threads"
         self.peak = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", self.name)), None)
 
@@ -179,8 +167,7 @@ class Machine:
         """work() on every rank: first on rank 0, then on one of each machine, so that the others find written what it writes.
         What goes wrong on one ends them all, and only that one says why."""
         for turn in (self.rank == 0, self.local_rank == 0, True):
-            error = None
-            try: result = work() if turn else None
+            try: result, error = work() if turn else None, None
             except (ValueError, OSError) as e: error = e
             if self.any(error): raise error or SystemExit(1)
         return result
@@ -197,12 +184,11 @@ def as_saved(cfg, run, old):
     """cfg to go on from the checkpoint `old`, of whose model cfg asks for the same as its run did; other knobs may change."""
     now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
     lacks = [key for key in "asked config meta optimizers scaler reference step best seconds".split() if key not in old]
-    require(not lacks, f"cannot resume: the checkpoint lacks {', '.join(lacks)}, for another program or version wrote it: "
-            "choose another --out_dir")
+    require(not lacks, f"another program or version wrote the checkpoint, it lacks {', '.join(lacks)}: choose another --out_dir")
     changed = {k: f"{k} {was!r} -> {now[k]!r}" for k, was in old["asked"].items() if k != "init_from" and now.get(k, was) != was}
     fatal = ", ".join(changed[k] for k in (*shape, "lora_rank", "objective", "optimizer") if k in changed)
     require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; use its values or another --out_dir")
-    if changed: run.say(f"resuming with a changed config: {', '.join(changed.values())}")
+    run.say(f"resuming at step {old['step']} of {cfg.max_iters}, knobs changed: {', '.join(changed.values()) or 'none'}")
     keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # another tokenizer must be the same by its hash
     return dataclasses.replace(cfg, **{k: v for k, v in old["config"].items() if k in keep})
 
@@ -215,24 +201,24 @@ def as_pretrained(cfg, run, folder):
     return dataclasses.replace(cfg, **sets)
 
 def prepare_data(cfg, run, old):
-    """meta.json's contents and the tokenizer; makes the dataset where it is missing. old: the checkpoint to resume, or {}."""
+    """Batches to train and to evaluate on, meta.json's contents, tokenizer; makes a missing dataset. old: a checkpoint or {}."""
     if not prepare.prepared(cfg): run.say(f"data/{cfg.dataset} is not there yet: preparing it first")
     run.in_turn(lambda: prepare.prepared(cfg) or prepare.main(cfg))
-    meta, path = prepare.verify(cfg), os.path.join("data", cfg.dataset, "tokenizer.json")
-    pairs = meta.get("form") == "pairs"
-    require((cfg.objective == "dpo") == pairs, f"objective={cfg.objective!r}, but {cfg.dataset} has {'' if pairs else 'no '}"
-            f"preference pairs, as prepare.py makes them: set --objective={'dpo' if pairs else 'tokens'}")
-    require(not cfg.doc_mask or meta["eot"] is not None and meta["documents"]["train"] > 1,
-            f"doc_mask keeps documents apart, and {cfg.dataset} is one text without end-of-text tokens: leave it out")
-    for split in () if pairs else ("train", "val"):
-        tokens = meta["tokens"][split]
-        require(tokens > cfg.block_size, f"the {split} split of {cfg.dataset} has {tokens} tokens, block_size is "
-                f"{cfg.block_size}: give more text or set a smaller --block_size (or for the val split a larger --val_fraction)")
+    meta, folder = prepare.verify(cfg), Path("data", cfg.dataset)
+    fits, has = ("dpo", "has") if meta.get("form") == "pairs" else ("tokens", "has no")
+    require(cfg.objective == fits, f"{cfg.dataset} {has} preference pairs, see prepare.py: set --objective={fits}")
+    require(not cfg.doc_mask or meta["documents"]["train"] > 1, f"doc_mask needs many texts, {cfg.dataset} is one: leave it out")
+    require(fits == "dpo" or min(meta["tokens"].values()) > cfg.block_size, f"{cfg.dataset} has {meta['tokens']} tokens, "
+            f"block_size is {cfg.block_size}: give more text or set a smaller --block_size (or for val a larger --val_fraction)")
     require(not old or old["meta"]["tokenizer_hash"] == meta["tokenizer_hash"],
             f"cannot resume: data/{cfg.dataset} has another tokenizer than the checkpoint: use that one, or another --out_dir")
     if old and old["meta"]["sha256"] != meta["sha256"]: run.say(f"resuming on other text: data/{cfg.dataset} was prepared anew")
-    if not os.path.exists(path): return meta, meta["tokenizer"]
-    with open(path, encoding="utf-8") as f: return meta, json.load(f)
+    batches, val_batches = (Batches(folder / f"{split}.bin", cfg.block_size, cfg.seed, meta["eot"] if fits == "dpo" else None)
+                            for split in ("train", "val"))
+    require(val_batches.mask[1:val_batches.windows(cfg.eval_tokens)[-1, 1]].any(),
+            f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise it")
+    own = folder / "tokenizer.json"
+    return batches, val_batches, meta, json.loads(own.read_bytes()) if own.exists() else meta["tokenizer"]
 
 def estimate_memory(cfg, model, world=1):
     """Bytes by part for one training process. Weights and gradients are float32, with a copy in 16 bits for autocast and in DDP's
@@ -254,25 +240,22 @@ def plan(cfg, model, run, tokens, epoch):
     flops, n, total = model.estimate_flops(), model.num_params(), cfg.max_iters * tokens
     cfg = dataclasses.replace(cfg, dtype=str(run.dtype).removeprefix("torch."))
     needed = sum(estimate_memory(cfg, model, run.world).values())
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf      # not on Windows
-    gpu = run.device.type == "cuda"         # on which the weights are already
-    room = torch.cuda.mem_get_info(run.device)[0] + torch.cuda.memory_allocated(run.device) if gpu else ram
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf     # not on Windows
+    if run.device.type == "cuda": room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()   # the weights are in it
     hours = f", {flops * total / (0.4 * run.peak * run.world) / 3600:,.2f} hours at 40% of peak" if run.peak else ""
-    short = f", but there is room for {room / 2 ** 20:,.0f}: WARNING, lower --batch_size or use --grad_checkpoint"
+    short = f", there is room for {room / 2 ** 20:,.0f}: WARNING, lower --batch_size or use --grad_checkpoint" * (needed > room)
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
             f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
-            f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed / 2 ** 20:,.0f} MiB a device"
-            f"{short if needed > room else ''}\n"
+            f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed >> 20:,} MiB a device{short}\n"
             f"device {run.name}, {cfg.dtype}, compile {'on' if run.compile else 'off'}")
 
 # ---------------------------------------------------------------------------- what a run leaves behind
 
 def read_log(path):
-    """The records of a log.jsonl, without the lines that a crash has damaged."""
+    """The records of a log.jsonl, up to a line that a crash has damaged: when a run goes on, it drops what follows."""
     records = []
-    for line in Path(path).read_bytes().splitlines():
-        with contextlib.suppress(ValueError): records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict) and "step" in r]
+    with contextlib.suppress(ValueError): records.extend(map(json.loads, Path(path).read_bytes().splitlines()))
+    return records
 
 class Log:
     """What a run says of its steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between them losses add up on
@@ -293,8 +276,7 @@ class Log:
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
-        # what earlier steps had of other tokens_per_step; the last record is the checkpoint's
-        self.before = next((r["tokens"] - r["step"] * tokens_per_step for r in kept[::-1] if "tokens" in r), 0)
+        self.before = kept[-1]["tokens"] - kept[-1]["step"] * tokens_per_step if kept else 0    # for steps of another size
 
     def write(self, step, text, **record):
         """The same for people and for programs, on rank 0."""
@@ -326,14 +308,13 @@ class Log:
 
 def show_sample(out_dir, device):
     """In a process of its own: what a reader would type, and proof that the checkpoint suffices."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py")
-    subprocess.run([sys.executable, script, f"--out_dir={out_dir}", "--max_new_tokens=200", f"--device={device}"])
+    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), f"--out_dir={out_dir}", f"--device={device}"])
     print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"", flush=True)
 
 # ---------------------------------------------------------------------------- the run
 
-def build(cfg, run, folder, old):
-    """The model, dpo's reference model or None, the optimizers, and float16's loss scaler; as in the checkpoint `old`, if any."""
+def build(cfg, run, folder, old, eot):
+    """The model, bare and wrapped by compile and DDP, dpo's reference or None, optimizers, loss scaler; as in `old`, if any."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     model = load_hf(folder, run.device, config=cfg.model()).train() if folder else GPT(cfg.model()).to(run.device)
@@ -349,16 +330,18 @@ def build(cfg, run, folder, old):
             for new, was in zip(optimizer.param_groups, saved["param_groups"]): was.update(new, params=was["params"])
             optimizer.load_state_dict(saved)
         if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if its run did not need one
-    return model, reference, optimizers, scaler
+    model.grad_checkpoint, model.doc_mask = cfg.grad_checkpoint, eot if cfg.doc_mask else None
+    wrapped = torch.compile(model) if run.compile else model
+    if run.world > 1: wrapped = DDP(wrapped, [run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
+    return model, wrapped, reference, optimizers, scaler
 
 def train(cfg, run):
     """The whole run, from the first line it prints to the sample at its end."""
-    out_dir, asked, pairs = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg), cfg.objective == "dpo"
-    last, best_path = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    out_dir, asked = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg)
+    last = os.path.join(out_dir, "ckpt.pt")
     require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer shares among ranks: start with torchrun, or leave it out")
-    exists = os.path.exists(last)
-    resume = run.any(cfg.init_from == "resume" or run.restarts and exists)      # restarts: by torchrun --max-restarts
-    require(resume or not exists, f"{last} exists: go on with --init_from=resume, choose another --out_dir, or delete {out_dir}")
+    resume = run.any(cfg.init_from == "resume" or run.restarts and os.path.exists(last))    # restarts: torchrun --max-restarts
+    require(resume or not os.path.exists(last), f"{last} exists: go on with --init_from=resume, or choose another --out_dir")
     old, folder = load_checkpoint(last) if resume else {}, ""
     if old: cfg = as_saved(cfg, run, old)
     elif folder := run.in_turn(lambda: prepare.pretrained(cfg.init_from)): cfg = as_pretrained(cfg, run, folder)
@@ -366,54 +349,41 @@ def train(cfg, run):
     tokens_per_step, unit = cfg.tokens_per_step or cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.block_size * run.world
     require(tokens_per_step % unit == 0, f"tokens_per_step={tokens_per_step} is not a multiple of batch_size * block_size * "
             f"{run.world} device(s) = {unit}: set --tokens_per_step={-(-tokens_per_step // unit) * unit} or change batch_size")
-    accumulate = tokens_per_step // unit                # micro-batches of a step on each device
-    meta, tokenizer = prepare_data(cfg, run, old)
-
-    raw_model, reference, optimizers, scaler = build(cfg, run, folder, old)     # raw: without compile's and DDP's wrappers
+    accumulate, rows = tokens_per_step // unit, tokens_per_step // cfg.block_size   # of a step: batches on each rank, rows on all
+    batches, val_batches, meta, tokenizer = prepare_data(cfg, run, old)
+    raw_model, model, reference, optimizers, scaler = build(cfg, run, folder, old, meta["eot"])
     step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)
-    if old: run.say(f"resuming {last} at step {step} of {cfg.max_iters}")
     del old
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    attention, raw_model.grad_checkpoint = raw_model.set_backend(), cfg.grad_checkpoint
-    raw_model.doc_mask = meta["eot"] if cfg.doc_mask else None
-    model = torch.compile(raw_model) if run.compile else raw_model
-    if run.world > 1: model = DDP(model, [run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
+    attention = raw_model.set_backend()
 
-    batches, val_batches = (Batches(os.path.join("data", cfg.dataset, split + ".bin"), cfg.block_size, cfg.seed,
-                                    meta["eot"] if pairs else None) for split in ("train", "val"))
-    spans = val_batches.windows(cfg.eval_tokens)
-    require(any(val_batches.weigh(val_batches.read(spans[i:i + 2])) for i in range(0, len(spans), 2)),
-            f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise it")
     run.say(f"{plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)}, attention: {attention}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
     signals = []        # SIGINT or SIGTERM: finish the step, save, end; more of them add nothing, for torchrun repeats Ctrl-C
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: signals.append(number))
 
-    def save(*paths):
-        if cfg.shard_optimizer:
-            for optimizer in optimizers: optimizer.consolidate_state_dict(to=0)
+    def save(*names):
+        for optimizer in optimizers if cfg.shard_optimizer else (): optimizer.consolidate_state_dict(to=0)
         if run.rank > 0: return
         state = dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                      reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
                      config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer)
-        for path in paths: save_checkpoint(path, state)
+        for name in names: save_checkpoint(os.path.join(out_dir, f"{name}.pt"), state)
+        kept = [path for path in Path(out_dir).iterdir() if re.fullmatch(r"ckpt_\d+\.pt", path.name)]
+        for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()      # with 0, [:0], none
 
-    run.profiler = cfg.profile and run.rank == 0 and torch.profiler.profile(
+    profiler = cfg.profile and run.rank == 0 and run.at_end.enter_context(torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")))
-    if run.profiler: run.profiler.start()
-    feed = batches.stream(step, accumulate, cfg.batch_size, run)
-    x, y, share = next(feed)
-    stopping = False
-    while step < cfg.max_iters and not stopping:
+        on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json"))))
+    while step < cfg.max_iters:
         factor = lr_factor(step, cfg)
         for group, peak in peaks: group["lr"] = peak * factor
         if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)  # a resumed run drops the same
-        total = 0
-        for micro in range(accumulate):
-            if run.world > 1: model.require_backward_grad_sync = micro == accumulate - 1    # gradients meet once a step
-            with run.autocast: loss = objective(model, x, y, cfg, reference) * share
-            x, y, share = next(feed)            # read and copied while the device is busy with this one
+        spans, total = batches.spans(step * rows, rows), 0
+        whole = max(batches.weigh(batches.read(spans)), 1) if "form" in meta else tokens_per_step   # without a form all count
+        for micro, (x, y, weight) in enumerate(batches.share(spans, cfg.batch_size, run), 1):
+            if run.world > 1: model.require_backward_grad_sync = micro == accumulate        # gradients meet once a step
+            with run.autocast: loss = objective(model, x, y, cfg, reference) * (weight * run.world / whole)  # DDP takes a mean
             scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in optimizers: scaler.unscale_(optimizer)
@@ -424,7 +394,7 @@ def train(cfg, run):
         for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
         log.add(total, bad)
         step += 1
-        if run.profiler: run.profiler.step()
+        if profiler: profiler.step()
 
         # on a GPU all of the above is only queued (not so with dpo): what follows waits for it, and only if there is news
         stopping = run.any(signals) and step < cfg.max_iters
@@ -435,31 +405,25 @@ def train(cfg, run):
             saved = f"the last good checkpoint is {last}: go on" if os.path.exists(last) else "there is none saved: begin again"
             require(log.in_a_row < cfg.max_bad_steps, f"{log.in_a_row} steps in a row had a non-finite gradient: {saved} with a "
                     "lower learning rate or --dtype=float32")
-        if stopping: save(last)                 # at once: who sends a signal may not wait for an evaluation
+        if stopping: save("ckpt")               # at once: who sends a signal may not wait for an evaluation
         if evaluating:
             val, size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
             bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # bits per byte, as of the whole split
             better, best = val < best, min(best, val)       # in this order no NaN stays
-            end, paths = (" | best", [best_path, last]) if better else ("", [last])
-            record, unit = ({}, "") if pairs else (dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte")
-            log.write(step, f"validation: {val:.4f}{unit}{end}", val_loss=val, **record)
-            if cfg.keep_checkpoints: paths.append(os.path.join(out_dir, f"ckpt_{step:06d}.pt"))
-            save(*paths)
-            if cfg.keep_checkpoints and run.rank == 0:
-                kept = [path for path in Path(out_dir).iterdir() if re.fullmatch(r"ckpt_\d+\.pt", path.name)]
-                for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()
+            record, unit = ({}, "") if reference else (dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte")
+            log.write(step, f"validation: {val:.4f}{unit}{' | best' * better}", val_loss=val, **record)
+            save(*["best"] * better, "ckpt", *[f"ckpt_{step:06d}"] * (cfg.keep_checkpoints > 0))
             if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
             log.began = time.perf_counter() - log.seconds       # only steps count
-    if stopping:
-        run.say(f"stopped by a signal, saved {last} at step {step}; to go on, give the same command with --init_from=resume")
-    elif run.rank == 0:
-        spent = datetime.timedelta(seconds=round(log.seconds))
-        print(f"\n{step} steps in {spent}, besides evaluation; best validation loss {best:.4f}: {best_path}\n", flush=True)
-        show_sample(out_dir, run.device)
+        if stopping: return run.say(f"stopped by a signal, saved {last}: give the same command with --init_from=resume to go on")
+    spent = datetime.timedelta(seconds=round(log.seconds))
+    run.say(f"\n{step} steps in {spent}, besides evaluation; best validation loss {best:.4f}: {out_dir}/best.pt\n")
+    if run.rank == 0: show_sample(out_dir, run.device)
 
 def main(cfg):
     run = Machine(cfg)
-    try: train(cfg, run)
+    try:
+        with contextlib.ExitStack() as run.at_end: train(cfg, run)      # a profiler left running would crash Python at its end
     except torch.OutOfMemoryError:
         tokens = cfg.tokens_per_step or cfg.batch_size * cfg.block_size
         raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size} and set --tokens_per_step={tokens} to train the "
@@ -467,8 +431,6 @@ def main(cfg):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR): raise
         raise OSError(f"{e}: make room or mend that path (--out_dir names another); a checkpoint saved before stands") from None
-    finally:
-        if run.profiler: run.profiler.stop()        # writes what it has; left running, it would crash the process at its end
     if run.world > 1: dist.destroy_process_group()      # not after an error: the others may be waiting for this rank
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class GPTConfig:
     head_size: int = 0              # width of a head: 0 = n_embd/n_head
     n_inner: int = 0                # hidden width of the MLP: 0 = 4*n_embd; for swiglu the multiple of 64 next to 8/3*n_embd
     pos: Literal["rope", "learned", "sinusoidal"] = "rope"          # how a token knows its position
-    rope_theta: float = 10000.0     # RoPE's base: pair d turns by position / rope_theta^(2d/D)
+    rope_theta: float = 10000.0     # base of rope and sinusoidal: pair d turns by position / rope_theta^(2d/D)
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"   # stretch RoPE, in training or when sampling
     rope_factor: float = 1.0        # by how much: block_size is rope_factor times the length the model was (first) trained at
     rope_trained: int = 0           # that length, in tokens, where it is another: 0 = block_size/rope_factor

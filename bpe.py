@@ -212,8 +212,13 @@ class Words(dict):
             numbers[same] = self.numbers_in[slot[same]]
         return numbers
 
+def interrupts(how):
+    """Hold Ctrl-C back, or let it through. In the middle of a fork Python would print a traceback of it, or lose it."""
+    if hasattr(signal, how): signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT})      # not on Windows
+
 def work(function, pipe):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker at once; the parent says so. And should it be killed:
+    interrupts("SIG_UNBLOCK")
     import multiprocessing
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     while True:
@@ -244,7 +249,9 @@ def in_order(function, jobs, workers):
         for job in itertools.islice(jobs, workers):
             pipe, its = context.Pipe()
             team.append(context.Process(target=work, args=(function, its), daemon=True))
+            interrupts("SIG_BLOCK")
             team[-1].start()
+            interrupts("SIG_UNBLOCK")
             its.close()     # now a worker's death is the end of its pipe
             talk(pipe.send, job)
             busy.append(pipe)
@@ -257,6 +264,7 @@ def in_order(function, jobs, workers):
                 busy.append(pipe)
             yield result
     finally:
+        interrupts("SIG_UNBLOCK")       # if one could not start
         for process in filter(lambda process: process.pid, team):
             process.kill()
             process.join()

@@ -212,20 +212,26 @@ class Words(dict):
             numbers[same] = self.numbers_in[slot[same]]
         return numbers
 
-def interrupts(how):
-    """Hold Ctrl-C back, or let it through. In the middle of a fork Python would print a traceback of it, or lose it."""
-    if hasattr(signal, how): signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT})      # not on Windows
-
 def work(function, pipe):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker at once; the parent says so. And should it be killed:
-    interrupts("SIG_UNBLOCK")
     import multiprocessing
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     while True:
-        job = pipe.recv()
+        try: job = pipe.recv()
+        except EOFError: return             # there is nothing more to do
         try: result = function(job), None
         except Exception as e: result = None, e
         pipe.send(result)
+
+def start(process):
+    """Start it, and let Ctrl-C wait: in the middle of a fork Python would print a traceback of it, or lose it. A mask would not
+    do, for other threads take the signal; and only the main one hears of it."""
+    if threading.current_thread() is not threading.main_thread(): return process.start()
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *signal: came.append(signal))
+    try: process.start()
+    finally: signal.signal(signal.SIGINT, before)
+    if came: signal.raise_signal(signal.SIGINT)
 
 def talk(do, *what):
     """do(*what), which sends or receives; at the other end of a pipe a worker may have died, even halfway through a message."""
@@ -249,9 +255,7 @@ def in_order(function, jobs, workers):
         for job in itertools.islice(jobs, workers):
             pipe, its = context.Pipe()
             team.append(context.Process(target=work, args=(function, its), daemon=True))
-            interrupts("SIG_BLOCK")
-            team[-1].start()
-            interrupts("SIG_UNBLOCK")
+            start(team[-1])
             its.close()     # now a worker's death is the end of its pipe
             talk(pipe.send, job)
             busy.append(pipe)
@@ -264,7 +268,6 @@ def in_order(function, jobs, workers):
                 busy.append(pipe)
             yield result
     finally:
-        interrupts("SIG_UNBLOCK")       # if one could not start
         for process in filter(lambda process: process.pid, team):
             process.kill()
             process.join()
@@ -426,7 +429,7 @@ class Tokenizer:
         if (workers or 0) < 0: raise ValueError(f"workers is {workers}: want a number of processes, or none for one per core")
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
         if vocab_size < plain.vocab_size and vocab_size != 256:
-            raise ValueError(f"vocab_size is {vocab_size}, too small: 256 bytes and special tokens need {plain.vocab_size}")
+            raise ValueError(f"vocab_size is {vocab_size}, too small: the bytes need 256, with special tokens {plain.vocab_size}")
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
                 if not isinstance(doc, (str, bytes)): yield from cut(doc)

@@ -166,6 +166,7 @@ def sources(cfg):
         found = walk(item) if os.path.isdir(item) else [item] * (item.endswith(ENDINGS) and os.path.isfile(item))
         if not found: raise ValueError(f"--input: nothing to read in {item!r}, only {' '.join(ENDINGS)} files are read")
         paths += found
+    require(paths, f"nothing to read: Python's library here, {sysconfig.get_path('stdlib')}, has no .py files: use --input=FILES")
     if len(paths) > 1 or paths[0].endswith(".jsonl"):
         return [span(path, "jsonl" if path.endswith(".jsonl") else "text") for path in paths]
     path, middle = paths[0], int(size_of(paths[0]) * (1 - cfg.val_fraction))    # a single text: its last part is for validation
@@ -206,7 +207,9 @@ def to_bytes(text):
 def documents(unit):
     """The documents of spans, empty ones too: (span, form, [(bytes, counts)]), see parse. Most have one part, and it counts."""
     for span in unit:
-        data = np.fromfile(span.path, np.uint8, span.stop - span.start, offset=span.start).tobytes()
+        with open(span.path, "rb") as f:
+            f.seek(span.start)
+            data = f.read(span.stop - span.start)
         if span.kind not in MANY: yield span, "text", [(data, True)]
         elif span.kind == "stories":
             stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
@@ -218,7 +221,8 @@ def documents(unit):
                     form, parts = parse(json.loads(line.decode("utf-8-sig", "surrogateescape")))
                     parts = [(to_bytes(text), counts) for text, counts in parts]
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-                    with open(span.path, "rb") as f: n += sum(f.tell() <= span.start for _ in f)     # the lines before the span
+                    with open(span.path, "rb") as f:        # the lines before the span
+                        n += sum(1 for _ in itertools.takewhile(lambda _: f.tell() <= span.start, f))
                     raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", prompt and '
                                      f"response, instruction and output, or prompt, chosen and rejected, all of them text "
                                      f"({e!r:.99}): {line[:60]!r}") from None
@@ -323,11 +327,12 @@ def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 def verify(cfg):
     """The contents of meta.json. FileNotFoundError if the dataset is not prepared; ValueError with the remedy if it was prepared
     with other knobs than cfg's, or its bins are not whole."""
-    folder, again = join("data", cfg.dataset), "run prepare.py with this config again"
+    folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
+    if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
     needed = operator.itemgetter("knobs", "tokens", "sha256", "vocab_size", "tokenizer", "tokenizer_hash")
     try: meta, made_with = bpe.read(join(folder, "meta.json"), lambda text: ((meta := json.loads(text)), {**needed(meta)[0]}))
     except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
-    for key, value in knobs(cfg).items():
+    for key, value in wanted.items():
         found, file = made_with.get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
         if found != value and not (file and bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]):
             raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
@@ -379,7 +384,7 @@ def main(cfg):
             yield result
     found, forms = zip(*every("read", read_unit, units))
     rows, forms = np.concatenate(found), set().union(*forms)
-    if not rows["size"].any(): raise ValueError(f"nothing to read: {meta['source']} is empty, or has nothing but empty lines")
+    if not rows["size"].any(): raise ValueError(f"nothing to read: {meta['source']} has nothing but empty documents")
     if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts")
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
     rows["fate"], meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)

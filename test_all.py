@@ -1487,7 +1487,26 @@ if __name__ == '__main__':
     docs = [f'the cat {i} sat é' for i in range(300)]
     print(bpe.Tokenizer.train(docs, 300, workers=2).hash == bpe.Tokenizer.train(docs, 300, workers=1).hash)
 """).communicate(timeout=100)
-    assert out == "True\n", err
+    assert out == "True\n" and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("fork", [1, 2])
+def test_bpe_ctrl_c_in_the_middle_of_a_fork_waits(tmp_path, fork):
+    out, err = bpe_script(tmp_path, f"""
+import os, signal, time, bpe
+import torch                                                    # has threads, which a signal may choose
+parent, forks = os.getpid(), []
+def fork():
+    forks.append(1)
+    if len(forks) == {fork}:
+        os.kill(parent, signal.SIGINT)
+        time.sleep(0.02)
+os.register_at_fork(before=fork)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try: print(list(bpe.in_order(abs, range(20), 2)))
+except KeyboardInterrupt: print("interrupted")
+""").communicate(timeout=100)
+    assert (out, err) == ("interrupted\n", ""), err
 
 
 def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
@@ -1852,7 +1871,7 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     (dict(input="in/a.txt,gone.txt"), {"a.txt": "x"}, "no file or folder 'gone.txt'"),
     (dict(), {"a.bin": "x"}, "nothing to read in 'in'"),
     (dict(input="in/a.bin"), {"a.bin": "x"}, "nothing to read in 'in/a.bin'"),
-    (dict(), {"a.txt": ""}, "nothing to read: in is empty"),
+    (dict(), {"a.txt": ""}, "nothing to read: in has nothing but empty documents"),
     (dict(), {"a.txt": "", "b.md": ""}, "nothing to read"),
     (dict(input=""), {}, "say what to read"),
     (dict(dataset="stdlib"), {"a.txt": "x"}, "NAME of its own"), (dict(dataset="stdlib_x"), {"a.txt": "x"}, "NAME of its own"),
@@ -1869,7 +1888,7 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     (dict(), {"b.jsonl": '{"body": "fine"}'}, "in/b.jsonl, line 1"),
     (dict(), {"b.jsonl": "[1]"}, "in/b.jsonl, line 1"),
     (dict(), {"b.jsonl": '{"text": "fine"}\n' + "[" * 100_000}, "in/b.jsonl, line 2"),
-    (dict(input="in/b.jsonl"), {"b.jsonl": " \n\n\t\n"}, "nothing but empty lines"),
+    (dict(input="in/b.jsonl"), {"b.jsonl": " \n\n\t\n"}, "nothing but empty documents"),
     (dict(input="in/a.txt", val_fraction=0.99), {"a.txt": "x" * 10}, "long enough for val_fraction=0.99"),
     (dict(dataset="fineweb", input=""), {}, "needs --tokenizer=gpt2"),
     (dict(input="in", dataset="other", val_fraction=0.5), {"a.txt": "x" * 10, "b.txt": "y"}, None),
@@ -2024,7 +2043,7 @@ def test_prepare_verify(tmp_path, monkeypatch):
     """What is on the disk is refused when knobs or files do not fit, with the one way out: prepare again."""
     monkeypatch.chdir(tmp_path)
     assert not prepare.prepared(prepare_cfg())
-    with pytest.raises(FileNotFoundError, match="data/mine/meta.json"): prepare.verify(prepare_cfg())
+    with pytest.raises(FileNotFoundError, match="is not prepared"): prepare.verify(prepare_cfg())
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 20) for i in range(40)})
     meta = prepare_run()
     assert prepare.verify(prepare_cfg(input="")) == meta            # a later run need not say again what was read

@@ -394,7 +394,8 @@ def fit_law(compute, loss):
     compute, loss = np.array(compute)[:, None], np.array(loss)[:, None]             # (runs, 1)
     E = np.linspace(0, loss.min() * 0.999, 2000)
     slope, intercept = np.polyfit(np.log(compute[:, 0]), np.log(loss - E), 1)       # (2000,) each
-    best = np.square(E + np.exp(intercept) * compute ** slope - loss).sum(0).argmin()
+    error = np.square(E + np.exp(intercept) * compute ** slope - loss).sum(0)
+    best = np.where(np.isfinite(error), error, np.inf).argmin()
     return E[best], np.exp(intercept[best]), -slope[best]
 
 def bench_scaling(argv):
@@ -409,7 +410,7 @@ def bench_scaling(argv):
     if len({p[0] for p in points}) < 3: raise ValueError("three unknowns need at least three runs that differ in compute")
     compute, loss, *_ = zip(*sorted(points))
     E, A, a = fit_law(compute, loss)
-    if not a > 1e-4: raise ValueError("the loss of these runs does not fall as their compute grows: no law to fit")
+    if not (a > 1e-4 and math.isfinite(A)): raise ValueError("the loss of these runs does not fall as their compute grows")
     law = lambda compute: f"{E + A * compute ** -a:.4f}"
     table(["run", "parameters", "FLOP", "bits/byte", "law"],
           [[folder, n, f"{c:.3g}", f"{bits:.4f}", law(c)] for c, bits, n, folder in sorted(points)])

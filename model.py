@@ -300,9 +300,10 @@ class GPT(nn.Module):
         """idx (B, T) -> what the head reads, (B, T, C); whoever needs few positions' logits calls head on those alone."""
         if self.backend is None: self.set_backend(self.training)
         T, flash = idx.shape[1], self.backend == "flash_attn"
+        past = cache.span if cache is not None and not cache.static else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}: shorten the text")
         pos, S = cache.grow(T) if cache is not None else (torch.arange(T, device=idx.device), T)        # pos (T,) or (B, T)
-        if S > self.config.block_size:
-            raise ValueError(f"{S} tokens do not fit block_size={self.config.block_size}: shorten the text")
         x, rope, starts = self.transformer.wte(idx), None, None                                 # x (B, T, C)
         if self.config.pos == "learned": x = x + self.transformer.wpe(pos)
         elif self.config.pos == "rope": rope = self.table[:, pos].unsqueeze(-3).unbind()        # (1, T, D/2) or (B, 1, T, D/2)
@@ -449,7 +450,8 @@ def hf_shape(said):
     said = said | (said.get("rope_scaling") or said.get("rope_parameters") or {})
     said = {key: value for key, value in said.items() if value is not None}
     scaling = said.setdefault("rope_type", said.get("type", "default"))
-    wrong = [f"{key}={said[key]!r}, not in {ok}" for key, ok in ALLOWED.items() if key in said and said[key] not in ok]
+    wrong = [f"{key}={said[key]!r}" + f", not in {ok}" * bool(ok)
+             for key, ok in ALLOWED.items() if key in said and said[key] not in ok]
     if set(said.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
     if said.get("attention_bias", False) != said.get("mlp_bias", False): wrong.append("attention_bias unlike mlp_bias")
     if wrong: raise ValueError(f"asks for what cannot be read here: {', '.join(wrong)}")
@@ -484,7 +486,8 @@ def hf_places(config, family):
 
 def hf_tensors(folder):
     """(path, name, tensor) of all in the folder's safetensors, one at a time; ValueError for what is missing or damaged."""
-    st, paths = safetensors(), sorted(glob.glob(os.path.join(glob.escape(folder), "model*.safetensors")))
+    st, paths = safetensors(), [os.path.join(folder, "model.safetensors")]
+    if not os.path.isfile(paths[0]): paths = sorted(glob.glob(os.path.join(glob.escape(folder), "model-*-of-*.safetensors")))
     if not paths: raise ValueError(f"{folder} has no model.safetensors, nor its parts, model-00001-of-.. and on: download them")
     for path in paths:
         try:
@@ -498,22 +501,26 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
     family, found = hf_config(folder)
     config, places, state = config or found, hf_places(found, FAMILIES[family]), {}
+    missing = set(places)
     if found.tie_weights:       # some files keep it a second time
         places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
     for path, key, whole in hf_tensors(folder):
         name = "transformer." + key if "transformer." + key in places else key      # GPT-2's own file leaves the beginning out
         if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue           # masks and tables that old files keep
         if name not in places: raise ValueError(f"{path} has {key}, for which config.json has no place")
-        if not whole.is_floating_point(): raise ValueError(f"{path}: {key} is {whole.dtype}, quantised")
-        parts, shape, turned = places[name]
-        for ours, t in zip(parts, (whole.T if turned else whole).chunk(len(parts))):
-            if t.shape != shape: raise ValueError(f"{path}: {key} is {list(t.shape)}, but by config.json {list(shape)}")
+        if not whole.is_floating_point() or whole.element_size() < 2:
+            raise ValueError(f"{path}: {key} is {whole.dtype}, quantised")
+        parts, (rows, *width), turned = places[name]
+        if turned: whole = whole.T
+        if list(whole.shape) != [len(parts) * rows, *width]:
+            raise ValueError(f"{path}: {key} is {list(whole.shape)}, but by config.json {[len(parts) * rows, *width]}")
+        missing.discard(name)
+        for ours, t in zip(parts, whole.chunk(len(parts))):
             if ours == "transformer.wpe.weight": t = t[:config.block_size]
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
             if not torch.equal(state.setdefault(ours, t), t):       # a tied head comes twice, and what is both gate and up
                 raise ValueError(f"{path}: {key} is unlike its twin: a tied head must be the embedding, gate_proj be up_proj")
-    if missing := [name for name, (parts, *_) in places.items() if not state.keys() >= set(parts)]:
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(places)} tensors, such as {min(missing)}: are all files there?")
+    if missing: raise ValueError(f"{folder} lacks {len(missing)} tensors, such as {min(missing)}: are all its files there?")
     with torch.device("meta"): model = GPT(config)
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # wte is another tensor now

@@ -136,7 +136,7 @@ def export(cfg):
 
 class Row:
     """One continuation: its prompt and seed, ids of the prompt and those drawn, the text that is safe to show; `finish` says why
-    it ended. A token costs the same however long the text is."""
+    it ended."""
     def __init__(self, prompt, seed, tok, cfg, ends=(), stops=(), read=0, length=0):
         self.prompt, self.seed, self.tok, self.ends, self.stops, self.limit = prompt, seed, tok, ends, stops, cfg.max_new_tokens
         self.ids, self.logprobs, self.held, self.text, self.finish = list(prompt), [], b"", "", None
@@ -310,6 +310,7 @@ def decode(model, rows, cfg, limit, stats, cache=None):
         # int8, and has the norm before it in it
         for module in model.modules() if device.type == "cuda" else ():
             if type(module) is nn.Linear and module.bias is not None: module.__class__ = SplitLinear
+        if model.backend is None: model.set_backend(training=False)     # to set it in the first step would compile the next anew
         work = torch.compile(work, dynamic=False, options={"coordinate_descent_tuning": True})
     step = lambda *inputs: work(cache, *(x.to(device, non_blocking=device.type == "cuda") for x in inputs))
     recorded = {}                       # steps by T, for the batch as it is

@@ -255,7 +255,7 @@ def read_log(path):
     """The records of a log.jsonl, up to a line that a crash has damaged: when a run goes on, it drops what follows."""
     records = []
     with contextlib.suppress(ValueError): records.extend(map(json.loads, Path(path).read_bytes().splitlines()))
-    return records
+    return [r for r in records if isinstance(r, dict) and {"step", "tokens"} <= r.keys()]
 
 class Log:
     """What a run says of its steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between them losses add up on

@@ -429,7 +429,7 @@ class Tokenizer:
         if (workers or 0) < 0: raise ValueError(f"workers is {workers}: want a number of processes, or none for one per core")
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
         if vocab_size < plain.vocab_size and vocab_size != 256:
-            raise ValueError(f"vocab_size is {vocab_size}, too small: the bytes need 256, special tokens too need {plain.vocab_size}")
+            raise ValueError(f"vocab_size is {vocab_size}: bytes need 256, bytes and special tokens need {plain.vocab_size}")
         def pieces():
             for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
                 if not isinstance(doc, (str, bytes)): yield from cut(doc)

@@ -228,7 +228,7 @@ def start(process):
     do, for other threads take the signal; and only the main one hears of it."""
     if threading.current_thread() is not threading.main_thread(): return process.start()
     came = []
-    before = signal.signal(signal.SIGINT, lambda *signal: came.append(signal))
+    before = signal.signal(signal.SIGINT, lambda *what: came.append(what))
     try: process.start()
     finally: signal.signal(signal.SIGINT, before)
     if came: signal.raise_signal(signal.SIGINT)

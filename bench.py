@@ -1,17 +1,17 @@
 """
-The README's figures of speed, context and evaluation; peers, where there are any, in the same run.
+Measures the README's figures of speed, context and evaluation, with peers, where there are any, in the same run.
 
     python bench.py attention                     # flash_attn.py against every backend of torch's SDPA (on a GPU)
     python bench.py tokenizer [FILE]              # bpe.py against tiktoken, rustbpe and tokenizers, where installed
     python bench.py sample                        # sample.py against no cache and Hugging Face's generate, batch sizes, int8
-    python bench.py context --out_dir=out/x       # perplexity of a finished run past the context it was trained at
+    python bench.py context --out_dir=out/x       # perplexity of a finished run beyond the context it was trained at
     python bench.py train config/stdlib.py        # step time, tokens/s, MFU: modern and classic, compile, our attention and SDPA
     python bench.py size config/gpt2_124m.py      # parameters, FLOPs, memory, time and compute-optimal tokens before spending any
     python bench.py plot out/a out/b              # loss of several runs against steps, tokens and seconds (needs matplotlib)
-    python bench.py scaling out/a out/b out/c     # a loss law fitted to finished runs, and what it says of larger ones
+    python bench.py scaling out/a out/b out/c     # a loss law fitted to finished runs, and what it predicts for larger ones
     python bench.py eval --out_dir=out/x --input=FILE --task=hellaswag,FILE.jsonl     # bits per byte of texts; multiple choice
 
-Speed is a ratio: contestants take turns in one run (sample: once each), the median counts: a slow machine slows all of them.
+Speeds are ratios: contestants take turns in one run (sample: once each) and the median counts, so a slow machine slows them all.
 """
 import contextlib, copy, csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig
 import tarfile, tempfile, time, warnings, zipfile
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import bpe, config
-if "tokenizer" not in sys.argv[1:2]:        # whose seconds and memory count from its start: it must not pay for torch
+if "tokenizer" not in sys.argv[1:2]:        # its seconds and memory count from process start: they must not include torch
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import flash_attn, prepare, sample as sampler, train as trainer
@@ -39,11 +39,11 @@ def table(header, rows):
     for row in text: print("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))), flush=True)
 
 def draw(path, panels, styles={}, **labels):
-    """A picture of {title: {line: [(x, y), ..]}}, up to four panels in a row, above a legend of the lines without a leading _."""
+    """Plot {title: {line: [(x, y), ..]}}, up to four panels in a row, above one legend. A leading _ keeps a line out of it."""
     from matplotlib.figure import Figure
-    down, across = math.ceil(len(panels) / 4), min(len(panels), 4)
-    figure = Figure(figsize=(5 * across, 4.5 * down))
-    for axis, (title, lines) in zip(figure.subplots(down, across, squeeze=False).flat, panels.items()):
+    rows, columns = math.ceil(len(panels) / 4), min(len(panels), 4)
+    figure = Figure(figsize=(5 * columns, 4.5 * rows))
+    for axis, (title, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items()):
         for name, points in lines.items(): axis.plot(*zip(*points), label=name, **styles.get(name, dict(marker=".")))
         axis.set(title=title, **labels)
     figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.03))
@@ -51,44 +51,44 @@ def draw(path, panels, styles={}, **labels):
     print(f"wrote {path}")
 
 def peer(name):
-    """The module, or None and a line that says what would bring it."""
+    """The module, or None after printing how to install it."""
     try: return importlib.import_module(name)
     except ImportError: print(f"{name} is left out: pip install {name}", file=sys.stderr)
 
 def seconds(work):
-    """How long work() takes, the GPU's part included."""
+    """How long work() takes, including what it left running on the GPU."""
     start = time.perf_counter()
     work()
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter() - start
 
 def take_turns(contestants, rounds, measure=seconds):
-    """{name: work} -> {name: median of measure(work)}; all in turn, round after round. Warm them up before."""
+    """{name: work} -> {name: median of measure(work)}. Each round runs all of them once, in order. Warm them up first."""
     found = {name: [] for name in contestants}
     for name, work in rounds * list(contestants.items()): found[name].append(measure(work))
     return {name: statistics.median(values) for name, values in found.items()}
 
 def memory_of(work):
-    """(what work() returns, the MiB of GPU memory it needs at most beyond what was held before, "-" without a GPU)"""
+    """(what work() returns, its peak GPU memory in MiB beyond what was held before, or "-" without a GPU)"""
     if not torch.cuda.is_available(): return work(), "-"
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     return work(), (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 def read_run(folder):
-    """(config.json, [records of log.jsonl]) of a run."""
+    """(config.json as a dict, [records of log.jsonl]) of the run in `folder`."""
     try: return json.loads(Path(folder, "config.json").read_text("utf-8")), trainer.read_log(Path(folder, "log.jsonl"))
     except OSError as e: raise ValueError(f"no {e.filename}: give the out_dir of a run, e.g. out/stdlib") from None
     except ValueError as e: raise ValueError(f"{folder}/config.json is damaged: {e}") from None
 
 # ---------------------------------------------------------------------------- attention
 
-BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")    # math last: it leaves least memory
+BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")    # MATH last: it leaves the least memory free
 WINDOW = 1024
 
 def attention_case(B, H, K, T, S, D, mask, device, measure):
-    """{(pass, peer): (median ms, MiB)}, bf16, forward and backward, or for one query (T = 1) decoding from a cache. A backend
-    that refuses the case, or whose matrices do not fit, is left out. SDPA knows no windows: it gets a T x S mask."""
+    """{(pass, peer): (median ms, MiB)} in bf16: forward and backward, or, for one query (T = 1), decoding from a cache. Left out:
+    backends that refuse the case or run out of memory. SDPA has no window argument: it gets a mask (T, S)."""
     q, k, v = (torch.randn(B, n, heads, D, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_(T > 1)
                for heads, n in ((H, T), (K, S), (K, S)))
     seen = torch.ones(T, S, dtype=torch.bool, device=device).tril().triu(1 - WINDOW) if mask == "window" else None
@@ -100,7 +100,7 @@ def attention_case(B, H, K, T, S, D, mask, device, measure):
         with sdpa_kernel(getattr(SDPBackend, name)):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=mask == "causal", enable_gqa=H != K)
 
-    for name in ("ours", *BACKENDS[:4 if T <= 4096 else 3]):        # the T x S matrices of math would take most of the time
+    for name in ("ours", *(BACKENDS if T <= 4096 else BACKENDS[:-1])):      # MATH's T x S matrices would take most of the time
         try:
             y, passes = attend(name), {("forward", name): partial(attend, name)}
             if T > 1: passes["backward", name] = partial(torch.autograd.grad, y, (q, k, v), dy, retain_graph=True)
@@ -111,12 +111,12 @@ def attention_case(B, H, K, T, S, D, mask, device, measure):
     return {key: (ms, mib[key]) for key, ms in take_turns(works, 3, measure).items()}
 
 def bench_attention(argv):
-    """Tables, attention.csv and a plot. FLOPs as everyone counts them: 4*B*H*T*S*D, half if causal, 2.5 times that backward."""
-    if argv: raise ValueError(f"attention takes no arguments, not {argv[0]!r}: it measures one list of cases")
+    """Tables, attention.csv and a plot. FLOPs are counted as usual: 4*B*H*T*S*D, half if causal, 2.5 times that backward."""
+    if argv: raise ValueError(f"attention takes no arguments, not {argv[0]!r}: it always measures the same list of cases")
     if not torch.cuda.is_available(): return attention_without_gpu()
     from triton.testing import do_bench
     warnings.simplefilter("ignore")             # torch explains each refusal at length
-    # subtle: GPU events around each of many runs, none waited for, and the L2 cache overwritten before each
+    # subtle: do_bench puts GPU events around each of many runs, waits for none, and overwrites the L2 cache before each
     measure, rows, plots, device = partial(do_bench, warmup=5, rep=25, return_mode="median"), [], {}, torch.device("cuda")
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / take_turns({"product": lambda: a @ b}, 5, measure)["product"] / 1e9
@@ -129,8 +129,9 @@ def bench_attention(argv):
     for B, H, K, T, S, D, mask in cases:
         found = attention_case(B, H, K, T, S, D, mask, device, measure)
         for (which, name), (ms, mib) in found.items():
-            keys = {"causal": S / 2, "full": S, "window": WINDOW}[mask] * (2.5 if which == "backward" else 1)
-            rate, ours = 4 * B * H * T * D * keys / ms / 1e9, found[which, "ours"][0]
+            keys = {"causal": S / 2, "full": S, "window": WINDOW}[mask]                         # that a query sees, on average
+            flops = 4 * B * H * T * D * keys * (2.5 if which == "backward" else 1)
+            rate, ours = flops / ms / 1e9, found[which, "ours"][0]                              # TFLOP/s
             rows.append([B, H, K, T, S, D, mask, which, name, ms * 1e3, rate, 100 * rate / peak, mib, ms / ours])
             if H == K and mask != "window": plots.setdefault(f"{which}, D {D}, {mask}", {}).setdefault(name, []).append((T, rate))
         table(header, rows[-len(found):])
@@ -140,13 +141,13 @@ def bench_attention(argv):
     if peer("matplotlib"): draw("out/bench/attention.png", plots, xscale="log", xlabel="T = S", ylabel="TFLOP/s")
 
 def attention_without_gpu():
-    """What each pass keeps of a training step and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
-    print("no CUDA GPU: speed not measured. MiB a layer keeps for its backward pass besides q, k, v and output, H 12, bf16:")
+    """The memory a layer keeps for its backward pass and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
+    print("no CUDA GPU: speed not measured. MiB a layer keeps for its backward pass, without q, k, v and output; H 12, bf16:")
     for T in (1024, 4096, 16384):
         flash, naive = flash_attn.new_stats(torch.empty(1, 12, T, 64, device="meta")).nbytes, 12 * T * T * 2
         print(f"  T {T:6}: flash {flash / 2 ** 20:8.2f}   naive {naive / 2 ** 20:9.1f}   {naive / flash:7.0f} x")
     qkv, results = torch.randn(3, 1, 2, 150, 64, generator=torch.Generator().manual_seed(0)), []
-    if flash_attn.why_not(*qkv): return print("correctness: set TRITON_INTERPRET=1, and the kernels run on the CPU")
+    if flash_attn.why_not(*qkv): return print("correctness not measured: set TRITON_INTERPRET=1 to run the kernels on the CPU")
     for attend, dtype in ((flash_attn.flash_attention, torch.float32), (flash_attn.attention_ref, torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in qkv]
         y = attend(*inputs)
@@ -157,7 +158,7 @@ def attention_without_gpu():
 # ---------------------------------------------------------------------------- the tokenizer
 
 def contender(job, name, path, vocab_size, vocab, started):
-    """One training or encoding, in a process of its own: prints seconds, peak MB, tokens and a digest of the result as JSON."""
+    """One training or encoding, in a process of its own. Prints seconds, peak MB, tokens and a digest of the result as JSON."""
     import resource                             # not on Windows
     module, size, f, ids = importlib.import_module(name), int(vocab_size), open(path, "rb"), []
     if job == "encode":
@@ -165,16 +166,16 @@ def contender(job, name, path, vocab_size, vocab, started):
         if name == "bpe": encode = lambda text: ours.encode_batch([text])[0]
         elif name == "tiktoken": encode = ours.to_tiktoken().encode_ordinary
         else:
-            ours.special_tokens = {}            # theirs would find them in the text
+            ours.special_tokens = {}            # their encoder would look for them in the text
             ours.to_hf(vocab + ".hf")
             theirs = module.Tokenizer.from_file(vocab + ".hf").encode_batch_fast
             encode = lambda text: np.concatenate([theirs([piece.decode()])[0].ids for piece in bpe.cut([text])])
-        encode("a")                             # what tiktoken makes at its start, ours makes when first used
+        encode("a")                             # warm up: ours builds on first use what tiktoken builds at the start
         text, started = f.read().decode(), time.time()
         ids = encode(text)
     else:
         blocks = iter(lambda: f.read(1 << 20), b"")
-        pieces = (piece.decode() for piece in bpe.cut(blocks))      # their words are the words of the whole file
+        pieces = (piece.decode() for piece in bpe.cut(blocks))      # cut between words: the same words as in the whole file
         if name == "bpe": tok = bpe.Tokenizer.train([blocks], size, special_tokens=())
         elif name == "rustbpe":
             tok = module.Tokenizer()
@@ -182,32 +183,33 @@ def contender(job, name, path, vocab_size, vocab, started):
         else:
             tok = module.ByteLevelBPETokenizer()
             tok.train_from_iterator(pieces, size, min_frequency=0, show_progress=False)
-    spent = time.time() - float(started)        # of a training: of the whole process, start-up and reading included
+    spent = time.time() - float(started)        # of training: from the start of the process, with imports and reading
     if job == "encode": result = [np.asarray(ids, np.uint32).tobytes()]
     elif name == "bpe":
         result = tok.vocab.values()
         tok.save(vocab)
     elif name == "rustbpe": result = [bytes(word) for word, _ in tok.get_mergeable_ranks()]        # in the order of ids
-    else: result = []       # Hugging Face breaks ties by its own order of the bytes: test_all.py compares, renumbered
-    print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=hashlib.sha256(b"\0".join(result)).hexdigest() if result else "",
-                          MB=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
+    else: result = []       # Hugging Face breaks ties by its own order of the bytes: test_all.py renumbers, then compares
+    digest = hashlib.sha256(b"\0".join(result)).hexdigest() if result else ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=digest, MB=peak)))
 
 def contend(job, name, *words):
-    """What the contender printed; its peak memory together with its workers', seen every tenth of a second, shared pages once."""
+    """What a contender process printed. Its peak memory includes its workers', sampled ten times a second, shared pages once."""
     call = [sys.executable, os.path.abspath(__file__), "tokenizer", "contender", job, name, *words, str(time.time())]
     peak, process = 0, subprocess.Popen(call, stdout=subprocess.PIPE)
     while process.poll() is None:
-        with contextlib.suppress(OSError, TypeError):           # no /proc here, or one of them has just ended
+        with contextlib.suppress(OSError, TypeError):           # there is no /proc, or one of the processes has just ended
             kids = [kid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for kid in path.read_text().split()]
-            said = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (process.pid, *kids)]
-            peak = max(peak, sum(int(re.search(r"^Pss:\s*(\d+)", text, re.M)[1]) for text in said) / 1024)
+            rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (process.pid, *kids)]
+            peak = max(peak, sum(int(re.search(r"^Pss:\s*(\d+)", text, re.M)[1]) for text in rollups) / 1024)
         time.sleep(0.1)
     if process.returncode: raise ValueError(f"{name} could not {job}, see above")
     result = json.loads(process.stdout.read())
     return result | {"MB": max(peak, result["MB"])}
 
 def bench_tokenizer(argv):
-    """Each run a process of its own, slow ones once. --vocab_size; --tokenizer=gpt2 or FILE of bpe.py: only encode."""
+    """Each run is a process of its own; slow contenders run once. --vocab_size; --tokenizer=gpt2 or a bpe.py FILE: encode only."""
     if argv[:1] == ["contender"]: return contender(*argv[1:])
     cfg = config.load(["--vocab_size=32000", *(word for word in argv if word.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
@@ -233,22 +235,24 @@ def bench_tokenizer(argv):
 # ---------------------------------------------------------------------------- sampling
 
 def bench_sample(argv):
-    """Tokens/s of writing, random weights of the config's size (default: GPT-2 124M): recomputing everything, by Hugging Face's
-    generate, and by sample.py in float32, bfloat16 and int8, then with other batches and prompts. --max_new_tokens, --device,
-    --compile (minutes: each shape is compiled anew)."""
+    """Decoding speed, with random weights of the config's size (default: GPT-2 124M): recomputing the text for every token, with
+    Hugging Face's generate, and with sample.py in float32, bfloat16 and int8 at several batch sizes and prompt lengths. Options:
+    --max_new_tokens, --device, --compile (takes minutes: each shape is compiled anew)."""
     files = [] if any(word.endswith(".py") for word in argv) else [f"{config.__path__[0]}/gpt2_124m_classic.py"]
     cfg = replace(config.load(files + argv), temperature=1.0, top_k=200, num_beams=1, best_of=1)
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
-    tok.decode_bytes = lambda ids: b"."                 # random weights write random ids: nothing to read
+    tok.decode_bytes = lambda ids: b"."                 # random weights draw random ids, which this tokenizer lacks
     if cfg.block_size < 2: raise ValueError("block_size=1 has no room for a prompt and a new token: take at least 2")
     n = min(cfg.max_new_tokens, cfg.block_size - 1)
 
     def recompute(n):                                   # nanoGPT's way: the whole text through the model for every token
         idx, u = start, torch.full((1,), 0.5, device=device)
-        for _ in range(n): idx = torch.cat((idx, sampler.draw(plain.head(plain.hidden(idx)[:, -1]), u, cfg)[:, None]), 1)
+        for _ in range(n):
+            logits = plain.head(plain.hidden(idx)[:, -1])                               # (1, V)
+            idx = torch.cat((idx, sampler.draw(logits, u, cfg)[:, None]), 1)
 
-    def ours(model, batch, prompt, n):                  # -> tokens/s of writing and of reading, GB/s
-        if cfg.compile: torch._dynamo.reset()           # each batch size is compiled anew, and the compiler counts
+    def ours(model, batch, prompt, n):                  # -> decoding tokens/s, prefill tokens/s, GB/s read
+        if cfg.compile: torch._dynamo.reset()           # each batch size is compiled anew, and recompilations are limited
         c, stats = replace(cfg, max_new_tokens=n), Counter()
         texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
         for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats)):
@@ -266,12 +270,12 @@ def bench_sample(argv):
         others["Hugging Face generate, cached, float32"] = lambda n: hf.generate(
             start, attention_mask=torch.ones_like(start), max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=200)
     for name, work in others.items():
-        work(min(n, 17))        # up to a multiple of 16, which Triton compiles a kernel of its own for
+        work(min(n, 17))        # warm up, to a length of 16: Triton compiles another kernel for multiples of 16
         rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])
     for kind, *how in (("float32", torch.float32), ("bfloat16", torch.bfloat16),
                        ("bfloat16, int8 weights", torch.bfloat16, "int8")):
         model = sampler.place(copy.deepcopy(plain), device, *how, pack=not cfg.compile)
-        ours(model, 1, 16, 8)
+        ours(model, 1, 16, 8)   # warm up
         for shape in ((1, 1, n), (1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
             if sum(shape[1:]) <= cfg.block_size: rows.append([f"sample.py, {kind}", *shape, *ours(model, *shape)])
     print(f"\n{plain.num_params():,} parameters, {device}, {torch.get_num_threads()} CPU threads")
@@ -279,13 +283,13 @@ def bench_sample(argv):
           [[*row, f"{row[4] / rows[0][4]:.1f} x"] for row in rows])
 
 def bench_context(argv):
-    """Perplexity of the last tokens before a length, as it passes the context that a run was trained at (--out_dir): each RoPE
-    scaling, and the rolling window with and without attention sinks. Columns differ in their text: compare within one."""
+    """Perplexity of the last tokens before a length, up to 8 times the context of a run (--out_dir): with each RoPE scaling, and
+    with the rolling window, with and without attention sinks. Columns score different text: compare within a column."""
     cfg = config.load([*argv, "--rope_scaling=none", "--rope_factor=1"])
     folder = f"data/{read_run(cfg.out_dir or 'out/<run>')[0]['dataset']}"
     (plain, tok, _), path, rows = sampler.load(cfg), f"{folder}/val.bin", []
     if json.loads(Path(folder, "meta.json").read_text("utf-8"))["tokenizer_hash"] != tok.hash:
-        raise ValueError(f"{folder} was prepared anew with another tokenizer than the run's: its ids mean other words")
+        raise ValueError(f"{folder} was prepared again, with another tokenizer than the run's: prepare it as the run did")
     n, trained = plain.config.block_size, round(plain.config.trained_length)
     data, lengths, last = np.memmap(path, dtype="<u2", mode="r"), (n, 2 * n, 4 * n, 8 * n), n // 2
     if n < 2: raise ValueError("block_size=1 is too short to measure: take at least 2")
@@ -293,7 +297,7 @@ def bench_context(argv):
     starts = np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)[:, None]
     texts = torch.tensor(data[starts + np.arange(8 * n + 1)].astype(np.int64), device=plain.transformer.wte.weight.device)
 
-    def perplexity(model, x, length):                   # x (24, >= last, C): what the head reads of the tokens up to `length`
+    def perplexity(model, x, length):                   # x (24, >= last, C): the hidden states of tokens up to `length`
         nats = -model.log_probs(x[:, -last:], texts[:, length - last + 1:length + 1])           # (24,)
         return math.exp(nats.mean().item() / last)
 
@@ -317,8 +321,8 @@ def bench_context(argv):
 # ---------------------------------------------------------------------------- training
 
 def bench_train(argv):
-    """One optimizer step of the config's size, modern and classic, compile on and off, our attention and SDPA. MFU is the share
-    of the GPU's data sheet; "of product" that of a large matrix product timed in turn with the steps: on any device the limit."""
+    """One optimizer step at the config's size, modern and classic, compile on and off, our attention and SDPA. MFU is the share
+    of the data sheet's FLOP/s, "of product" that of a large matrix product timed in turn with the steps: any device's limit."""
     recipes = {"classic (GPT-2, AdamW)": config.load([*argv, f"{config.__path__[0]}/classic.py"]), "modern": config.load(argv)}
     cfg, steps, facts, rows = recipes["modern"], {}, {}, []
     machine = trainer.Machine(cfg)
@@ -330,7 +334,8 @@ def bench_train(argv):
     def contestant(c, compiled, sdpa):                  # -> (its attention, FLOPs a step, the step, warmed up)
         raw = GPT(c.model()).to(machine.device)
         raw.set_backend()
-        for module in [raw, *(block.attn for block in raw.transformer.h)] if sdpa else (): module.backend = "sdpa"
+        if sdpa:
+            for module in (raw, *(block.attn for block in raw.transformer.h)): module.backend = "sdpa"
         optimizers, model = raw.configure_optimizers(c), torch.compile(raw) if compiled else raw
         def step():
             with machine.autocast: loss = model(x, x)[1]
@@ -344,7 +349,7 @@ def bench_train(argv):
     backends = (True, False) if machine.device.type == "cuda" else (True,)
     for recipe, compiled, sdpa in itertools.product(recipes, (False, True), backends):
         (backend, flops, step), mib = memory_of(partial(contestant, recipes[recipe], compiled, sdpa))
-        name = f"{recipe}, {backend}" + ", compiled" * compiled
+        name = f"{recipe}, {backend}" + (", compiled" if compiled else "")
         steps[name], facts[name] = step, (flops, mib)
     print(f"{machine.name}, torch {torch.__version__}, {str(machine.dtype)[6:]}, {x.numel():,} tokens a step")
     times = take_turns(steps | {"product": lambda: a @ b}, 10)
@@ -363,34 +368,36 @@ def bench_size(argv):
     with torch.device("meta"): model = GPT(cfg.model())
     if cfg.lora_rank: model.add_lora(cfg.lora_rank)
     n, flops, memory = model.num_params(), model.estimate_flops(), trainer.estimate_memory(cfg, model)
-    run, best = cfg.max_iters * (cfg.tokens_per_step or cfg.batch_size * cfg.block_size), 20 * n
+    run, optimal = cfg.max_iters * (cfg.tokens_per_step or cfg.batch_size * cfg.block_size), 20 * n     # tokens
     parts = {"wte": "embedding", "wpe": "positions", "attn": "attention", "mlp": "MLP", "lm_head": "head"}
     for name, p in model.named_parameters():
-        count[next((part for key, part in parts.items() if key in name.split(".")), "norms")] += p.numel()
+        part = next((part for key, part in parts.items() if key in name.split(".")), "norms")
+        count[part] += p.numel()
     table(["parameters", "count", "share"], [[part, v, f"{v / n:.1%}"] for part, v in [*count.items(), ("all", n)]])
     print()
     table(["memory, one device", "MiB"], [[part, v / 2 ** 20] for part, v in [*memory.items(), ("all", sum(memory.values()))]])
     print(f"\n{flops / 1e6:,.1f} MFLOP a token; this run: {run:,} tokens, {run / n:.1f} a parameter, {flops * run:.3g} FLOP\n"
-          f"Chinchilla's 20 a parameter (arXiv:2203.15556): {best:,} tokens, {flops * best:.3g} FLOP\n")
-    hours = {name: flops / (0.4 * peak) / 3600 for name, peak in trainer.PEAK_FLOPS.items()}
+          f"Chinchilla's 20 a parameter (arXiv:2203.15556): {optimal:,} tokens, {flops * optimal:.3g} FLOP\n")
+    hours = {name: flops / (0.4 * peak) / 3600 for name, peak in trainer.PEAK_FLOPS.items()}        # per token
+    show = lambda h: f"{h:,.1f}" if h > 1 else f"{h:.1g}"
     table(["one GPU at 40% of its dense bf16 peak", "this run, hours", "20 tokens a parameter, hours"],
-          [[name, *(f"{h:,.1f}" if h > 1 else f"{h:.1g}" for h in (run * each, best * each))] for name, each in hours.items()])
+          [[name, show(run * each), show(optimal * each)] for name, each in hours.items()])
 
 def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
-    panels, styles = {"step": {}, "tokens": {}, "seconds": {}}, {}
+    panels, styles, pale, dots = {"step": {}, "tokens": {}, "seconds": {}}, {}, dict(alpha=0.4), dict(marker="o")
     for n, folder in enumerate(argv):
         log = read_run(folder)[1]
         best = min((r["val_loss"] for r in log if "val_loss" in r), default=math.nan)
-        for key, label in (("loss", f"_{folder}"), ("val_loss", f"{folder}, best {best:.4f}")):
-            styles[label] = dict(color=f"C{n}", **(dict(alpha=0.4) if key == "loss" else dict(marker="o")))
+        for key, label, look in (("loss", f"_{folder}", pale), ("val_loss", f"{folder}, best {best:.4f}", dots)):
+            styles[label] = dict(color=f"C{n}", **look)
             for axis in panels: panels[axis][label] = [(r[axis], r[key]) for r in log if key in r] or [(math.nan, math.nan)]
     if not importlib.util.find_spec("matplotlib"): raise ValueError("plot needs matplotlib: pip install matplotlib")
     draw(f"{argv[0]}/loss.png", panels, styles, ylabel="nats per token: pale = training, dots = validation")
 
 def fit_law(compute, loss):
-    """(E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): for every E on a grid
-    below the lowest loss a straight line in logarithms; the E with the least squared error in the loss wins."""
+    """(E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): fits a line in log-log
+    space for each E on a grid below the lowest loss, and takes the E with the smallest squared error of the loss."""
     compute, loss = np.array(compute)[:, None], np.array(loss)[:, None]             # (runs, 1)
     E = np.linspace(0, loss.min() * 0.999, 2000)
     slope, intercept = np.polyfit(np.log(compute[:, 0]), np.log(loss - E), 1)       # (2000,) each
@@ -407,10 +414,10 @@ def bench_scaling(argv):
         shape = config.GPTConfig(**{field.name: saved[field.name] for field in fields(config.GPTConfig)})
         with torch.device("meta"): model = GPT(shape)
         points.append((model.estimate_flops() * log[-1]["tokens"], log[-1]["val_bpb"], model.num_params(), folder))
-    if len({p[0] for p in points}) < 3: raise ValueError("three unknowns need at least three runs that differ in compute")
+    if len({p[0] for p in points}) < 3: raise ValueError("three unknowns: give at least three runs that differ in compute")
     compute, loss, *_ = zip(*sorted(points))
     E, A, a = fit_law(compute, loss)
-    if not (a > 1e-4 and math.isfinite(A)): raise ValueError("the loss of these runs does not fall as their compute grows")
+    if not (a > 1e-4 and math.isfinite(A)): raise ValueError("no law fits: the runs' loss does not fall as their compute grows")
     law = lambda compute: f"{E + A * compute ** -a:.4f}"
     table(["run", "parameters", "FLOP", "bits/byte", "law"],
           [[folder, n, f"{c:.3g}", f"{bits:.4f}", law(c)] for c, bits, n, folder in sorted(points)])
@@ -420,34 +427,34 @@ def bench_scaling(argv):
 # ---------------------------------------------------------------------------- evaluation
 
 ARC = "https://s3-us-west-2.amazonaws.com/ai2-website/data/ARC-V1-Feb2018.zip"
-TASKS = {                               # url, what to take out of it
+TASKS = {                               # name: (URL, pattern of the files to read in the archive)
     "hellaswag": ("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl", ""),
     "arc_easy": (ARC, "/ARC-Easy-Test.jsonl$"), "arc_challenge": (ARC, "/ARC-Challenge-Test.jsonl$"),
     "mmlu": ("https://people.eecs.berkeley.edu/~hendrycks/data.tar", r"/test/\w+_test\.csv$")}
 
 def task_lines(task):
-    """The lines of a task's JSONL: of a file, or of one of TASKS, which is downloaded into data/eval."""
-    if not (task in TASKS or os.path.isfile(task)): raise ValueError(f"task={task!r} is none of {', '.join(TASKS)}, nor a file")
+    """The JSONL lines of a task: a file, or one of TASKS, which is downloaded into data/eval."""
+    if not (task in TASKS or os.path.isfile(task)): raise ValueError(f"task={task!r} is no file, nor one of {', '.join(TASKS)}")
     url, wanted = TASKS.get(task, ("", ""))
     path = f"data/eval/{os.path.basename(url)}" if url else task
     if url: prepare.fetch(url, path)
     if not wanted: return sampler.read_file(path).split("\n")
     try:
-        with zipfile.ZipFile(path) if url == ARC else tarfile.open(path) as a:
-            names, read = (a.namelist(), a.open) if url == ARC else (a.getnames(), a.extractfile)
+        with zipfile.ZipFile(path) if url == ARC else tarfile.open(path) as archive:
+            names, read = (archive.namelist(), archive.open) if url == ARC else (archive.getnames(), archive.extractfile)
             files = {name: read(name).read().decode() for name in sorted(names) if re.search(wanted, name)}
     except (tarfile.TarError, zipfile.BadZipFile, ValueError) as e:
         raise ValueError(f"{path} is damaged ({e}): delete it to fetch it again") from None
     if url == ARC: return "".join(files.values()).split("\n")
-    return [json.dumps(dict(subject=os.path.basename(name)[:-9], question=question, choices=choices, answer=answer))
+    return [json.dumps(dict(subject=Path(name).stem.removesuffix("_test"), question=question, choices=choices, answer=answer))
             for name, text in files.items() for question, *choices, answer in csv.reader(io.StringIO(text, newline=""))]
 
 def read_question(item):
-    """One line of HellaSwag, ARC (AI2's or the hub's form) or MMLU -> (context, endings, index of the right one), worded as
-    lm-evaluation-harness words them, without examples: {"question": "1+1?", "choices": ["1", "2"], "answer": 1}
+    """A question of HellaSwag, ARC (as AI2 or the Hugging Face hub has it) or MMLU -> (context, endings, index of the right one),
+    worded as in lm-evaluation-harness, zero-shot: {"question": "1+1?", "choices": ["1", "2"], "answer": 1}
     -> ("1+1?\nA. 1\nB. 2\nAnswer:", ["A", "B"], 1)"""
     if "endings" in item:
-        if "activity_label" not in item: return item["ctx"], item["endings"], int(item["label"])     # of one's own, in this form
+        if "activity_label" not in item: return item["ctx"], item["endings"], int(item["label"])    # a user's own questions
         texts = [f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}", *item["endings"]]
         texts = [re.sub(r"\[.*?\]", "", t.strip().replace(" [title]", ". ")).replace("  ", " ") for t in texts]
         return texts[0], texts[1:], int(item["label"])
@@ -471,44 +478,45 @@ def read_task(task, lines, tok, size):
             if not all(map(str.strip, [context] + endings)): raise ValueError("empty text")
             if not 0 <= label < len(endings): raise ValueError("no such answer")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ValueError(f"{task}, line {n}: not HellaSwag's, ARC's or MMLU's form ({e!r}): {line[:50]!r}") from None
+            raise ValueError(f"{task}, line {n}: not in the form of HellaSwag, ARC or MMLU ({e!r}): {line[:50]!r}") from None
         ids = [tok.encode(" " + e.strip()) for e in endings]
-        room = size + 1 - max(map(len, ids))
-        if room < 1: raise ValueError(f"{task}, line {n}: an ending of {size + 1 - room} tokens does not fit block_size={size}")
+        longest = max(map(len, ids))
+        room = size + 1 - longest                   # for the context: the last id is scored, but never fed
+        if room < 1: raise ValueError(f"{task}, line {n}: an ending of {longest} tokens does not fit block_size={size}")
         questions.append((tok.encode(context.rstrip())[-room:], ids, [len(e.strip().encode()) for e in endings], label))
     if not questions: raise ValueError(f"{task} has no questions")
     return questions
 
 def score(model, questions):
-    """Per question the log-probability of each ending, in nats: a context is read once, its endings go on from its cache."""
+    """For each question the log-probability of each ending, in nats. A context is read once; its endings continue its cache."""
     pairs = [(context, ending) for context, endings, *_ in questions for ending in endings]
     tokens = [torch.tensor(context[-1:] + ending, device=model.transformer.wte.weight.device) for context, ending in pairs]
     tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
     longest, half = max(len(context) for context, _ in pairs) + tokens.shape[1] - 2, len(questions) // 2
-    if longest > model.config.block_size and half:      # the longest of both do not fit together; those of one question do
+    if longest > model.config.block_size and half:      # their longest context and longest ending; one question alone always fits
         return score(model, questions[:half]) + score(model, questions[half:])
     cfg = config.Config(max_new_tokens=tokens.shape[1])
     rows = [sampler.Row(context, 0, None, cfg) for context, _ in pairs]
-    cache = sampler.prefill(model, rows, cfg, Counter())        # of all but the last ids, equal ones once
+    cache = sampler.prefill(model, rows, cfg, Counter())        # all but each last id; equal contexts are read once
     cache.set_lengths([row.length for row in rows])
     found = model.log_probs(model.hidden(tokens[:, :-1].clamp(min=0), cache), tokens[:, 1:])
     return [part.tolist() for part in found.split([len(q[1]) for q in questions])]
 
 def evaluate_task(model, tok, task, lines, batch_size):
-    """A row of the table. Scores are kept, a line a question, in a file named after the task, the weights and the questions."""
+    """A row of the table. Scores go, one line per question, to a file named after task, weights and questions, to resume from."""
     name, questions = os.path.basename(task).removesuffix(".jsonl"), read_task(task, lines, tok, model.config.block_size)
-    questions.sort(key=lambda q: -len(q[0]))        # equal lengths together
+    questions.sort(key=lambda q: -len(q[0]))        # batches of similar lengths
     weights = [p.double().sum().item() for p in model.state_dict().values()]
     digest = hashlib.sha256(repr((model.config, tok.hash, weights, questions)).encode()).hexdigest()
     os.makedirs("out/bench", exist_ok=True)
     with open(f"out/bench/eval_{name}_{digest[:12]}.jsonl", "a+", encoding="utf-8") as f:
         f.seek(0)
-        done = [json.loads(line) for line in f if line.rstrip().endswith("]")]         # none that a kill cut short
-        if done: print(f"{name}: going on, {len(done):,} of {len(questions):,} questions are answered in {f.name}")
+        done = [json.loads(line) for line in f if line.rstrip().endswith("]")]         # not a line that a kill cut short
+        if done: print(f"{name}: resuming, {len(done):,} of {len(questions):,} questions are answered in {f.name}")
         add = prepare.progress(f"{name} questions", len(questions) - len(done))
         while len(done) < len(questions):
             found = score(model, questions[len(done):len(done) + batch_size])
-            f.writelines("\n" + json.dumps(scores) for scores in found)
+            f.writelines("\n" + json.dumps(scores) for scores in found)     # the line end first: it ends a line cut short, too
             f.flush()
             add(len(found))
             done += found
@@ -518,13 +526,13 @@ def evaluate_task(model, tok, task, lines, batch_size):
     return [name, n, *(f"{p:.2%} +- {math.sqrt(p * (1 - p) / max(n - 1, 1)):.2%}" for p in right.mean(0)), f"{chance:.2%}"]
 
 def text_loss(model, tok, text, batch_size, stride):
-    """(nats, tokens, bytes) of a text under the model: windows of block_size tokens advance by `stride`, and each scores what the
-    one before has not. The first token follows tok.first, as a sample's does."""
+    """(nats, tokens, bytes) of a text under the model. Windows of block_size tokens advance by `stride`, and each scores only the
+    tokens that the one before did not. The first token follows tok.first, as in a sample."""
     ids, nats = torch.tensor(tok.first + tok.encode(text), device=model.transformer.wte.weight.device), 0.0
     n, device = len(ids) - 1, ids.device
     if n < 1: raise ValueError(f"nothing to score in {text[:30]!r}: give a longer text")
     T = min(model.config.block_size, n)
-    ends = torch.tensor([0, *range(T, n, stride), n], device=device)        # of the windows
+    ends = torch.tensor([0, *range(T, n, stride), n], device=device)        # 0, then the end of each window
     add = prepare.progress("windows", len(ends) - 1)
     for last, end in zip(ends[:-1].split(batch_size), ends[1:].split(batch_size)):
         at = end[:, None] - T + torch.arange(T + 1, device=device)      # (B, T + 1)
@@ -534,9 +542,9 @@ def text_loss(model, tok, text, batch_size, stride):
     return nats, n, len(text.encode())
 
 def bench_eval(argv):
-    """A checkpoint (--out_dir), or others' weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
+    """A checkpoint (--out_dir), or published weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
     cfg, rows = config.load(argv), []
-    if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=TEXT, --task=hellaswag or FILE.jsonl")
+    if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=FILE, --task=hellaswag or FILE.jsonl")
     tasks = {task: task_lines(task) for task in filter(None, cfg.task.split(","))}
     model, tok, about = sampler.load(cfg)
     context = model.config.block_size
@@ -555,7 +563,7 @@ def bench_eval(argv):
 def main(argv):
     commands = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
     if argv[:1] in ([], ["-h"], ["--help"]): return print(__doc__.strip())
-    if argv[0] not in commands: raise ValueError(f"unknown benchmark {argv[0]!r}: choose {', '.join(commands)}")
+    if argv[0] not in commands: raise ValueError(f"unknown benchmark {argv[0]!r}: choose one of {', '.join(commands)}")
     commands[argv[0]](argv[1:])
 
 if __name__ == "__main__":

@@ -4,22 +4,22 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py                                                # the newest run in out/, one sample, streamed
     python sample.py --start="def main" --num_samples=3 --stop='\n\n' --temperature=0.7 --top_p=0.9
     python sample.py --prompts=prompts.txt --logprobs > out.jsonl    # prompts of any lengths in one batch
-    python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8 draws eight and keeps the likeliest
+    python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8: draw eight, keep the likeliest
     python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts; --compile for long runs
-    python sample.py --interactive                                  # a conversation that stays in the cache, behind --start
-    python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder's: Llama 3, Qwen3
+    python sample.py --interactive                                  # a conversation that stays in the cache, after --start
+    python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder: Llama 3, Qwen3
     python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 
-Row i of a batch draws with seed + i and nothing else: `--seed=<seed + i>` alone gives the same text, with speculation or without
-(in float32; in bfloat16 and int8 up to rounding, which a batch of another size may do otherwise).
+The random numbers of row i in a batch depend on seed + i alone: `--seed=<seed + i>` by itself gives the same text, with or
+without speculation (in float32; in bfloat16 and int8 up to rounding, which may differ between batch sizes).
 
     attention sinks, rolling cache     Xiao et al. 2023, arXiv:2309.17453
     speculation by prompt look-up      Leviathan et al. 2022, arXiv:2211.17192; Saxena 2023, prompt-lookup-decoding
     repetition penalty                 Keskar et al. 2019, arXiv:1909.05858
-    beams ranked by length             Wu et al. 2016, arXiv:1609.08144, in its simple form
+    length penalty of beams            Wu et al. 2016, arXiv:1609.08144, in its simple form
     int8, one scale per output row     Dettmers et al. 2022, arXiv:2208.07339, weights only
 
-Notation: R rows alive, T tokens fed to each in a step, V the ids that may be drawn, the rest as in model.py.
+Notation: R unfinished rows, T tokens fed to each in a step, V ids that may be drawn; the rest as in model.py.
 """
 import base64, codecs, copy, dataclasses, glob, html, json, math, os, re, sys, tempfile, time, timeit
 from collections import Counter
@@ -31,14 +31,14 @@ import torch.nn as nn
 import bpe, config, prepare
 from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf
 
-ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # Llama 3 wants every text to begin with the latter
-ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # GPT-2's and ours, Llama 3's, and of its and Qwen's answers
+ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # BEGIN: Llama 3 expects it at the start of every text
+ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # GPT-2 and ours; Llama 3; chat turns of Llama 3 and Qwen
 
 # ---------------------------------------------------------------------------- weights
 
 class Int8Linear(nn.Module):
-    """A linear layer with weight int8 (out, in) and a scale per output row, y = (x W8^T) * scale + bias: each weight is off by
-    scale / 2 at most. Scales are bfloat16 before weights are rounded to them, so both paths below mean the same matrix."""
+    """A linear layer with an int8 weight (out, in) and one scale per output row: y = (x W8^T) * scale + bias. Each weight is off
+    by at most scale / 2. Weights are rounded to multiples of the bfloat16 scale, so both paths below use the same matrix."""
     def __init__(self, linear):
         super().__init__()
         w = linear.weight.detach().float()
@@ -48,55 +48,56 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        # for more rows F.linear is faster; subtle: the kernel reads past the end of rows whose width no vector divides
+        # above 4 rows F.linear is faster; subtle: the kernel reads past the end of rows whose width is no multiple of its vectors
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 4 and x.shape[-1] % 32 == 0:
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:       # subtle: scaled in bfloat16, inductor would make it _weight_int8pack_mm, on a GPU a loop without matrix units
+        else:       # subtle: inductor turns a bfloat16 scale into _weight_int8pack_mm, on a GPU a loop without tensor cores
             wide = torch.float32 if x.is_cuda else x.dtype
             y = (nn.functional.linear(x, self.weight.to(x.dtype)).to(wide) * self.scale.to(wide)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 class PackedLinear(nn.Module):
-    """A linear layer on a CPU with its weight in oneDNN's blocked layout, which streams through memory faster than F.linear's."""
+    """A linear layer for a CPU, its weight in oneDNN's blocked layout, which streams from memory faster than F.linear's."""
     def __init__(self, linear):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias    # 1: one row
 
     def forward(self, x): return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 class SplitLinear(nn.Linear):
-    """A linear layer that adds its bias apart: of a product with one row inductor makes a kernel of its own, not of addmm."""
+    """A linear layer that adds its bias separately: inductor generates a kernel for a one-row product, but not for an addmm."""
     def forward(self, x): return nn.functional.linear(x, self.weight) + self.bias
 
 def place(model, device, dtype, quantize="none", pack=False):
-    """The model ready to sample: weights rounded or packed, on the device; the tables of positions stay float32."""
+    """Make the model ready to sample: its weights rounded or packed, in dtype, on the device; position tables stay float32."""
     pack = pack and device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()
     int8 = quantize == "int8"
-    for name, child in list(model.named_modules()) if int8 or pack else ():         # embeddings stay, they are only looked up
-        if isinstance(child, nn.Linear): model.set_submodule(name, Int8Linear(child) if int8 else PackedLinear(child.to(dtype)))
+    if int8 or pack:
+        for name, m in list(model.named_modules()):         # linear layers alone: embeddings are looked up, never multiplied
+            if isinstance(m, nn.Linear): model.set_submodule(name, Int8Linear(m) if int8 else PackedLinear(m.to(dtype)))
     for p in model.parameters(): p.data = p.data.to(dtype)
     return model.to(device).requires_grad_(False).eval()
 
 def find_checkpoint(cfg):
-    """out_dir itself if it is a file; best.pt or else ckpt.pt in it; without an out_dir those of the newest run in out/."""
+    """out_dir if it is a file; else its best.pt, or else its ckpt.pt; without an out_dir, those of the newest run in out/."""
     if os.path.isfile(cfg.out_dir): return cfg.out_dir
     folder = glob.escape(cfg.out_dir) or os.path.join("out", "*")
     found = [path for name in ("best.pt", "ckpt.pt") for path in glob.glob(os.path.join(folder, name))]
     if not found:
         raise ValueError(f"no checkpoint in {cfg.out_dir or 'out/*'}: check --out_dir, or: python train.py config/stdlib.py")
     newest = os.path.dirname(max(found, key=os.path.getmtime))
-    return next(path for path in found if os.path.dirname(path) == newest)
+    return next(path for path in found if os.path.dirname(path) == newest)      # best.pt comes first
 
 def first_token(tok):
-    """[the id that a text begins with], [] if the tokenizer has none."""
+    """[the id that every text begins with], or [] if the tokenizer has none."""
     return [tok.special_tokens[t] for t in (BEGIN, ENDOFTEXT) if t in tok.special_tokens][:1]
 
 def load(cfg, pack=False):
-    """(model, tokenizer, a line about them) of out_dir, of the newest run, or, with init_from and no out_dir, of a Hugging Face
-    folder; device, dtype, int8, length of context as configured. tokenizer.first: ids to begin with where there is no prompt."""
+    """(model, tokenizer, a line about them) from out_dir, from the newest run, or, with init_from and no out_dir, from a Hugging
+    Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with without a prompt."""
     device, documents, int8 = pick_device(cfg.device), 0, cfg.quantize == "int8"
-    small = device.type != "cpu" or int8                        # the CPU's int8 kernel multiplies with bfloat16
-    dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if small else torch.float32
+    auto = torch.float32 if device.type == "cpu" and not int8 else torch.bfloat16       # the CPU's int8 kernel needs bfloat16
+    dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
     if path: tok, model = bpe.Tokenizer.load(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)
     else:
@@ -108,19 +109,21 @@ def load(cfg, pack=False):
         model = GPT.from_checkpoint(checkpoint, path)
     if cfg.rope_scaling != "none": model.stretch(cfg.rope_scaling, cfg.rope_factor)
     if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, its model {model.config.vocab_size}: no pair")
-    # trained on one text alone, a model has never seen what follows an end-of-text token: it begins with a line end instead
+        raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, but its model only {model.config.vocab_size}: "
+                         "use the tokenizer that the model was trained with")
+    # a model trained on a single document has never seen what follows an end-of-text token: it begins with a line end instead
     tok.first = (first_token(tok) if documents != 1 else []) or tok.encode("\n")
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' if int8 else ''}"
     return place(model, device, dtype, cfg.quantize, pack), tok, about
 
 def export(cfg):
-    """Write cfg.export, a folder for transformers' AutoModelForCausalLM and AutoTokenizer, whole or not at all."""
+    """Write the folder cfg.export for transformers' AutoModelForCausalLM and AutoTokenizer, either complete or not at all."""
     folder, dtype = os.path.abspath(cfg.export), "float32" if cfg.dtype == "auto" else cfg.dtype
     if os.path.exists(folder): raise ValueError(f"--export={cfg.export} exists: delete it or choose another folder")
-    if cfg.quantize != "none": raise ValueError("--export writes float32 or --dtype, not int8: leave out --quantize")
+    if cfg.quantize != "none": raise ValueError("--export writes weights in float32 or --dtype, not int8: leave out --quantize")
     model, tok, about = load(dataclasses.replace(cfg, device="cpu", dtype=dtype))
-    begin, end = (next((t for t in names if t in tok.special_tokens), None) for names in ((BEGIN, *ENDS), ENDS))
+    first_of = lambda names: next((t for t in names if t in tok.special_tokens), None)
+    begin, end = first_of((BEGIN, *ENDS)), first_of(ENDS)
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as work:
         os.mkdir(whole := os.path.join(work, "whole"))
@@ -135,81 +138,85 @@ def export(cfg):
 # ---------------------------------------------------------------------------- a continuation and its next token
 
 class Row:
-    """One continuation: its prompt and seed, ids of the prompt and those drawn, the text that is safe to show; `finish` says why
-    it ended."""
+    """One continuation: its prompt and seed, the ids of the prompt and those drawn, the text that is safe to show. `finish` says
+    why it ended: "end" (an end token), "stop" (a stop string) or "length"; None while it goes on. uniform[i] draws token i."""
     def __init__(self, prompt, seed, tok, cfg, ends=(), stops=(), read=0, length=0):
         self.prompt, self.seed, self.tok, self.ends, self.stops, self.limit = prompt, seed, tok, ends, stops, cfg.max_new_tokens
         self.ids, self.logprobs, self.held, self.text, self.finish = list(prompt), [], b"", "", None
-        self.read, self.length = read, length     # ids that the cache has read, positions it holds of them: fewer once it forgets
+        self.read, self.length = read, length       # ids that the cache has read, and how many it still holds (see make_room)
         self.uniform = torch.rand(self.limit + cfg.speculate + 1, generator=torch.Generator().manual_seed(seed)).tolist()
 
     tokens = property(lambda self: self.ids[len(self.prompt):])
 
     def add(self, token, logprob):
-        """Take one token. A stop string ends the row where it begins, even if it began tokens ago."""
+        """Append one token. A stop string cuts the text off where the string begins, even if that was several tokens ago."""
         self.ids.append(token)
         self.logprobs.append(logprob)
-        self.read, self.length = self.read + 1, self.length + 1                             # the token before it was just fed
+        self.read, self.length = self.read + 1, self.length + 1     # the cache has just read the token before this one
         if token in self.ends: self.finish = "end"
         else:
             self.held += self.tok.decode_bytes([token])
             found = [self.held.find(s) for s in self.stops if s in self.held]
             if found: self.held, self.finish = self.held[:min(found)], "stop"
             elif len(self.logprobs) == self.limit: self.finish = "length"
-        # subtle: hold back what may yet turn out to begin a stop string, and (the decoder does) what may yet become a character
-        hold = max((n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n]) and not self.finish), default=0)
+        # subtle: hold back a tail that may be the start of a stop string, and (the decoder does this) an incomplete character
+        tails = (n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n]))
+        hold = 0 if self.finish else max(tails, default=0)
         text, used = codecs.utf_8_decode(self.held[:len(self.held) - hold], "replace", bool(self.finish))
         self.text, self.held = self.text + text, self.held[used:]
 
     def score(self, penalty): return sum(self.logprobs) / max(len(self.logprobs), 1) ** penalty
 
     def draft(self, n):
-        """Up to n tokens: those that followed the latest earlier place where the same two tokens stood that end the text now."""
-        ids, places = self.ids, range(len(self.ids) - 1, 1, -1) if n > 0 else ()
-        start = next((i for i in places if ids[i - 2:i] == ids[-2:]), len(ids))
+        """A guess at the next tokens, at most n: those that followed the latest earlier occurrence of the text's last two."""
+        if n <= 0: return []
+        ids, ends = self.ids, range(len(self.ids) - 1, 1, -1)       # ends of earlier pairs, the latest first
+        start = next((i for i in ends if ids[i - 2:i] == ids[-2:]), len(ids))
         return ids[start:start + n]
 
 def draw(logits, u, cfg):
-    """One token a row, (N,), from logits (N, V): the filtered softmax's distribution function inverted at u (N,) in [0, 1), or
-    argmax at temperature 0. One number a token, so a row's draws depend on its own seed and logits alone."""
+    """One token per row, (N,), from logits (N, V): the inverse of the filtered softmax's cumulative distribution at u (N,), in
+    [0, 1), or argmax at temperature 0. One number per token, so a row's draws depend on its own seed and logits alone."""
     if cfg.temperature == 0: return logits.argmax(-1)
-    if 0 < cfg.top_k < logits.shape[-1]:        # then of k columns, not V
-        top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values      # by id: of logits, a rounding may swap two
+    if 0 < cfg.top_k < logits.shape[-1]:        # draw from k columns instead of V
+        top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values      # in order of id: rounding may swap two logits
         return top.gather(1, draw(logits.gather(1, top), u, cfg)[:, None])[:, 0]
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)[:, 0]  # right: never p = 0
+    # subtle: right=True never picks a token with p = 0, even at u = 0
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)[:, 0]
 
 def penalise(logits, seen, penalty):
-    """Make the tokens that a row's text has, seen (R, V), less likely: positive logits (R, T, V) divided by the penalty, negative
-    multiplied; the same in all T places, for a draft has none that the text has not."""
+    """Make the tokens that occur in a row's text, seen (R, V), less likely: divide positive logits (R, T, V) by the penalty and
+    multiply negative ones. `seen` is the same at all T places, because a draft repeats tokens that the text already has."""
     return torch.where(seen[:, None], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 def extend(rows, picked, logp, drafts):
-    """Add to each row the token drawn for it, picked (R, T), then as many more as its draft foretold; logp (R, T): their
-    log-probabilities. Returns [(r, row)] of those that have not finished."""
+    """Add tokens picked (R, T), with their log-probabilities logp (R, T), to each row: the first, and each later one as long as
+    its draft guessed the token before it. Returns [(r, row)] of those that have not finished."""
     for row, draft, tokens, nats in zip(rows, drafts, picked, logp):
-        for token, p, foretold in zip(tokens, nats, [*draft, None]):
+        for token, p, guess in zip(tokens, nats, [*draft, None]):
             if row.finish: break
             row.add(token, p)
-            if token != foretold: break                 # what comes after was computed for another text
+            if token != guess: break            # the tokens after it were computed for another text
     return [(r, row) for r, row in enumerate(rows) if not row.finish]
 
 def branch(beams, logits, done, cfg):
-    """A step of beam search by logits (R, V): [(parent, beam)] of the num_beams likeliest that go on; those that finish join
-    `done`, which keeps the num_beams best, best first. [], the end, when no live beam can overtake the worst of them."""
+    """One step of beam search with logits (R, V). Returns [(parent, beam)], the num_beams likeliest that go on, or [] once none
+    can overtake the last of `done`, where those that finish are collected: the num_beams best, best first."""
     n, V, grown, logp = cfg.num_beams, logits.shape[-1], [], logits.log_softmax(-1)
-    enough = n * max(2, 1 + len(beams[0].ends))         # even if every beam ends in every way, n go on
+    enough = n * max(2, 1 + len(beams[0].ends))         # leaves n that go on, even if every beam draws every end token
     total = logp + torch.tensor([[sum(beam.logprobs)] for beam in beams], device=logits.device)
-    for parent, token in (divmod(i, V) for i in total.flatten().topk(min(enough, total.numel())).indices.tolist()):
+    likeliest = total.flatten().topk(min(enough, total.numel())).indices.tolist()
+    for parent, token in (divmod(i, V) for i in likeliest):
         new = copy.copy(beams[parent])
-        new.ids, new.logprobs = new.ids[:], new.logprobs[:]         # its brothers add to these, too
+        new.ids, new.logprobs = new.ids[:], new.logprobs[:]         # copies: its siblings append to them, too
         new.add(token, logp[parent, token].item())
         if new.finish: done.append(new)
         elif len(grown) < n: grown.append((parent, new))
     done[:] = sorted(done, key=lambda row: -row.score(cfg.length_penalty))[:n]
-    # a live beam's log-probability can only fall: divided by the longest possible length it is the most that beam can hope for
-    hope = max((sum(row.logprobs) / cfg.max_new_tokens ** cfg.length_penalty for _, row in grown), default=-math.inf)
-    return [] if len(done) == n and done[-1].score(cfg.length_penalty) >= hope else grown
+    # the log-probability of a live beam can only fall: divided by the longest possible length, it bounds the beam's final score
+    bound = max((sum(row.logprobs) / cfg.max_new_tokens ** cfg.length_penalty for _, row in grown), default=-math.inf)
+    return [] if len(done) == n and done[-1].score(cfg.length_penalty) >= bound else grown
 
 # ---------------------------------------------------------------------------- the cache, and decoding with it
 
@@ -218,14 +225,14 @@ def new_cache(model, rows, length):
     return KVCache(model.config, rows, min(length, model.config.block_size), weight.device, weight.dtype)
 
 def make_room(model, cache, row, length, text, sinks, need=1):
-    """Free at least `need` positions of one row and return its new length; text: the ids it was fed. RoPE: drop the oldest after
-    the first `sinks`, turn the keys behind them back by as many positions. Else: read the sinks and the newer half again."""
+    """Free at least `need` positions in one row of the cache and return its new length; text: the ids it has read. RoPE: drop
+    the oldest after the first `sinks`, rotate the later keys back by as many. Else: read the sinks and the newer half again."""
     size, sinks = cache.max_len, min(sinks, (cache.max_len - 1) // 2)
-    drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once: no cost per token
-    kept, end = length - sinks - drop, length - drop        # positions behind the sinks that stay; the new length
-    if kept <= 0: raise ValueError(f"{need} more tokens do not fit block_size={size}: give shorter text")
+    drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once, so it happens rarely
+    kept, end = length - sinks - drop, length - drop        # positions after the sinks that stay; the new length
+    if kept <= 0: raise ValueError(f"{need} more tokens do not fit block_size={size}: give a shorter text")
     if model.config.pos == "rope":
-        cos, sin = nn.functional.normalize(model.table[:, drop], dim=0)     # (D/2,); YaRN's are scaled, a rotation must not be
+        cos, sin = nn.functional.normalize(model.table[:, drop], dim=0)     # (D/2,) each; YaRN scales them, a rotation must not
         for store in cache.k: store[row, :, sinks:end] = apply_rope(store[row, :, length - kept:length].float(), cos, -sin)
         for store in cache.v: store[row, :, sinks:end] = store[row, :, length - kept:length].clone()
     else:
@@ -235,33 +242,33 @@ def make_room(model, cache, row, length, text, sinks, need=1):
     return end
 
 def align(model, cache, rows, need, cfg):
-    """Let the cache hold of every row what that has read, with room for `need` more tokens."""
+    """Give every row room for `need` more tokens, and tell the cache how many positions each row holds."""
     for r, row in enumerate(rows):
         if (over := row.length + need - cache.max_len) > 0:
             if cfg.past_context == "error": raise ValueError(f"block_size={cache.max_len} is full: use --past_context=window")
             row.length = make_room(model, cache, r, row.length, row.ids[:row.read], cfg.sinks, over)
-    if not cache.static: cache.set_lengths([row.length for row in rows])        # else a step is told, see feed
+    if not cache.static: cache.set_lengths([row.length for row in rows])        # a static step gets the lengths from feed
 
 def prefill(model, rows, cfg, stats, cache=None, static=False):
-    """Read the ids of each row but its last, cfg.prefill_chunk at a time, and return the cache: the one that holds the only row's
-    earlier text, or a new one. Short texts are padded on the right: causal, so no token ever sees the padding."""
+    """Read every row's ids except its last, cfg.prefill_chunk at a time, and return the cache. cache: where the only row has its
+    earlier text; None: make one. Short texts are padded on the right: attention is causal, so no token sees the padding."""
     clock, texts = time.perf_counter(), [tuple(row.ids[row.read:-1]) for row in rows]
-    once = list(dict.fromkeys(texts))           # equal prompts are read once
+    unique = list(dict.fromkeys(texts))         # equal prompts are read once
     if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
     else:
-        length = max(map(len, once)) + 1 + cfg.max_new_tokens + cfg.speculate
-        cache = new_cache(model, len(once), 1 << (length - 1).bit_length() if static else length)   # few shapes to compile
-    idx = nn.utils.rnn.pad_sequence([torch.tensor(text).long() for text in once], batch_first=True).to(cache.lengths.device)
+        length = max(map(len, unique)) + 1 + cfg.max_new_tokens + cfg.speculate
+        cache = new_cache(model, len(unique), 1 << (length - 1).bit_length() if static else length)     # few shapes to compile
+    idx = nn.utils.rnn.pad_sequence([torch.tensor(text).long() for text in unique], batch_first=True).to(cache.lengths.device)
     for i in range(0, idx.shape[1], cfg.prefill_chunk): model.hidden(idx[:, i:i + cfg.prefill_chunk], cache)
     for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
-    if len(once) < len(rows): cache.reorder([once.index(text) for text in texts])
-    cache.lengths.tolist()                      # waits for the device
-    stats.update(prompt_tokens=sum(map(len, once)), prompt_seconds=time.perf_counter() - clock)
+    if len(unique) < len(rows): cache.reorder([unique.index(text) for text in texts])
+    cache.lengths.tolist()                      # wait for the device
+    stats.update(prompt_tokens=sum(map(len, unique)), prompt_seconds=time.perf_counter() - clock)
     return cache
 
 def feed(rows, drafts, T, limit, cfg):
-    """What a step wants to know of each row: its length in the cache (R,), its last id and its draft (R, T), numbers to draw with
-    (R, T), and with a repetition penalty which ids its text has (R, limit). On the CPU."""
+    """A step's inputs, on the CPU: each row's length in the cache (R,), its last id and its draft, padded with 0 (R, T), the
+    numbers to draw with (R, T), and with a repetition penalty which ids its text has (R, limit)."""
     ids = [row.ids[-1:] + draft + [0] * (T - 1 - len(draft)) for row, draft in zip(rows, drafts)]
     inputs = [torch.tensor([row.length for row in rows], dtype=torch.int32), torch.tensor(ids),
               torch.tensor([row.uniform[len(row.logprobs):len(row.logprobs) + T] for row in rows])]
@@ -270,52 +277,52 @@ def feed(rows, drafts, T, limit, cfg):
     return inputs
 
 def record(step, inputs, device):
-    """-> a function of inputs like these: step itself, or on a GPU its recording, a CUDA graph, with the copies there and back:
-    the host launches one thing a token and waits once, not hundreds of kernels, PyTorch's or behind torch.compile's guards."""
-    outputs = step(*inputs)                     # compiles kernels, which cannot be recorded
+    """Return what runs step on inputs like these: step itself, or on a GPU a CUDA graph of it with the copies there and back. The
+    host launches one graph per token and waits once, not hundreds of kernels, PyTorch's own or behind torch.compile's guards."""
+    outputs = step(*inputs)                     # compiles the kernels: a recording cannot
     if not outputs[0].is_cuda: return step
-    sent, said = ([x.cpu().pin_memory() for x in xs] for xs in (inputs, outputs))
+    sent, received = ([x.cpu().pin_memory() for x in xs] for xs in (inputs, outputs))       # the graph's own host memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph):
-        for x, y in zip(said, step(*sent)): x.copy_(y, non_blocking=True)
+        for x, y in zip(received, step(*sent)): x.copy_(y, non_blocking=True)
     def replay(*new):
         for x, y in zip(sent, new): x.copy_(y)
         graph.replay()
         torch.cuda.synchronize(device)
-        return said
+        return received
     return replay
 
 @torch.inference_mode()
 def decode(model, rows, cfg, limit, stats, cache=None):
-    """Continue rows (Row objects) together until every one has finished, and yield them after each step; with num_beams continue
-    the one row there is, and yield its best endings so far. Only ids below `limit` are drawn. Rows that end leave the batch.
-    The cache lacks each row's last id: a step feeds that, at first the prompt's last, with a draft of what may follow.
-    cache: where the one row has its earlier text. stats: a Counter of tokens, seconds, steps, bytes read; of prompts apart."""
+    """Continue rows (Row objects) together until all have finished, and yield them after each step; with num_beams continue the
+    only row, and yield its best endings so far. Only ids below `limit` are drawn. Rows that finish leave the batch. The cache
+    never holds a row's last id: each step feeds it, with a draft of what may follow. cache: where the only row has its earlier
+    text. stats: a Counter of tokens, seconds, steps and bytes read; prompts are counted separately."""
     device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
-    live, found = rows, [] if beams else rows
-    # static: shapes stay, so that a step can be compiled (if cfg.compile) and, on a GPU, recorded
-    static = bool(cfg.compile or device.type == "cuda") and not beams and cache is None
+    gpu, live, found = device.type == "cuda", rows, [] if beams else rows
+    # static: shapes stay fixed, so that a step can be compiled (if cfg.compile) and, on a GPU, recorded
+    static = bool(cfg.compile or gpu) and not beams and cache is None
     cache = prefill(model, rows, cfg, stats, cache, static)
     cache.static = static
-    cache.set_lengths([row.length for row in rows])         # static, it forgets what it knew on the host
+    cache.set_lengths([row.length for row in rows])         # sets the true lengths, and a static cache's fixed shapes
     written = lambda: sum(len(row.logprobs) for row in found)
-    def work(cache, lengths, new, u, *seen):    # what `feed` returns -> tokens drawn and their log-probabilities (R, T); logits
+    def work(cache, lengths, new, u, *seen):    # feed's inputs -> tokens, their log-probabilities (R, T); beams: logits (R, T, V)
         cache.lengths.copy_(lengths)
         own = model.head(model.hidden(new, cache))[:, :, :limit].float()
         logits = penalise(own, *seen, cfg.repetition_penalty) if seen else own
         picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
-        return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)] + [logits] * beams       # (R, T, V)
+        return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)] + ([logits] if beams else [])
     if static and cfg.compile:
-        # with coordinate descent, on a GPU a product with one row becomes a kernel that reads weights at full bandwidth, int8 as
-        # int8, and has the norm before it in it
-        for module in model.modules() if device.type == "cuda" else ():
+        # on a GPU, coordinate descent turns a one-row product into a kernel that reads weights at full bandwidth, int8 as int8,
+        # with the norm before it fused in
+        for module in model.modules() if gpu else ():
             if type(module) is nn.Linear and module.bias is not None: module.__class__ = SplitLinear
-        if model.backend is None: model.set_backend(training=False)     # to set it in the first step would compile the next anew
+        if model.backend is None: model.set_backend(training=False)     # if the first step set it, the second would recompile
         work = torch.compile(work, dynamic=False, options={"coordinate_descent_tuning": True})
-    step = lambda *inputs: work(cache, *(x.to(device, non_blocking=device.type == "cuda") for x in inputs))
-    recorded = {}                       # steps by T, for the batch as it is
-    place_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)         # what the cache has of one position
-    weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
+    step = lambda *inputs: work(cache, *(x.to(device, non_blocking=gpu) for x in inputs))
+    recorded = {}                       # T -> its step, for the batch as it is now
+    position_bytes = sum(layer[0, :, 0].nbytes for layer in cache.k + cache.v)      # of one position of one row
+    weight_bytes = sum(m.weight.nbytes for m in model.modules() if isinstance(m, (nn.Linear, Int8Linear, PackedLinear)))
     while live:
         clock, before = time.perf_counter(), written()
         align(model, cache, live, 1, cfg)
@@ -325,14 +332,15 @@ def decode(model, rows, cfg, limit, stats, cache=None):
         inputs = feed(live, drafts, T, limit, cfg)
         if static and T not in recorded:
             recorded[T] = record(step, inputs, device)
-            clock = time.perf_counter()                         # and its time is not decoding's
-        read_bytes = weights + place_bytes * sum(row.length + T for row in live)
+            clock = time.perf_counter()                         # compiling and recording do not count as decoding
+        read_bytes = weight_bytes + position_bytes * sum(row.length + T for row in live)
         picked, logp, *logits = recorded.get(T, step)(*inputs)
-        grown = branch(live, logits[0][:, 0], found, cfg) if beams else extend(live, picked.tolist(), logp.tolist(), drafts)
+        if beams: unfinished = branch(live, logits[0][:, 0], found, cfg)
+        else: unfinished = extend(live, picked.tolist(), logp.tolist(), drafts)
         stats.update(steps=1, bytes=read_bytes, tokens=written() - before, seconds=time.perf_counter() - clock)
         yield found
-        if static and 2 * len(grown) > len(live): continue      # each shape is recorded: those that have finished wait
-        parents, live = [r for r, _ in grown], [row for _, row in grown]
+        if static and 2 * len(unfinished) > len(live): continue     # each shape is recorded: keep it until half have finished
+        parents, live = [r for r, _ in unfinished], [row for _, row in unfinished]
         if live and parents != list(range(len(cache.lengths))):
             cache.reorder(parents)
             recorded.clear()
@@ -342,15 +350,15 @@ def decode(model, rows, cfg, limit, stats, cache=None):
 def say(line): print(line, file=sys.stderr, flush=True)
 
 def read_file(path):
-    try: return Path(path).read_bytes().decode("utf-8")         # as prepare.py does: line ends stay
+    try: return Path(path).read_bytes().decode("utf-8")         # as prepare.py does: line ends stay as they are
     except FileNotFoundError: raise ValueError(f"no file {path!r}: check its path") from None
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
 
 def read_prompts(cfg, tok, size):
-    """(lists of ids, their texts); ValueError for what is empty, missing or too long for a context of `size`."""
-    path = cfg.prompts or (cfg.start[5:] if cfg.start.startswith("FILE:") else "")
+    """(prompts as lists of ids, their texts). ValueError: a prompt is empty, missing or too long for a context of `size`."""
+    path = cfg.prompts or (cfg.start.removeprefix("FILE:") if cfg.start.startswith("FILE:") else "")
     texts = [read_file(path) if path else cfg.start]
-    if cfg.prompts: texts = re.split("\r?\n", re.sub(r"\r?\n\Z", "", texts[0]))
+    if cfg.prompts: texts = re.split("\r?\n", re.sub(r"\r?\n\Z", "", texts[0]))     # after the last line end there is no prompt
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")
     begin = tok.first if BEGIN in tok.special_tokens else []
     prompts = [begin + tok.encode(text, "all") if text else tok.first for text in texts]
@@ -359,31 +367,31 @@ def read_prompts(cfg, tok, size):
         raise ValueError(f"prompt has {longest} tokens, block_size is {size}: shorten it or train with a larger block_size")
     if cfg.past_context == "error" and longest + cfg.max_new_tokens > size:
         raise ValueError(f"{longest} prompt tokens and max_new_tokens={cfg.max_new_tokens} do not fit block_size={size}: "
-                         f"ask for at most {size - longest}, or --past_context=window")
+                         f"ask for at most {size - longest}, or use --past_context=window")
     return prompts, texts
 
 def read_stops(cfg, tok):
-    r"""cfg.stop -> (ids that end a row, byte strings that do): "\n\n|<|endoftext|>" -> ({the end-of-text id}, [two line ends])"""
+    r"""cfg.stop -> (ids that end a row, byte strings that end it): "\n\n|<|endoftext|>" -> ({id of <|endoftext|>}, [b"\n\n"])"""
     ends, strings = {tok.special_tokens[t] for t in ENDS if t in tok.special_tokens}, []
-    for stop in re.split(r"(?<!<)\|(?!>)", cfg.stop) if cfg.stop else []:
-        if not stop: raise ValueError(f"stop={cfg.stop!r} has an empty part, which would stop every sample at once")
+    for stop in re.split(r"(?<!<)\|(?!>)", cfg.stop) if cfg.stop else []:       # the bars of <|...|> do not separate
+        if not stop: raise ValueError(f"stop={cfg.stop!r} has an empty part, which would end all samples at once: remove a |")
         if stop in tok.special_tokens: ends.add(tok.special_tokens[stop])
         elif re.fullmatch(r"<\|.*\|>", stop):
-            raise ValueError(f"stop={stop!r} is no special token of this tokenizer, which has {list(tok.special_tokens)}")
+            raise ValueError(f"stop={stop!r} is not one of this tokenizer's special tokens: {list(tok.special_tokens)}")
         else: strings.append(stop.replace("\\n", "\n").replace("\\t", "\t").encode())
     return ends, strings
 
 def report(stats, device):
-    """Rates of reading and writing, and decoding's memory traffic against what a plain sum over 256 MB (GPU: 1 GB) reaches."""
+    """Print the speed of prefill (if any) and decoding, and its memory traffic next to that of a sum over 256 MB (GPU: 1 GB)."""
     x = torch.ones(2 ** (28 if device.type == "cuda" else 26), device=device)
     peak = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1)) / 1e9
     used, read, written = stats["bytes"] / stats["seconds"] / 1e9, stats["prompt_tokens"], stats["tokens"]
-    prefilled = f"prefill {read:,} tokens at {read / stats['prompt_seconds']:,.0f} tok/s | " if read else ""     # or in step one
-    say(f"\n{prefilled}decode {written:,} at {written / stats['seconds']:,.1f} tok/s, {written / stats['steps']:.2f} a pass | "
+    prefilled = f"prefill {read:,} tokens at {read / stats['prompt_seconds']:,.0f} tok/s | " if read else ""
+    say(f"\n{prefilled}decode {written:,} at {written / stats['seconds']:,.1f} tok/s, {written / stats['steps']:.2f} per pass | "
         f"weights and cache read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
 def interact(model, tok, cfg, begin, ends, stops):
-    """A conversation behind the ids of `begin`: each line typed goes, with its line end, into the cache, and is continued."""
+    """A conversation that starts with the ids `begin`: each line typed goes, line end included, to the cache and is continued."""
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
@@ -402,9 +410,9 @@ def interact(model, tok, cfg, begin, ends, stops):
 
 @torch.inference_mode()
 def visualize(model, row, path):
-    """Write one self-contained HTML page: each token's probability, the likeliest in its place, what each head attended to."""
+    """Write one self-contained HTML page: each token's probability, its likeliest alternatives, what each head attended to."""
     c, maps, name = model.config, [], lambda t: row.tok.decode([t])
-    ids = row.ids[:min(c.block_size, math.isqrt(2 ** 24 // (c.n_layer * c.n_head)))]    # maps: T*T bytes a head
+    ids = row.ids[:min(c.block_size, math.isqrt(2 ** 24 // (c.n_layer * c.n_head)))]    # maps: T*T bytes per head, at most 16 MiB
     def look(attn, args):
         q, k, _ = attn.qkv(*args[:2])                                                   # (1, H, T, D), (1, K, T, D)
         s = q.float() @ k.float().repeat_interleave(c.n_head // c.kv_heads, 1).mT / math.sqrt(c.head_dim)
@@ -424,7 +432,7 @@ def visualize(model, row, path):
 PAGE = r"""<!doctype html><meta charset="utf-8"><title>sample.py --visualize</title>
 <style>body {font: 15px/1.7 monospace; margin: 2em} p {white-space: pre-wrap} span {background: rgb(230 60 30/var(--red))}</style>
 layer <input type="number" min="0" max="%d" value="0"> head <input type="number" min="0" max="%d" value="0"><br>
-Red: improbable. Point at a token to see its probability, the likeliest in its place, and in blue where the head looked.
+Red: improbable. Point at a token to see its probability, the likeliest tokens at its place, and in blue where the head looked.
 <p>%s</p><script>
 const maps = Uint8Array.from(atob("%s"), c => c.charCodeAt(0)), heads = %d;
 const [layer, head] = document.querySelectorAll("input"), spans = [...document.querySelectorAll("span")];
@@ -438,30 +446,30 @@ spans.forEach((span, on) => {
 
 def main(cfg):
     if cfg.export: return export(cfg)
-    alone = "prompts num_samples num_beams best_of logprobs compile visualize".split() if cfg.interactive else ()
-    if wrong := [key for key in alone if getattr(cfg, key) not in (getattr(config.Config, key), False)]:
-        raise ValueError(f"interactive continues one text as you type it: leave out {', '.join(wrong)}")
+    barred = "prompts num_samples num_beams best_of logprobs compile visualize".split() if cfg.interactive else ()
+    if wrong := [key for key in barred if getattr(cfg, key) not in (getattr(config.Config, key), False)]:
+        raise ValueError(f"--interactive continues one text as you type it: leave out {', '.join(wrong)}")
     model, tok, about = load(cfg, pack=not cfg.compile or cfg.num_beams > 1)
     (prompts, texts), (ends, stops) = read_prompts(cfg, tok, model.config.block_size), read_stops(cfg, tok)
     if cfg.visualize and (os.path.isdir(cfg.visualize) or not os.path.isdir(os.path.dirname(cfg.visualize) or ".")):
-        raise ValueError(f"--visualize={cfg.visualize}: want a file in a folder that exists")
+        raise ValueError(f"--visualize={cfg.visualize} cannot be written: give the name of a file, in a folder that exists")
     say(f"{about} | {model.set_backend(training=False)}\n")
     if cfg.interactive: return interact(model, tok, cfg, prompts[0], ends, stops)
     beams, ranked, as_json = cfg.num_beams > 1, cfg.best_of > cfg.num_samples, bool(cfg.prompts) or cfg.logprobs
-    draws, together = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)
+    draws, per_batch = (1, 1) if beams else (max(cfg.num_samples, cfg.best_of), cfg.batch_size)      # rows per prompt; per batch
     rows = [Row(p, cfg.seed + i * draws + j, tok, cfg, ends, stops) for i, p in enumerate(prompts) for j in range(draws)]
     page = lambda rows: "\n---------------\n".join(texts[0] + row.text for row in rows)
-    at, shown, stats = 0, 0, Counter()
+    begun, shown, stats = 0, 0, Counter()           # rows begun, characters printed
     for i, text in enumerate(texts):
-        while at < (i + 1) * draws:         # a batch may end several prompts, a prompt take several batches
-            for found in decode(model, rows[at:at + together], cfg, tok.vocab_size, stats):
+        while begun < (i + 1) * draws:         # a batch may cover several prompts, or a prompt need several batches
+            for found in decode(model, rows[begun:begun + per_batch], cfg, tok.vocab_size, stats):
                 if as_json or beams or ranked: continue
-                # stream the first row that has not finished; those behind it catch up in their turn
-                ended = next((j for j, row in enumerate(rows) if not row.finish), draws)
-                new = page(rows[:ended + 1])[shown:]
+                # stream the first row that has not finished; later rows are printed when it is their turn
+                current = next((j for j, row in enumerate(rows) if not row.finish), draws)
+                new = page(rows[:current + 1])[shown:]
                 print(new, end="", flush=True)
                 shown += len(new)
-            at += together
+            begun += per_batch
         best = found if beams else rows[i * draws:(i + 1) * draws]
         if ranked: best = sorted(best, key=lambda row: -row.score(cfg.length_penalty))
         best = best[:cfg.num_samples]

@@ -4019,14 +4019,14 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--start=FILE:latin.txt"], "not UTF-8"), (["--prompts=empty.txt"], "is empty at line 1"),
     (["--prompts=gap.txt"], "is empty at line 2"), (["--prompts=end.txt"], "is empty at line 2"),
     (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
-    (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "no special token"),
+    (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "special tokens: ["),
     (["--stop=a||b"], "empty part"), (["--temperature=1e-40"], "0 or at least"),
     (["--visualize=none/a.html"], "in a folder that exists"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),
     (["--num_beams=2"], "temperature=0"),
-    (["--num_beams=2", "--temperature=0", "--interactive"], "leave out num_beams"), (["--visualize=out"], "want a file"),
+    (["--num_beams=2", "--temperature=0", "--interactive"], "leave out num_beams"), (["--visualize=out"], "cannot be written"),
     (["--interactive", "--prompts=gap.txt", "--compile", "--logprobs"], "leave out prompts, logprobs, compile"),
     (["--export=x", "--quantize=int8"], "leave out --quantize"), (["--init_from=out/good"], "has no tokenizer.json"),
-    (["--out_dir=small"], "its tokenizer has 280 tokens, its model 100: no pair"),
+    (["--out_dir=small"], "its tokenizer has 280 tokens, but its model only 100"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
     (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"),
     (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"),
@@ -4461,7 +4461,7 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     data = np.random.default_rng(0).integers(280, size=8 * n + 30).astype("<u2")
     data.tofile("data/d/val.bin")
     Path("data/d/meta.json").write_text('{"tokenizer_hash": "another"}')
-    with pytest.raises(ValueError, match="prepared anew"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
+    with pytest.raises(ValueError, match="prepared again"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     Path("data/d/meta.json").write_text(json.dumps({"tokenizer_hash": sample_TOK.hash}))
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     out = capsys.readouterr().out
@@ -4576,7 +4576,7 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
     scored += [0] * 4
     bench.main(argv + [f"--input={tmp_path / 't.txt'}", "--stride=128"])
     out_text = capsys.readouterr().out
-    assert scored[4:] == [4, 4, 3] and "going on, 12 of 23" in out_text
+    assert scored[4:] == [4, 4, 3] and "resuming, 12 of 23" in out_text
     n, nats, perplexity, bits = map(float, re.search(r"t.txt +11 +(.*)$", out_text, re.M)[1].replace(",", "").split())
     assert perplexity == pytest.approx(math.exp(nats), rel=1e-2) and bits == pytest.approx(n * nats / math.log(2) / 11, rel=1e-3)
     model, right = model_py.GPT.load(os.path.join(out, "ckpt.pt")), [0, 0]
@@ -4598,11 +4598,11 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
         change()
         scored[:] = [0] * 4
         bench.main(argv)
-        assert sum(scored) == anew and ("going on, 23 of 23" in capsys.readouterr().out) == (not anew)
+        assert sum(scored) == anew and ("resuming, 23 of 23" in capsys.readouterr().out) == (not anew)
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 2: not HellaSwag's"), ("[]", "line 2"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not HellaSwag's"),
+    ("{", "line 2: not in the form"), ("[]", "line 2"), ('{"ctx": "a", "endings": ["b"], "label": 1}', "line 2: not in the form"),
     ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2"), ('{"ctx": "a", "endings": ["b", " "], "label": 0}', "line 2"),
     ('{"question": "a", "choices": ["b"], "answer": "C"}', "line 2"),
     ('{"question": {"stem": 1}, "answerKey": "A", "choices": {}}', "line 2"),
@@ -4618,7 +4618,7 @@ def test_bench_eval_user_errors(tmp_path, monkeypatch):
     sample_checkpoint("out/x")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.jsonl").write_text("\n")
-    for words, message in (([], "say what to evaluate"), (["--task=nope"], "none of hellaswag"),
+    for words, message in (([], "say what to evaluate"), (["--task=nope"], "nor one of hellaswag"),
                            (["--task=one.jsonl"], "has no questions"), (["--input=nope.txt"], "no file 'nope.txt'"),
                            (["--input=empty.txt"], "nothing to score"),
                            (["--input=empty.txt", "--stride=65"], "stride=65 is longer")):

@@ -209,7 +209,7 @@ def contend(job, name, *words):
     return result | {"MB": max(peak, result["MB"])}
 
 def bench_tokenizer(argv):
-    """Each run is a process of its own; slow contenders run once. --vocab_size; --tokenizer=gpt2 or a bpe.py FILE: encode only."""
+    """Each run is a process of its own; slow ones run once. --vocab_size; --tokenizer=gpt2 or a bpe.py FILE: encode only."""
     if argv[:1] == ["contender"]: return contender(*argv[1:])
     cfg = config.load(["--vocab_size=32000", *(word for word in argv if word.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
@@ -256,9 +256,9 @@ def bench_sample(argv):
         c, stats = replace(cfg, max_new_tokens=n), Counter()
         texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
         for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats)):
-            if step == 0: reading = stats["prompt_tokens"] / stats["prompt_seconds"] if prompt > 1 else "-"
+            if step == 0: prefill = stats["prompt_tokens"] / stats["prompt_seconds"] if prompt > 1 else "-"
             if step == 3 and n > 8: stats.clear()       # the first steps warm up
-        return stats["tokens"] / stats["seconds"], reading, stats["bytes"] / stats["seconds"] / 1e9
+        return stats["tokens"] / stats["seconds"], prefill, stats["bytes"] / stats["seconds"] / 1e9
 
     torch.manual_seed(cfg.seed)
     with device: plain, start = sampler.place(GPT(cfg.model()), device, torch.float32), torch.ones(1, 1, dtype=torch.long)

@@ -1,9 +1,9 @@
 """
-A GPT in one file: the modern one by default, GPT-2 itself by switches of the same config, and the cache that makes sampling fast.
+A GPT in one file: a modern one by default, exactly GPT-2 with other settings of the same config. Plus the KV cache for sampling.
 
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
     logits, loss = model(idx, targets)                   # training
-    logits, _ = model(idx, cache=KVCache(...))           # inference, only the new tokens
+    logits, _ = model(idx, cache=KVCache(...))           # inference: idx holds only the new tokens
     model = GPT.load("out/stdlib/ckpt.pt")               # or a Hugging Face folder
 
     pre-norm residual blocks, GPT-2's init          Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
@@ -33,58 +33,62 @@ from config import GPTConfig
 # ---------------------------------------------------------------------------- positions
 
 def position_table(config):
-    """cos and sin of every position's angles, (2, block_size, D/2): pair d turns by position / theta^(2d/D). Sinusoidal positions
-    (Vaswani et al. 2017, arXiv:1706.03762, section 3.5) are the same with D = n_embd. Scaling stretches a model trained at
-    block_size / s to block_size, s = rope_factor: linear (arXiv:2306.15595) slows every pair by s; ntk (bloc97 2023) raises theta
-    so that only the slowest pair does; yarn (arXiv:2309.00071) and llama3 (Llama 3.1's code) slow those that turn less than once
-    in the trained context, leave those that turn often, and blend between; yarn also sharpens the attention."""
-    s, D, scaling = config.rope_factor, config.head_dim if config.pos == "rope" else config.n_embd, config.rope_scaling
+    """cos and sin of every position's angles, (2, block_size, D/2): pair d has the angle position / theta^(2d/D). Sinusoidal
+    positions (Vaswani et al. 2017, arXiv:1706.03762, section 3.5) use the same table with D = n_embd. RoPE scaling stretches a
+    model from the block_size / s it was trained at to block_size, s = rope_factor. linear (arXiv:2306.15595) divides all
+    frequencies by s. ntk (bloc97 2023) raises theta, so that only the lowest frequency is divided by all of s. yarn
+    (arXiv:2309.00071) and llama3 (Llama 3.1's code) divide the frequencies with less than one turn in the trained context, keep
+    those with many turns, and interpolate in between; yarn also sharpens the attention."""
+    s, scaling = config.rope_factor, config.rope_scaling
+    D = config.head_dim if config.pos == "rope" else config.n_embd
     theta = config.rope_theta * (s ** (D / max(D - 2, 1)) if scaling == "ntk" else 1)
-    n = torch.arange(max(config.block_size, D), dtype=torch.float64, device="cpu")  # a model of meta weights has real tables, too
-    frequency = theta ** -(n[:D:2] / D)
+    f64 = dict(dtype=torch.float64, device="cpu")       # the CPU: even a model built on the meta device needs a real table
+    frequency = theta ** -(torch.arange(0, D, 2, **f64) / D)
     if scaling == "linear": frequency /= s
     elif scaling in ("yarn", "llama3"):
-        often, turns = 32 if scaling == "yarn" else 4, config.trained_length * frequency / (2 * math.pi)
-        keep = ((turns - 1) / (often - 1)).clamp(0, 1)
+        turns, many = config.trained_length * frequency / (2 * math.pi), 32 if scaling == "yarn" else 4
+        keep = ((turns - 1) / (many - 1)).clamp(0, 1)
         frequency *= keep + (1 - keep) / s
-    angle, sharpen = torch.outer(n[:config.block_size], frequency), 0.1 * math.log(s) + 1 if scaling == "yarn" else 1.0
+    angle = torch.outer(torch.arange(config.block_size, **f64), frequency)
+    sharpen = 0.1 * math.log(s) + 1 if scaling == "yarn" else 1.0
     return (sharpen * torch.stack((angle.cos(), angle.sin()))).float()
 
 def apply_rope(x, cos, sin):
-    """Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), as one complex product (x1 + i x2)(cos + i sin), so that q.k
-    depends on the distance alone. cos, sin: (1, T, D/2), or (B, 1, T, D/2) where rows stand at different positions. subtle:
-    Llama's published code pairs (x[2d], x[2d+1]); halves, as Hugging Face's too, are the same up to a permutation."""
+    """Rotate the pairs (x[d], x[d + D/2]) of x (B, H, T, D), the complex product (x1 + i x2)(cos + i sin), so that q.k depends
+    only on the distance. cos, sin: (1, T, D/2), or (B, 1, T, D/2) if rows are at different positions. subtle: Llama's published
+    code pairs (x[2d], x[2d+1]); pairing the two halves, as Hugging Face does, is the same up to a permutation of dimensions."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 # ---------------------------------------------------------------------------- attention and its cache
 
 class KVCache:
-    """Keys and values, allocated once: of each layer k[layer], v[layer] (B, K, max_len, D). Row b holds lengths[b] valid
-    positions, so prompts of different lengths share a batch: feed them right-padded, then `set_lengths(true lengths)`; what
-    stands beyond a row's length is never seen and overwritten later. Memory: 2 * n_layer * B * K * max_len * D * bytes per
-    element. A static cache has one shape in every step, all of max_len, as compiled steps and CUDA graphs want it. subtle: a
-    compiled step writes into tensors like these in place; of one for all layers it would copy the whole in every layer."""
+    """Keys and values, allocated once: k[layer] and v[layer] are (B, K, max_len, D). Row b holds lengths[b] valid positions, so
+    prompts of different lengths can share a batch: feed them right-padded, then call `set_lengths(true lengths)`. What lies
+    beyond a row's length is masked out and later overwritten. Memory: 2 * n_layer * B * K * max_len * D * bytes per element.
+    If `static`, every step attends over max_len positions: compiled steps and CUDA graphs need one constant shape. subtle: each
+    layer has its own tensor, which a compiled step updates in place; one tensor for all would be copied whole in every layer."""
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (batch_size, config.kv_heads, max_len, config.head_dim)
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
-        self.max_len, self.span, self.ragged, self.static = max_len, 0, False, False        # span: S, as many keys as are seen
+        self.max_len, self.static = max_len, False
+        self.span, self.ragged = 0, False           # span: S, how many keys are attended over; ragged: rows differ in length
 
     def set_lengths(self, lengths):
-        """lengths: one int per row. Forget everything beyond them; all zero empties the cache."""
+        """lengths: one int per row. Everything beyond them is forgotten; all zeros empties the cache."""
         assert len(lengths) == len(self.lengths) and max(lengths) <= self.max_len
-        self.span = self.max_len if self.static else max(lengths)       # static: the compiler must see no number that changes
+        self.span = self.max_len if self.static else max(lengths)       # static: a compiled step needs a constant span
         self.ragged = self.static or min(lengths) != max(lengths)
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=self.lengths.is_cuda)
 
     def reorder(self, rows):
-        """Row b becomes what row rows[b] was, for beams; fewer rows than before drop the others."""
+        """Row b becomes a copy of the former row rows[b], for beam search; the batch is now len(rows)."""
         rows = torch.as_tensor(rows, device=self.lengths.device)
         self.k, self.v, self.lengths = [k[rows] for k in self.k], [v[rows] for v in self.v], self.lengths[rows]
 
     def grow(self, T):
-        """Make room for T new tokens a row; return their positions, (T,), or (B, T) where rows differ, and S."""
+        """Reserve T new positions per row; return them, (T,), or (B, T) if rows differ in length, and S."""
         if not self.static and self.span + T > self.max_len:
             raise ValueError(f"the cache holds {self.span} of {self.max_len} tokens: no room for {T} more")
         pos = torch.arange(T, device=self.lengths.device) + (self.lengths[:, None] if self.ragged else self.span)
@@ -93,18 +97,18 @@ class KVCache:
         return pos, self.span
 
     def update(self, layer, pos, k, v):
-        """Write the new k, v (B, K, T, D) of one layer at pos; return what attention may look at, (B, K, S, D)."""
+        """Write one layer's new k, v (B, K, T, D) at pos; return the keys and values to attend over, (B, K, S, D) each."""
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.ragged:     # subtle: indices around a slice put (B, T) first and K after them
+            if self.ragged:     # subtle: index tensors on both sides of a slice select (B, T, K, D)
                 store[torch.arange(len(new), device=new.device)[:, None], :, pos] = new.transpose(1, 2).to(store.dtype)
             else:
                 store[:, :, self.span - new.shape[2]:self.span] = new
         return self.k[layer][:, :, :self.span], self.v[layer][:, :, :self.span]
 
 def sdpa_mask(pos, S, window=0, doc_start=None):
-    """True where the query at pos, (T,) or (B, T), sees key j of S: j <= pos, j > pos - window if there is one, j >= doc_start
-    (B, T); as (T, S) or (B, 1, T, S). None where SDPA needs no mask: T == S is what is_causal means, and one query alone sees
-    all its keys."""
+    """(T, S) or (B, 1, T, S), True where the query at pos, (T,) or (B, T), may see key j of S: j <= pos, j > pos - window if
+    window > 0, and j >= doc_start (B, T) if given. None if SDPA needs no mask: T == S, which is_causal handles, or a single
+    query, which sees all keys."""
     j, p = torch.arange(S, device=pos.device), pos[..., None]
     if pos.dim() == 1 and len(pos) in (1, S) and doc_start is None and not 0 < window < S: return None
     seen = j <= p
@@ -113,8 +117,8 @@ def sdpa_mask(pos, S, window=0, doc_start=None):
     return seen[:, None] if seen.dim() == 3 else seen
 
 def attention(q, k, v, backend="sdpa", cache=None, window=0, mask=None, dropout_p=0.0):
-    """Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the one place where the backend matters. mask: sdpa_mask's,
-    which says it all, or, for flash_attn, which sees to causality, window and the rows' lengths by itself, doc_start."""
+    """Causal attention of q (B, H, T, D) over k, v (B, K, S, D), the only place where the backend matters. mask: for sdpa, the
+    whole mask from sdpa_mask; for flash_attn, only doc_start: it handles causality, window and the rows' lengths itself."""
     T, S = q.shape[2], k.shape[2]
     if backend == "flash_attn":
         if cache is None or T == S and not cache.ragged: return flash_attn.flash_attention(q, k, v, window=window, doc_start=mask)
@@ -125,19 +129,19 @@ def attention(q, k, v, backend="sdpa", cache=None, window=0, mask=None, dropout_
 # ---------------------------------------------------------------------------- the blocks
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with the gain in x's dtype: under autocast the two differ, and its fused kernel would step aside."""
+    """torch's, with the gain cast to x's dtype: under autocast the two differ, and torch would not use its fused kernel."""
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 def norm(config, width, kind="rmsnorm"):
-    """LayerNorm has a gain; RMSNorm one if norm_gain (if not, the next matrix absorbs it, all but QK-norm's)."""
+    """LayerNorm has a gain; RMSNorm only with norm_gain (without, the next matrix absorbs it, except after QK-norm)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
     return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T, A (rank, in) Gaussian, B (out, rank) zero, so it
-    starts as the layer it was. Hu et al. 2021, arXiv:2106.09685; their factor alpha / rank is 1 here, for it only rescales the
-    learning rate (section 4.1). A layer changes its class in place, so the names in the state dict stay."""
+    """A frozen linear layer plus a learned low-rank B A: y = x W^T + x A^T B^T. A (rank, in) starts Gaussian and B (out, rank)
+    zero, so at first nothing changes. Hu et al. 2021, arXiv:2106.09685; their factor alpha / rank is 1 here, because it only
+    rescales the learning rate (section 4.1). `adapt` changes a layer's class in place, so names in the state dict stay."""
     @classmethod
     def adapt(cls, linear, rank):
         out, width = linear.weight.shape
@@ -153,19 +157,19 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config, self.layer, self.window, self.backend = config, layer, config.windows[layer], "sdpa"
         C, HD, kv = config.n_embd, config.n_head * config.head_dim, config.kv_heads * config.head_dim
-        self.c_q = nn.Linear(C, HD, bias=config.bias)   # three matrices, not one: Muon orthogonalises each on its own
+        self.c_q = nn.Linear(C, HD, bias=config.bias)   # three matrices, not one: Muon orthogonalises each separately
         self.c_k = nn.Linear(C, kv, bias=config.bias)
         self.c_v = nn.Linear(C, kv, bias=config.bias)
         self.c_proj = nn.Linear(HD, C, bias=config.bias)
         if config.qk_norm: self.q_norm, self.k_norm = norm(config, config.head_dim), norm(config, config.head_dim)
 
     def qkv(self, x, rope):
-        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), normalised and rotated as they meet in the dot product."""
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), with q and k normalised and rotated."""
         heads = -1, self.config.head_dim
         q, k, v = (linear(x).unflatten(-1, heads).transpose(1, 2) for linear in (self.c_q, self.c_k, self.c_v))
         if self.config.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None: q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        return q.type_as(v), k.type_as(v), v
+        return q.type_as(v), k.type_as(v), v            # under autocast, the float32 RoPE table has promoted q and k
 
     def forward(self, x, rope, cache, pos, masks):
         q, k, v = self.qkv(x, rope)
@@ -203,37 +207,39 @@ class Block(nn.Module):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(cap * tanh(x W^T / cap)) against targets, without the (N, V) logits: `rows` of them exist at
-    a time, and their gradient, softmax - onehot, is turned into dx and dW at once, so the backward pass only scales. x (N, C), W
-    (V, C), targets (N) with -1 = ignore, cap 0 = none. Wijmans et al. 2024, arXiv:2411.09009 has the idea. 2048 x 768 x 50304 on
-    two CPU cores in bfloat16: 2.2 s; torch 2.13's F.linear_cross_entropy: 2.0 s with whole logits, 8.7 s in chunks."""
+    a time, and the forward pass turns their gradient, softmax - onehot, into dx and dW, which the backward pass only scales.
+    x (N, C), W (V, C), targets (N) with -1 = ignore, cap 0 = none. From Wijmans et al. 2024, arXiv:2411.09009. 2048 x 768 x
+    50304 on two CPU cores in bfloat16: 2.2 s; torch 2.13's F.linear_cross_entropy: 2.0 s with whole logits, 8.7 s in chunks."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, rows=None):
-        rows, device = rows or (4096 if x.is_cuda else 512), x.device.type      # on a CPU few enough to stay in its cache
+        rows, device = rows or (4096 if x.is_cuda else 512), x.device.type      # on a CPU, few enough to stay in its cache
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        (train_x, train_head), counts = ctx.needs_input_grad[:2], (targets >= 0).float()        # counts (N)
+        train_x, train_head = ctx.needs_input_grad[:2]
+        counts = (targets >= 0).float()                                         # (N), 0 where ignored
         x, w = x.to(dtype), weight.to(dtype)
         loss, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight) if train_head else None
-        compiled = torch.compiler.is_compiling()        # then comparisons fuse; gather and scatter would write float32 logits out
+        compiled = torch.compiler.is_compiling()        # then compare, which fuses; gather and scatter would store float32 logits
         with torch.autocast(device, enabled=False):
             for i in range(0, len(x), rows):
-                part, k, t = x[i:i + rows], counts[i:i + rows, None], targets[i:i + rows, None].clamp(min=0)    # k, t (rows, 1)
+                part, keep = x[i:i + rows], counts[i:i + rows, None]            # (rows, C), (rows, 1)
+                t = targets[i:i + rows, None].clamp(min=0)                      # (rows, 1)
                 logits = (part @ w.T).float()                                   # (rows, V)
                 if cap:
                     logits.div_(cap).tanh_()
                     slope = 1 - logits.square()                                 # tanh' = 1 - tanh^2
                     logits *= cap
-                logits = logits.log_softmax(-1)                                 # one name, so that one copy stays
-                hit = torch.arange(len(w), device=x.device) == t if compiled else None          # (rows, V)
-                right = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)  # (rows, 1)
-                loss = loss - (k * right).sum()     # subtle: in place, torch 2.11's compiler would make all gradients zero
+                logits = logits.log_softmax(-1)                                 # same name, so that the old tensor is freed
+                hit = torch.arange(len(w), device=x.device) == t if compiled else None              # (rows, V)
+                log_p = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)      # of the targets, (rows, 1)
+                loss = loss - (keep * log_p).sum()      # subtle: not in place: torch 2.11's compiler would zero all gradients
                 if not (train_x or train_head): continue
-                g = (logits.exp() - hit.float()) * k if compiled else logits.exp_().mul_(k).scatter_add_(1, t, -k)
+                g = (logits.exp() - hit.float()) * keep if compiled else logits.exp_().mul_(keep).scatter_add_(1, t, -keep)
                 if cap: g *= slope
                 g = g.to(dtype)
                 dx[i:i + rows] = g @ w
                 if train_head: dw += g.T @ part
         n = counts.sum().clamp(min=1)
-        ctx.save_for_backward(dx, dw, n)        # of the sum: those of the mean float16 would lose before they meet the loss scale
+        ctx.save_for_backward(dx, dw, n)        # gradients of the sum: the mean's would underflow in float16 before loss scaling
         return loss / n
 
     @staticmethod
@@ -256,14 +262,14 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights: self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            adds = name.endswith("c_proj.weight")       # to the stream: nothing at first, or GPT-2's 1/sqrt(2L)
-            if p.dim() == 2: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
-            if name.endswith("bias") or config.zero_init and (adds or p is self.lm_head.weight): nn.init.zeros_(p)
+            residual = name.endswith("c_proj.weight")   # writes to the residual stream: zero, or scaled by GPT-2's 1/sqrt(2L)
+            if p.dim() == 2: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            if name.endswith("bias") or config.zero_init and (residual or p is self.lm_head.weight): nn.init.zeros_(p)
         self.backend, self.grad_checkpoint = None, False
-        self.doc_mask = None        # the end-of-text id, which begins a document: without a cache, no token sees before its own
+        self.doc_mask = None        # the end-of-text id: it begins a document, and without a cache, tokens see only their own
 
     def set_backend(self, training=True):
-        """Attention by our kernels where they run on the weights' device, else by SDPA; returns a line that says so."""
+        """Use the kernels of flash_attn.py if they run on the weights' device, else SDPA; return a line that says which."""
         device, why_not = self.transformer.wte.weight.device, "no CUDA device, which the Triton kernels need"
         if device.type == "cuda":
             q = torch.empty(1, 1, 1, self.config.head_dim, device=device, dtype=torch.bfloat16)
@@ -273,51 +279,50 @@ class GPT(nn.Module):
         return f"torch SDPA ({why_not})" if why_not else "flash_attn.py, Triton kernels"
 
     def add_lora(self, rank):
-        """Freeze every weight and learn a low-rank addition to the attention's matrices instead; from_checkpoint merges it."""
+        """Freeze every weight and learn low-rank updates of the attention's matrices instead; from_checkpoint merges them."""
         self.requires_grad_(False)
         for block in self.transformer.h:
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.attn.c_proj): LoRALinear.adapt(linear, rank)
 
     def stretch(self, scaling, factor):
-        """Give the model `factor` times the context it was trained at, by this RoPE scaling (see position_table) only."""
+        """Extend the context to `factor` times the trained length by RoPE scaling (see position_table) alone, no training."""
         trained = self.config.trained_length
         self.config = replace(self.config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
                               block_size=int(trained * factor))
         self.table = position_table(self.config).to(self.table.device)
 
     def forward(self, idx, targets=None, cache=None, by_row=False):
-        """idx (B, T) token ids -> (logits (B, T, V), None); with targets (B, T; -1 = ignore) -> (None, mean loss in nats per
-        token), or by_row the log-probability of each row's targets (B,). With a cache, idx are the tokens after those it holds,
-        and join it."""
+        """idx (B, T) -> (logits (B, T, V), None). With targets (B, T; -1 = ignore) -> (None, mean loss in nats per token), or
+        by_row the log-probability of each row's targets (B,). With a cache, idx continues the tokens in it and is added."""
         x = self.hidden(idx, cache)
         if targets is None: return self.head(x), None
         if by_row: return None, self.log_probs(x, targets)
-        # subtle: the loss asks the tensor whether it wants a gradient, and would compute one in every evaluation
+        # subtle: detached, or the loss would compute dW even in evaluation, just because the weight requires a gradient
         weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
         return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.config.logit_softcap)
 
     def hidden(self, idx, cache=None):
-        """idx (B, T) -> what the head reads, (B, T, C); whoever needs few positions' logits calls head on those alone."""
+        """idx (B, T) -> the input of the head, (B, T, C). If you need the logits of few positions, call head on just those."""
         if self.backend is None: self.set_backend(self.training)
         T, flash = idx.shape[1], self.backend == "flash_attn"
         past = cache.span if cache is not None and not cache.static else 0
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}: shorten the text")
         pos, S = cache.grow(T) if cache is not None else (torch.arange(T, device=idx.device), T)        # pos (T,) or (B, T)
-        x, rope, starts = self.transformer.wte(idx), None, None                                 # x (B, T, C)
+        x, rope, doc_start = self.transformer.wte(idx), None, None                              # x (B, T, C)
         if self.config.pos == "learned": x = x + self.transformer.wpe(pos)
         elif self.config.pos == "rope": rope = self.table[:, pos].unsqueeze(-3).unbind()        # (1, T, D/2) or (B, 1, T, D/2)
         else: x = x + self.table[:, pos].flip(0).movedim(0, -1).flatten(-2).type_as(x)  # sines in even columns, cosines in odd
         x = F.dropout(x, self.config.dropout, self.training)
-        device = x.device.type      # bfloat16 in the stream, too: half the bytes for norms and sums, on a CPU 5% of a step
+        device = x.device.type      # the stream in bfloat16, too: half the bytes for norms and sums, saves 5% of a step on a CPU
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16: x = x.bfloat16()
         if self.doc_mask is not None and cache is None:
-            starts = torch.where(idx == self.doc_mask, pos, 0).cummax(1).values                 # (B, T)
-        masks = {w: starts if flash else sdpa_mask(pos, S, w, starts) for w in set(self.config.windows)}    # not in every layer
-        again = self.grad_checkpoint and self.training and cache is None
+            doc_start = torch.where(idx == self.doc_mask, pos, 0).cummax(1).values              # (B, T)
+        masks = {w: doc_start if flash else sdpa_mask(pos, S, w, doc_start) for w in set(self.config.windows)}  # one per window
+        recompute = self.grad_checkpoint and self.training and cache is None
         for block in self.transformer.h:
             args = x, rope, cache, pos, masks
-            x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self.transformer.ln_f(x)
 
     def head(self, x):
@@ -325,7 +330,7 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     def log_probs(self, x, targets):
-        """x (B, T, C) as hidden gives it, targets (B, T; -1 = ignore) -> each row's log-probability (B,), in nats."""
+        """x (B, T, C) from `hidden`, targets (B, T; -1 = ignore) -> the log-probability of each row's targets (B,), in nats."""
         keep = targets >= 0
         nats = F.cross_entropy(self.head(x[keep]).float(), targets[keep], reduction="none")
         return -nats.new_zeros(targets.shape).masked_scatter(keep, nats).sum(1)
@@ -334,26 +339,26 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def estimate_flops(self):
-        """Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not the embedding
-        look-ups), 4 if it is frozen, and 12*H*D*T a layer for the attention matrix (its window instead of T), not halved for
+        """Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not for embedding
+        look-ups), 4 if it is frozen, plus 12*H*D*T per layer for the attention matrix (with its window for T), not halved for
         causality; PaLM, arXiv:2204.02311, appendix B."""
-        c, layers = self.config, (m for m in self.modules() if not isinstance(m, nn.Embedding))     # tied: the head's
+        c, layers = self.config, (m for m in self.modules() if not isinstance(m, nn.Embedding))     # a tied weight: as the head
         flops = sum(p.numel() * (6 if p.requires_grad else 4) for m in layers for p in m.parameters(recurse=False))
         return flops + 12 * c.n_head * c.head_dim * sum(min(window or c.block_size, c.block_size) for window in c.windows)
 
     def configure_optimizers(self, cfg):
-        """cfg: a config.Config -> list of optimizers, each trained parameter in exactly one group. adamw: weight decay on
-        matrices, none on gains and biases (as GPT-1, Radford et al. 2018). muon: the blocks' matrices to Muon, the
-        embedding, the head and the rest to AdamW. With LoRA nothing but its own matrices is trained, by AdamW."""
+        """cfg: a config.Config -> list of optimizers, with each trained parameter in exactly one group. adamw: weight decay on
+        matrices, not on gains and biases (as in GPT-1, Radford et al. 2018). muon: Muon for the blocks' matrices, AdamW for
+        embedding, head and the rest. With LoRA, only its own matrices are trained, by AdamW."""
         def make(kind, groups, **kw):
             if not cfg.shard_optimizer: return kind(groups, **kw)
-            from torch.distributed.optim import ZeroRedundancyOptimizer     # here, for importing it takes a second
+            from torch.distributed.optim import ZeroRedundancyOptimizer     # here, because it takes a second
             return ZeroRedundancyOptimizer(groups, kind, **kw)
         matrices, embeddings, head, rest = [], [], [], []
         for name, p in self.named_parameters():
-            kind = rest if p.dim() < 2 else matrices if ".h." in name else head if name == "lm_head.weight" else embeddings
-            if p.requires_grad: kind.append(p)
-        muon = cfg.optimizer == "muon" and len(embeddings) > 0      # LoRA trains none
+            group = rest if p.dim() < 2 else matrices if ".h." in name else head if name == "lm_head.weight" else embeddings
+            if p.requires_grad: group.append(p)
+        muon = cfg.optimizer == "muon" and len(embeddings) > 0      # with LoRA, no embedding is trained
         if muon: groups = [dict(params=embeddings, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr)]
         else: groups = [dict(params=matrices + head + embeddings, weight_decay=cfg.weight_decay)]
         adamw = make(torch.optim.AdamW, [g for g in (*groups, dict(params=rest)) if g["params"]], lr=cfg.learning_rate,
@@ -364,8 +369,8 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-        """Continue idx (B, T) by max_new_tokens: (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its
-        newer half is read again and generation goes on, so the length has no limit. sample.py has what else one may want."""
+        """Continue idx (B, T) to (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its newer half is
+        fed again into an empty cache, so the length has no limit. sample.py has all other sampling options."""
         weight, size, new = self.lm_head.weight, self.config.block_size, idx
         cache = KVCache(self.config, len(idx), min(size, idx.shape[1] + max_new_tokens), weight.device, weight.dtype)
         for _ in range(max_new_tokens):
@@ -382,7 +387,7 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model of a checkpoint file, LoRA merged, or of a Hugging Face folder, in evaluation mode."""
+        """The model of a checkpoint file (with LoRA merged) or of a Hugging Face folder, in evaluation mode."""
         return load_hf(path, device) if os.path.isdir(path) else cls.from_checkpoint(load_checkpoint(path), path).to(device)
 
     @classmethod
@@ -399,15 +404,15 @@ class GPT(nn.Module):
         return model.eval()
 
 def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
-    """logits (B, V) -> logits / temperature with what may not be drawn at -inf: outside the k likeliest, outside the likeliest
-    that add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), or less than min_p times as likely as the likeliest
-    (arXiv:2407.01082)."""
+    """logits (B, V) -> logits / temperature, with -inf for tokens that must not be drawn: all but the top_k likeliest, all but
+    the likeliest that add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), and those less than min_p times as likely as the
+    likeliest (arXiv:2407.01082)."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        drop = p.cumsum(-1) - p >= top_p            # a token stays if those before it do not reach top_p: the first always does
+        drop = p.cumsum(-1) - p >= top_p            # a token stays if the likelier ones do not reach top_p: the first always does
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
@@ -415,8 +420,8 @@ def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
 
 # ---------------------------------------------------------------------------- Hugging Face folders, in and out
 
-# An architecture of transformers, whose tables reading, writing and refusing follow. kind: its class; shape: what all its models
-# are, in fields of GPTConfig; keys: what its config.json calls our fields; names: its parameters', replaced in ours in this order
+# One table per transformers architecture, for reading, writing and refusing models. kind: its class; shape: GPTConfig fields that
+# all its models share; keys: {its key in config.json: our field}; names: {part of our parameter names: theirs}, replaced in order
 GPT2 = dict(
     kind="GPT2LMHeadModel", shape=dict(pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False, tie_weights=True),
     keys=dict(n_positions="block_size", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
@@ -433,8 +438,8 @@ QWEN3 = dict(
 LLAMA = QWEN3 | dict(kind="LlamaForCausalLM", shape=QWEN3["shape"] | dict(qk_norm=False),
                      keys=QWEN3["keys"] | dict(attention_bias="bias", mlp_bias="bias"))
 FAMILIES = dict(gpt2=GPT2, llama=LLAMA, qwen3=QWEN3)
-OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weights")       # if absent, our default holds
-# what else a config.json may say, if it says anything
+OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weights")       # if absent, our default applies
+# other keys of a config.json, each with the values that can be read here; a missing key is fine, too
 ALLOWED = dict(model_type=tuple(FAMILIES), activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
                add_cross_attention=(False,), scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"),
                use_sliding_window=(False,), rope_type=("default", "linear", "llama3"), low_freq_factor=(1,),
@@ -445,133 +450,136 @@ def safetensors():
     except ImportError: raise ValueError("Hugging Face folders need safetensors: pip install safetensors") from None
     return safetensors
 
-def hf_shape(said):
-    """(family, GPTConfig) of what a config.json of transformers 4 or 5 says; ValueError names all that we cannot be."""
-    said = said | (said.get("rope_scaling") or said.get("rope_parameters") or {})
-    said = {key: value for key, value in said.items() if value is not None}
-    scaling = said.setdefault("rope_type", said.get("type", "default"))
-    wrong = [f"{key}={said[key]!r}" + f", not in {ok}" * bool(ok)
-             for key, ok in ALLOWED.items() if key in said and said[key] not in ok]
-    if set(said.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
-    if said.get("attention_bias", False) != said.get("mlp_bias", False): wrong.append("attention_bias unlike mlp_bias")
-    if wrong: raise ValueError(f"asks for what cannot be read here: {', '.join(wrong)}")
-    family = FAMILIES[said["model_type"]]
-    shape = family["shape"] | {field: said[key] for key, field in family["keys"].items() if key in said or field not in OPTIONAL}
-    if scaling != "default" and said["factor"] != 1:
-        trained = said.get("original_max_position_embeddings", shape["block_size"])
-        shape |= dict(rope_scaling=scaling, rope_factor=float(said["factor"]), rope_trained=trained)
-    if said.get("hidden_act") == "relu": shape["mlp"] = "relu2"         # if gate and up are the same, which load_hf sees to
-    return said["model_type"], GPTConfig(**shape, zero_init=False)
+def hf_shape(hf):
+    """The contents of a config.json by transformers 4 or 5 -> (family, GPTConfig). ValueError lists all that is unsupported."""
+    hf = hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})       # transformers 4 and 5 nest RoPE's settings here
+    hf = {key: value for key, value in hf.items() if value is not None}
+    scaling = hf.setdefault("rope_type", hf.get("type", "default"))
+    wrong = [f"{key}={hf[key]!r}" + (f", not in {allowed}" if allowed else "")
+             for key, allowed in ALLOWED.items() if key in hf and hf[key] not in allowed]
+    if set(hf.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
+    if hf.get("attention_bias", False) != hf.get("mlp_bias", False): wrong.append("attention_bias different from mlp_bias")
+    if wrong: raise ValueError(f"it has settings that are not supported here: {', '.join(wrong)}")
+    family = FAMILIES[hf["model_type"]]
+    shape = family["shape"] | {field: hf[key] for key, field in family["keys"].items() if key in hf or field not in OPTIONAL}
+    if scaling != "default" and hf["factor"] != 1:
+        trained = hf.get("original_max_position_embeddings", shape["block_size"])
+        shape |= dict(rope_scaling=scaling, rope_factor=float(hf["factor"]), rope_trained=trained)
+    if hf.get("hidden_act") == "relu": shape["mlp"] = "relu2"           # if gate_proj equals up_proj: load_hf checks that
+    return hf["model_type"], GPTConfig(**shape, zero_init=False)
 
 def hf_config(folder):
-    """hf_shape of the folder's config.json; ValueError names the file and what is wrong with it."""
+    """hf_shape of a folder's config.json; ValueError names the file and what is wrong with it."""
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as f: return hf_shape(json.load(f))
-    except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder has it, and safetensors") from None
-    except KeyError as e: raise ValueError(f"{path} does not say {e}") from None
+    except FileNotFoundError: raise ValueError(f"{path} is missing: a Hugging Face folder needs it and safetensors") from None
+    except KeyError as e: raise ValueError(f"{path} has no entry {e}") from None
     except (ValueError, TypeError, AttributeError) as e: raise ValueError(f"cannot read {path}: {e}") from None
 
 def hf_places(config, family):
-    """{their name: (our names, shape, turned)}: ours, each of this shape, one below the other make theirs, and Conv1D has it
-    turned around. ReLU^2 is relu(gate) * up, where gate and up are the same one of ours."""
-    own, places = family["shape"] | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
-    with torch.device("meta"): model = GPT(replace(config, **own))
+    """{their name: (our names, shape, transposed)}: their tensor is ours, each of that shape, concatenated along dim 0, and then
+    transposed where GPT-2 has a Conv1D. ReLU^2 is relu(gate) * up with gate and up both our c_fc."""
+    fields, places = family["shape"] | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
+    with torch.device("meta"): model = GPT(replace(config, **fields))       # our model with all the parameters that theirs has
     for ours, p in model.named_parameters():
-        theirs, turned = ours, family is GPT2 and ".h." in ours and p.dim() == 2
+        theirs, transposed = ours, family is GPT2 and ".h." in ours and p.dim() == 2
         for old, new in family["names"].items(): theirs = theirs.replace(old, new)
         if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
-        places.setdefault(theirs, ([], p.shape, turned))[0].append(ours)
+        places.setdefault(theirs, ([], p.shape, transposed))[0].append(ours)
     return places
 
 def hf_tensors(folder):
-    """(path, name, tensor) of all in the folder's safetensors, one at a time; ValueError for what is missing or damaged."""
+    """Yield (path, name, tensor) for all tensors in the folder's safetensors. ValueError if files are missing or damaged."""
     st, paths = safetensors(), [os.path.join(folder, "model.safetensors")]
     if not os.path.isfile(paths[0]): paths = sorted(glob.glob(os.path.join(glob.escape(folder), "model-*-of-*.safetensors")))
-    if not paths: raise ValueError(f"{folder} has no model.safetensors, nor its parts, model-00001-of-.. and on: download them")
+    if not paths: raise ValueError(f"{folder} has no model.safetensors and no parts of it (model-00001-of-...): download them")
     for path in paths:
         try:
             with st.safe_open(path, "pt") as f: keys = list(f.keys())
-            for key in keys:        # subtle: opened each time anew, for what a file has mapped counts as ours until it is closed
+            for key in keys:        # subtle: reopen for each one: pages read count as our memory until the file is closed
                 with st.safe_open(path, "pt") as f: yield path, key, f.get_tensor(key)
         except (st.SafetensorError, OSError) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
 
 def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
-    """The GPT of a Hugging Face folder, in evaluation mode; config: hf_config's, with another block_size, RoPE scaling or
-    dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
+    """The GPT in a Hugging Face folder, in evaluation mode. config: that of hf_config, perhaps with another block_size, RoPE
+    scaling or dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
     family, found = hf_config(folder)
     config, places, state = config or found, hf_places(found, FAMILIES[family]), {}
     missing = set(places)
-    if found.tie_weights:       # some files keep it a second time
+    if found.tie_weights:       # some files store the head, too
         places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
     for path, key, whole in hf_tensors(folder):
-        name = "transformer." + key if "transformer." + key in places else key      # GPT-2's own file leaves the beginning out
-        if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue           # masks and tables that old files keep
-        if name not in places: raise ValueError(f"{path} has {key}, for which config.json has no place")
+        name = "transformer." + key if "transformer." + key in places else key      # GPT-2's own file omits the prefix
+        if re.search(r"\.attn\.(masked_)?bias$|inv_freq$", key): continue           # masks and tables that old files store
+        if name not in places: raise ValueError(f"{path} has {key}, which is no part of the model in config.json")
         if not whole.is_floating_point() or whole.element_size() < 2:
-            raise ValueError(f"{path}: {key} is {whole.dtype}, quantised")
-        parts, (rows, *width), turned = places[name]
-        if turned: whole = whole.T
-        if list(whole.shape) != [len(parts) * rows, *width]:
-            raise ValueError(f"{path}: {key} is {list(whole.shape)}, but by config.json {[len(parts) * rows, *width]}")
+            raise ValueError(f"{path}: {key} is quantised ({whole.dtype}): use a version in float32, bfloat16 or float16")
+        parts, (rows, *width), transposed = places[name]
+        if transposed: whole = whole.T
+        shape = [len(parts) * rows, *width]
+        if list(whole.shape) != shape:
+            raise ValueError(f"{path}: {key} has the shape {list(whole.shape)}, but config.json asks for {shape}")
         missing.discard(name)
         for ours, t in zip(parts, whole.chunk(len(parts))):
             if ours == "transformer.wpe.weight": t = t[:config.block_size]
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
-            if not torch.equal(state.setdefault(ours, t), t):       # a tied head comes twice, and what is both gate and up
-                raise ValueError(f"{path}: {key} is unlike its twin: a tied head must be the embedding, gate_proj be up_proj")
+            if not torch.equal(state.setdefault(ours, t), t):       # read twice: a tied head, or the gate and up of ReLU^2
+                raise ValueError(f"{path}: {key} differs from its twin: tied weights must be equal, so must relu's gate and up")
     if missing: raise ValueError(f"{folder} lacks {len(missing)} tensors, such as {min(missing)}: are all its files there?")
     with torch.device("meta"): model = GPT(config)
     model.load_state_dict(state, assign=True, strict=False)
-    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # wte is another tensor now
+    if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # assign=True has replaced wte
     return model.to(device).eval()
 
 def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
-    """Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever has what the model has, and return its name;
-    begin, end: ids of the tokens that a text begins and ends with. What theirs have and ours lack is filled in, biases of zero
-    and gains of one. What cannot be written is what hf_shape would not read back: ValueError."""
+    """Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever fits the model, and return its name. begin,
+    end: ids of the tokens that begin and end a text. What only theirs has is filled in: zeros for biases, ones for gains.
+    ValueError if hf_shape would not read back the same model."""
     def explicit(c): return replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
     c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}
     name = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
     family = FAMILIES[name]
-    said = {key: getattr(c, field) for key, field in family["keys"].items()} | dict(
-        model_type=name, architectures=[family["kind"]], torch_dtype=str(dtype)[6:], bos_token_id=begin, eos_token_id=end)
-    if name == "gpt2": said |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
-    else: said["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
-    if c.rope_scaling in ("linear", "llama3"): said["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
+    hf = {key: getattr(c, field) for key, field in family["keys"].items()} | dict(
+        model_type=name, architectures=[family["kind"]], torch_dtype=str(dtype).removeprefix("torch."),
+        bos_token_id=begin, eos_token_id=end)
+    if name == "gpt2": hf |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    else: hf["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
+    if c.rope_scaling in ("linear", "llama3"): hf["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
     llama3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=round(c.trained_length))
-    if c.rope_scaling == "llama3": said["rope_scaling"] |= llama3
-    try: back = explicit(hf_shape(said)[1])
-    except ValueError as e: raise ValueError(f"no export: as transformers' {name} it would be another shape ({e})") from None
-    silent = ["dropout", "zero_init", "rope_theta", "rope_trained"] + [f for f in ("bias", "norm_gain") if not getattr(c, f)]
-    wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in silent]
-    if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd} that n_head={c.n_head} does not divide")
+    if c.rope_scaling == "llama3": hf["rope_scaling"] |= llama3
+    try: back = explicit(hf_shape(hf)[1])
+    except ValueError as e: raise ValueError(f"cannot export: transformers' {name} cannot have this shape ({e})") from None
+    # these may differ: they do not change the outputs, or are filled in below
+    may_differ = ["dropout", "zero_init", "rope_theta", "rope_trained"] + [f for f in ("bias", "norm_gain") if not getattr(c, f)]
+    wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in may_differ]
+    if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd}, not divisible by n_head={c.n_head}")
     if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")
-    if wrong: raise ValueError(f"no export: as transformers' {name} cannot be written {', '.join(wrong)}")
-    for theirs, (parts, shape, turned) in hf_places(c, family).items():
+    if wrong: raise ValueError(f"cannot export: transformers' {name} does not support {', '.join(wrong)}")
+    for theirs, (parts, shape, transposed) in hf_places(c, family).items():
         parts = [state[ours].cpu() if ours in state else torch.full(shape, float("weight" in ours)) for ours in parts]
-        # one part need not be copied, unless it is there twice: a file's tensors must not share memory
+        # a single part is copied only for ReLU^2, which stores c_fc twice: tensors in a file must not share memory
         whole = torch.cat(parts) if len(parts) > 1 or c.mlp == "relu2" else parts[0]
-        tensors[theirs] = (whole.T if turned else whole).to(dtype).contiguous()
+        tensors[theirs] = (whole.T if transposed else whole).to(dtype).contiguous()
     st.torch.save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f: json.dump(said, f, indent=1)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f: json.dump(hf, f, indent=1)
     return name
 
 # ---------------------------------------------------------------------------- devices and checkpoints
 
 def pick_device(name, local_rank=0):
-    """torch.device of the knob `device`; auto: CUDA, else MPS; plain cuda: this rank's GPU. ValueError for what is not there."""
+    """The torch.device for the knob `device`. auto: CUDA, MPS or CPU; cuda: this rank's GPU. ValueError if not available."""
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try: device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
     except RuntimeError: raise ValueError(f"device={name!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
-    seen = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= seen.get(device.type, 0):
-        raise ValueError(f"device={name!r}, but torch sees {seen['cuda']} CUDA devices and {seen['mps']} of MPS: "
-                         "use --device=auto")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise ValueError(f"device={name!r} is not available, torch sees {count['cuda']} CUDA devices and {count['mps']} MPS "
+                         "devices: use --device=auto")
     return device
 
 def save_checkpoint(path, checkpoint):
-    """torch.save that leaves the old file or the new one, never half a file. OSError says what to do."""
+    """torch.save that leaves either the old file or the new one, never half a file. OSError says what to do."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as f:
@@ -582,15 +590,15 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as e:        # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError): os.unlink(temporary)
         raise OSError(f"cannot write {path} ({str(e).splitlines()[0]}): free space or choose another --out_dir; "
-                      "one saved before stands") from None
+                      "any earlier checkpoint is intact") from None
 
 def load_checkpoint(path):
-    """The dict that train.py saved (tensors and primitives), on the CPU. ValueError where there is none or it is damaged."""
+    """The dict that train.py saved (tensors and primitives), on the CPU. ValueError if it is missing or damaged."""
     if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: check --out_dir, or train one first")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         other = os.path.join(os.path.dirname(path), "ckpt.pt" if os.path.basename(path) == "best.pt" else "best.pt")
         copy = f"copy {other} over it, or " if os.path.isfile(other) else ""
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): {copy}train again") from None
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint: raise ValueError(f"{path} is not a checkpoint of train.py")
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint: raise ValueError(f"{path} was not saved by train.py")
     return checkpoint

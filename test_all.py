@@ -707,11 +707,11 @@ def test_model_to_transformers_peer(name, tmp_path):
     (dict(CLASSIC, mlp="relu2"), "mlp='relu2'"), (dict(CLASSIC, n_kv_head=2), "n_kv_head=2"),
     (dict(CLASSIC, qk_norm=True), "qk_norm=True"), (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"),
     (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"),
-    (dict(CLASSIC, n_head=3, n_kv_head=0, head_size=8), "gpt2 it would be another shape"),
+    (dict(CLASSIC, n_head=3, n_kv_head=0, head_size=8), "gpt2 cannot have this shape"),
     (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
-    with pytest.raises(ValueError, match="no export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
+    with pytest.raises(ValueError, match="export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
     assert "\n" not in str(e.value) and not os.listdir(tmp_path)
 
 
@@ -728,7 +728,7 @@ def hf_only_one_shard(path):
 
 HF_BAD = {      # what is done to config.json, or to one of the files; what the one line must say
     "architecture": (dict(model_type="mistral"), "model_type='mistral', not in ('gpt2', 'llama', 'qwen3')"),
-    "no architecture": (dict(model_type=None), "does not say 'model_type'"),
+    "no architecture": (dict(model_type=None), "has no entry 'model_type'"),
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
     "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"),
@@ -739,25 +739,25 @@ HF_BAD = {      # what is done to config.json, or to one of the files; what the 
     "dynamic": (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
     "rope factors": (dict(rope_scaling=dict(LLAMA3, high_freq_factor=2.0)), "high_freq_factor=2.0"),
     "shrinking": (dict(rope_scaling=dict(rope_type="linear", factor=0.5)), "rope_factor=0.5"),
-    "no width": (dict(hidden_size=None), "does not say 'hidden_size'"),
+    "no width": (dict(hidden_size=None), "has no entry 'hidden_size'"),
     "odd width": (dict(hidden_size="32"), "config.json: "),
     "heads": (dict(num_key_value_heads=3), "not divisible by n_kv_head=3"),
     "wrong shape": (dict(intermediate_size=48),
-                    "model.safetensors: model.layers.0.mlp.down_proj.weight is [32, 56], but by config.json [32, 48]"),
+                    "safetensors: model.layers.0.mlp.down_proj.weight has the shape [32, 56], but config.json asks for [32, 48]"),
     "missing": (dict(num_hidden_layers=4), "lacks 9 tensors, such as model.layers.3.input_layernorm.weight"),
-    "extra": (dict(num_hidden_layers=2), "has model.layers.2.input_layernorm.weight, for which config.json has no place"),
-    "tied": (dict(tie_word_embeddings=True), "model.embed_tokens.weight is unlike its twin: a tied head must be the embedding"),
-    "gate": (dict(hidden_act="relu"), "model.layers.0.mlp.up_proj.weight is unlike its twin"),
+    "extra": (dict(num_hidden_layers=2), "has model.layers.2.input_layernorm.weight, which is no part of the model"),
+    "tied": (dict(tie_word_embeddings=True), "model.embed_tokens.weight differs from its twin: tied weights must be equal"),
+    "gate": (dict(hidden_act="relu"), "model.layers.0.mlp.up_proj.weight differs from its twin"),
     "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"),
     "bad config": ("config.json", lambda p: p.write_text("{"), "config.json: Expecting"),
-    "no factor": (dict(rope_scaling=dict(rope_type="linear")), "does not say 'factor'"),
+    "no factor": (dict(rope_scaling=dict(rope_type="linear")), "has no entry 'factor'"),
     "no weights": ("model.safetensors", lambda p: p.unlink(), "has no model.safetensors"),
     "header": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "model.safetensors is damaged"),
     "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]),
                     "model.safetensors is damaged"),
     "cut": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9]), "model.safetensors is damaged"),
     "shard": ("model.safetensors", hf_only_one_shard, "lacks 21 tensors, such as "),
-    "int8": ("model.safetensors", hf_int8, "lm_head.weight is torch.int8, quantised")}
+    "int8": ("model.safetensors", hf_int8, "lm_head.weight is quantised (torch.int8): use")}
 
 
 def rewrite_json(path, **changes):
@@ -784,7 +784,7 @@ def test_model_folder_errors_peer(name, hf_folder, tmp_path):
 def test_model_folder_of_gpt2_with_fewer_positions_than_its_file_peer(tmp_path):
     hf_made("gpt2").save_pretrained(tmp_path)
     rewrite_json(tmp_path / "config.json", n_positions=20)
-    with pytest.raises(ValueError, match=r"transformer.wpe.weight is \[64, 32\], but by config.json \[20, 32\]"):
+    with pytest.raises(ValueError, match=r"transformer.wpe.weight has the shape \[64, 32\], but config.json asks for \[20, 32\]"):
         model_py.GPT.load(str(tmp_path))
 
 
@@ -2918,7 +2918,7 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
         train_here(monkeypatch, train_dir, tmp_path, out="streak", max_bad_steps=6, log_interval=5, profile=99)
     assert json.load(open(tmp_path / "streak" / "trace.json"))["traceEvents"]       # left running, the profiler ends in a crash
     calls, weights = itertools.count(1), {}
-    for every, message in ((2, "the last good checkpoint is .*ckpt.pt: go on"), (10, "there is none saved: begin again")):
+    for every, message in ((2, "resume from .*ckpt.pt with"), (10, "no checkpoint is saved yet, start again")):
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
         with pytest.raises(ValueError, match=f"4 steps in a row had a non-finite gradient: {message}"):
             train_here(monkeypatch, train_dir, tmp_path, out=f"bad{every}", max_bad_steps=4, eval_interval=every)
@@ -3020,19 +3020,19 @@ def test_train_full_or_read_only_disk_is_one_line_and_keeps_the_last_checkpoint(
     kw = dict(eval_interval=2, max_iters=10)
     whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     advice = "free space or choose another --out_dir"
-    with pytest.raises(OSError, match=rf"cannot write .*\.pt \(.*{advice}; one saved before stands$"):
+    with pytest.raises(OSError, match=rf"cannot write .*\.pt \(.*{advice}; any earlier checkpoint is intact$"):
         train_here(monkeypatch, train_dir, small_disk, keep_checkpoints=9, **kw)
     kept = sorted((small_disk / "run").glob("ckpt_*.pt"))
     step = model_py.load_checkpoint(str(small_disk / "run" / "ckpt.pt"))["step"]
     assert 2 <= step < 10 and not list((small_disk / "run").glob("*.tmp")) and model_py.load_checkpoint(str(kept[-1]))
     filler = small_disk / "filler"
     with pytest.raises(OSError, match="No space left on device"): filler.write_bytes(bytes(1 << 22))
-    with pytest.raises(OSError, match="No space left on device.*: make room or mend that path"):
+    with pytest.raises(OSError, match="No space left on device.*: free space or fix that path"):
         train_here(monkeypatch, train_dir, small_disk, init_from="resume", **kw)
     for path in (*kept, filler): path.unlink()
     assert equal_states(train_here(monkeypatch, train_dir, small_disk, init_from="resume", **kw), whole)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(OSError, match="Read-only file system: .*: make room or mend that path"):
+    with pytest.raises(OSError, match="Read-only file system: .*: free space or fix that path"):
         train_here(monkeypatch, train_dir, small_disk, out="new", **kw)
 
 
@@ -3049,7 +3049,7 @@ def test_train_out_of_memory_is_one_line(monkeypatch, train_dir, tmp_path):
     (dict(init_from="resume"), "no checkpoint at"), (dict(device="gpu"), "device='gpu' is not a device"),
     (dict(seed=2 ** 32, dropout=0.1), "seed=4294967296 must be below 2**32"),
     (dict(window=8), "window_pattern='' and window=8 belong together"),
-    (dict(doc_mask=True, dataset="one", input="notes/heapq.txt", vocab_size=260), "doc_mask needs many texts, one is one: leave"),
+    (dict(doc_mask=True, dataset="one", input="notes/heapq.txt", vocab_size=260), "one is a single document: leave out"),
     (dict(vocab_size=400), "data/tiny was prepared with vocab_size=300, not 400: run prepare.py")])
 def test_train_errors(monkeypatch, train_dir, tmp_path, kw, message):
     with pytest.raises(ValueError) as e: train_here(monkeypatch, train_dir, tmp_path, **kw)
@@ -3193,7 +3193,7 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     assert json.load(open(tmp_path / "[a]" / "trace.json"))["traceEvents"]
     (tmp_path / "file").touch()
     for out in ("file", "file/x"):
-        with pytest.raises(OSError, match=f"'.*/{out}': make room or mend that path"):
+        with pytest.raises(OSError, match=f"'.*/{out}': free space or fix that path"):
             train_here(monkeypatch, train_dir, tmp_path, out=out)
     assert "tokens a parameter (Chinchilla" in capsys.readouterr().out
     seen, asked = [], []

@@ -4,14 +4,14 @@ Train a GPT: one process or many, from a config to a checkpoint and a first samp
     python train.py config/stdlib.py                                # any machine; prepares the data if it is missing
     python train.py config/shakespeare.py --max_iters=2000          # every knob can be set (--help lists them)
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py        # DDP: NCCL on GPUs, gloo on CPUs
-    python train.py config/stdlib.py --init_from=resume             # go on from out_dir/ckpt.pt, exactly
-    python train.py config/finetune_shakespeare.py --lora_rank=8    # go on from GPT-2, learning 0.5% of its size
-    python train.py --init_from=FOLDER --dataset=notes --input=..   # go on from a Hugging Face folder, on your own text
-    python train.py --dataset=prefs --objective=dpo ..              # answers that people preferred, see prepare.py
+    python train.py config/stdlib.py --init_from=resume             # continue from out_dir/ckpt.pt, exactly
+    python train.py config/finetune_shakespeare.py --lora_rank=8    # fine-tune GPT-2, learning only 0.5% as many weights
+    python train.py --init_from=FOLDER --dataset=notes --input=..   # fine-tune a Hugging Face folder on your own text
+    python train.py --dataset=prefs --objective=dpo ..              # learn which answers people preferred, see prepare.py
 
-A step means tokens_per_step tokens, however many devices share them: batches are a pure function of (seed, step, position), so
-one process and eight see the same data and a resumed run goes on as if it had never stopped.
-Writes out_dir/: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
+A step is tokens_per_step tokens, however many devices share them. Batches are a pure function of (seed, step, position), so one
+process and eight see the same data, and a resumed run continues as if it had never stopped.
+Writes to out_dir: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
 import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
@@ -26,17 +26,17 @@ import config, prepare
 from config import require
 from model import GPT, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint
 
-# dense bf16 peak in FLOP/s (V100: fp16) by the makers' data sheets; the first that is words of the device's name. None: no MFU.
+# dense bf16 peak in FLOP/s (V100: fp16) by data sheet, for the first key found as whole words in the device's name. None: no MFU
 PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12,
               "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
 
 # ---------------------------------------------------------------------------- data
 
 class Batches:
-    """Rows of T tokens and the T that follow each. An epoch takes the text as a ring, begins anywhere, cuts it into len // T rows
-    and visits them in random order; all a function of (seed, step, position), so there is nothing to save. With `eot`, the
-    documents, which end with it, are preference pairs, 2i chosen and 2i + 1 rejected: padded rows side by side. Where prepare.py
-    has put a mask beside the bin, targets that do not count are -1."""
+    """Rows of T tokens, and for each token the next one as its target. An epoch treats the text as a ring, starts anywhere, cuts
+    it into len // T rows and visits these in random order, all as a function of (seed, step, position): there is no state to
+    save. With `eot`, which ends every document, documents are preference pairs, 2i chosen and 2i + 1 rejected, in adjacent
+    padded rows. If prepare.py has put a mask beside the bin, targets that do not count are -1."""
     def __init__(self, path, block_size, seed, eot=None):
         self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
         mask = os.path.splitext(path)[0] + ".mask"
@@ -44,24 +44,26 @@ class Batches:
         self.n, self.pairs = len(self.data) // block_size, None
         if eot is not None:
             stop = np.flatnonzero(self.data == eot) + 1
-            start = np.maximum(np.append(0, stop[:-1]), stop - block_size - 1)          # too long a prompt loses its beginning
+            start = np.maximum(np.append(0, stop[:-1]), stop - block_size - 1)          # a prompt too long loses its beginning
             self.n, self.pairs = len(stop), np.stack((start, stop), axis=1).reshape(-1, 2, 2)
 
     @functools.lru_cache(1)
     def epoch(self, number):
-        """(n, 2): where each row of an epoch starts and stops, T + 1 tokens, perhaps around the end."""
+        """(n, 2): where each row of an epoch starts and stops, T + 1 tokens; a row may wrap around the end."""
         rng = np.random.default_rng([self.seed, number])
         if self.pairs is not None: return rng.permutation(self.pairs).reshape(-1, 2)
         start = (rng.integers(len(self.data)) + self.T * rng.permutation(self.n)) % len(self.data)
         return np.stack((start, start + self.T + 1), axis=1)
 
     def spans(self, first, count):
-        """Those of rows first .. first + count - 1 of the run, counted over all its epochs."""
+        """(count, 2): start and stop of rows first .. first + count - 1, numbered through all epochs of the run."""
         return np.array([self.epoch(i // self.n)[i % self.n] for i in range(first, first + count)])
 
     def windows(self, tokens):
-        """Consecutive spans over the first `tokens` targets (0 = all of them), to evaluate on."""
-        if self.pairs is not None: return self.pairs[:max(tokens // self.T // 2, 1) if tokens else None].reshape(-1, 2)
+        """Consecutive spans over the first `tokens` targets (0 = all of them), for evaluation."""
+        if self.pairs is not None:
+            count = max(tokens // (2 * self.T), 1) if tokens else len(self.pairs)
+            return self.pairs[:count].reshape(-1, 2)
         end = min(len(self.data) - 1, tokens or len(self.data))
         start = np.arange(0, end, self.T)
         return np.stack((start, np.minimum(start + self.T, end) + 1), axis=1)
@@ -71,16 +73,17 @@ class Batches:
         start, stop = spans.T[:, :, None]                                               # (B, 1) each
         at = start + np.arange(self.T + 1)
         ring = at % len(self.data)
-        tokens, counts = self.data[ring].astype(np.int64), (at < stop) & (self.mask[ring] > 0)
-        return torch.from_numpy(np.stack((tokens[:, :-1], np.where(counts, tokens, -1)[:, 1:])))
+        tokens = self.data[ring].astype(np.int64)
+        targets = np.where((at < stop) & (self.mask[ring] > 0), tokens, -1)
+        return torch.from_numpy(np.stack((tokens[:, :-1], targets[:, 1:])))
 
     def weigh(self, rows):
-        """How much rows weigh in the mean over a step or an evaluation: as their targets that count, or as their pairs."""
+        """A batch's weight in the mean over a step or an evaluation: how many of its targets count, or how many pairs it has."""
         return int((rows[1] >= 0).sum()) if self.pairs is None else rows.shape[1] // 2
 
     def share(self, spans, batch_size, run):
-        """This rank's batches of the spans, inputs and targets (B, T) on its device, and how much each weighs: rank r of W takes
-        batches r, W + r, .. A copy to a GPU is queued, not waited for."""
+        """Yield this rank's batches of the spans: inputs and targets (B, T) on its device, and the weight. Rank r of W takes
+        batches r, W + r, .. Copies to a GPU are asynchronous."""
         gpu = run.device.type == "cuda"
         for b in range(run.rank * batch_size, len(spans), run.world * batch_size):
             rows = self.read(spans[b:b + batch_size])
@@ -89,15 +92,15 @@ class Batches:
 # ---------------------------------------------------------------------------- the step
 
 def objective(model, x, y, cfg, reference=None):
-    """The loss of a batch: nats per token; or of preference pairs -log sigmoid of how many nats times beta more than the
-    reference the model prefers the chosen answer, Rafailov et al. 2023, arXiv:2305.18290, eq. 7."""
+    """The loss of a batch: nats per token; or for preference pairs -log sigmoid(beta * margin), with margin how many nats more
+    the model prefers the chosen answer than the reference does: DPO, Rafailov et al. 2023, arXiv:2305.18290, eq. 7."""
     if cfg.objective == "tokens": return model(x, y)[1]
     chosen, rejected = (model(x, y, by_row=True)[1] - reference(x, y, by_row=True)[1]).view(-1, 2).T    # (B/2,) each
     return -F.logsigmoid(cfg.dpo_beta * (chosen - rejected)).mean()
 
 @torch.no_grad()
 def evaluate(model, batches, cfg, run, reference=None):
-    """The mean loss over the batches' windows (the first eval_tokens), shared by the ranks."""
+    """The mean loss over the batches' windows (the first eval_tokens), which the ranks share."""
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for x, y, weight in batches.share(batches.windows(cfg.eval_tokens), cfg.batch_size, run):
@@ -108,7 +111,7 @@ def evaluate(model, batches, cfg, run, reference=None):
     return (total[0] / total[1]).item()
 
 def lr_factor(step, cfg):
-    """Learning rate of a step as a part of its peak: warm-up, constant, then decay to min_lr_frac over the last decay_frac."""
+    """A step's learning rate as a fraction of the peak: warm-up, constant, then decay to min_lr_frac over the last decay_frac."""
     if step < cfg.warmup_iters: return (step + 1) / (cfg.warmup_iters + 1)
     begin = max(cfg.warmup_iters, round(cfg.max_iters * (1 - cfg.decay_frac)))
     done = min(max(step - begin, 0) / max(cfg.max_iters - begin, 1), 1)
@@ -117,22 +120,22 @@ def lr_factor(step, cfg):
 
 @torch.no_grad()
 def update(optimizers, bad):
-    """One step of each optimizer, or none at all where `bad`, a flag on the device, is set; the host never waits to learn which.
-    AdamW's fused kernel takes the flag; Muon gets its momentum as gradient, which leaves it as it was, and its weights back."""
+    """Step every optimizer, or none if `bad` is set. The flag is on the device and the host never waits for its value: AdamW's
+    fused kernel takes the flag; Muon gets its momentum as the gradient, which leaves it unchanged, and its old weights back."""
     for optimizer in optimizers:
-        inner, before = getattr(optimizer, "optim", optimizer), {}      # a sharded optimizer's share of this rank
+        inner, before = getattr(optimizer, "optim", optimizer), {}      # optim: this rank's part of a sharded optimizer
         if inner.defaults.get("fused"): inner.found_inf = bad.float()
         elif isinstance(inner, torch.optim.Muon):
             before = {p: p.clone() for group in optimizer.param_groups for p in group["params"]}
             for p in before: p.grad = torch.where(bad, inner.state.get(p, {}).get("momentum_buffer", 0), p.grad)
-        elif bad: continue                                      # on devices without a fused AdamW
+        elif bad: continue                                      # no fused AdamW on this device: the host waits here
         optimizer.step()
         for p, old in before.items(): p.copy_(torch.where(bad, old, p))
 
 # ---------------------------------------------------------------------------- the machine
 
 class Machine:
-    """Where this process runs: rank and world size, device, dtype, compile; as the config says, sensibly where it says auto."""
+    """Where this process runs: rank, world size, device, dtype, compile. As in the config, with sensible values for auto."""
     def __init__(self, cfg):
         env = os.environ
         self.rank, self.local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
@@ -141,12 +144,12 @@ class Machine:
         gpu = self.device.type == "cuda"
         if gpu: torch.cuda.set_device(self.device)
         if self.world > 1:
-            # subtle: torchrun's store outlives a restart and still has the addresses of the dead (pytorch/pytorch#135712): on one
-            # machine a restarted run opens its own beside it; on several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+            # subtle: torchrun's store outlives a restart and still has the dead ranks' addresses (pytorch/pytorch#135712). On one
+            # machine, a restarted run opens its own store on another port; on several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
             if self.restarts and self.world == int(env["LOCAL_WORLD_SIZE"]):
                 env.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(int(env["MASTER_PORT"]) + self.restarts))
             dist.init_process_group("nccl" if gpu else "gloo")
-            # a second group on the CPU: what waits for minutes (preparing data) or must not stall the GPU (flags) goes through it
+            # a second group, on the CPU, for waits of many minutes (preparing data) and for flags, which must not stall the GPU
             self.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -158,14 +161,14 @@ class Machine:
         if self.rank == 0: print(*words, flush=True)
 
     def any(self, flag):
-        """True on every rank if `flag` is true on one: ranks must stop together. Whoever asks waits for the others."""
+        """True on every rank if `flag` is true on any: ranks must stop together. Waits until all ranks have called it."""
         flag = torch.tensor(int(bool(flag)))
         if self.world > 1: dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(flag)
 
     def in_turn(self, work):
-        """work() on every rank: first on rank 0, then on one of each machine, so that the others find written what it writes.
-        What goes wrong on one ends them all, and only that one says why."""
+        """Run work() on rank 0, then on one rank per machine, then on all, so that later ranks find the files written by earlier
+        ones (and early ranks run it again). An error on one rank ends them all, and only that rank reports it."""
         for turn in (self.rank == 0, self.local_rank == 0, True):
             try: result, error = work() if turn else None, None
             except (ValueError, OSError) as e: error = e
@@ -175,60 +178,62 @@ class Machine:
 def pick_dtype(name, device):
     if name != "auto": return getattr(torch, name)
     if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    instructions = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}   # since 2.12
+    instructions = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}   # torch 2.12+
     return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else torch.float32
 
 # ---------------------------------------------------------------------------- before the first step
 
 def as_saved(cfg, run, old):
-    """cfg to go on from the checkpoint `old`, of whose model cfg asks for the same as its run did; other knobs may change."""
+    """cfg for resuming from the checkpoint `old`: it must ask for the same model as that run did; other knobs may change."""
     now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
     lacks = [key for key in "asked config meta optimizers scaler reference step best seconds".split() if key not in old]
-    require(not lacks, f"another program or version wrote the checkpoint, it lacks {', '.join(lacks)}: choose another --out_dir")
+    require(not lacks, f"the checkpoint is of another program or version, it lacks {', '.join(lacks)}: choose another --out_dir")
     changed = {k: f"{k} {was!r} -> {now[k]!r}" for k, was in old["asked"].items() if k != "init_from" and now.get(k, was) != was}
     fatal = ", ".join(changed[k] for k in (*shape, "lora_rank", "objective", "optimizer") if k in changed)
     require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; use its values or another --out_dir")
     run.say(f"resuming at step {old['step']} of {cfg.max_iters}, knobs changed: {', '.join(changed.values()) or 'none'}")
-    keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # another tokenizer must be the same by its hash
+    keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # prepare_data checks a changed one's hash
     return dataclasses.replace(cfg, **{k: v for k, v in old["config"].items() if k in keep})
 
 def as_pretrained(cfg, run, folder):
-    """cfg with the shape (a smaller block_size stays) and the tokenizer of the Hugging Face model in `folder`."""
+    """cfg with the shape and the tokenizer of the Hugging Face model in `folder`, but a smaller block_size stays."""
     theirs, tokenizer = hf_config(folder)[1], prepare.own_tokenizer(cfg).tokenizer
-    sets = vars(theirs) | dict(block_size=min(theirs.block_size, cfg.block_size), dropout=cfg.dropout, tokenizer=tokenizer)
-    changed = ", ".join(f"{k} {getattr(cfg, k)!r} -> {v!r}" for k, v in sets.items() if v != getattr(cfg, k))
-    run.say(f"the model of {folder} sets: {changed}\n")
-    return dataclasses.replace(cfg, **sets)
+    new = vars(theirs) | dict(block_size=min(theirs.block_size, cfg.block_size), dropout=cfg.dropout, tokenizer=tokenizer)
+    changed = ", ".join(f"{k} {getattr(cfg, k)!r} -> {v!r}" for k, v in new.items() if v != getattr(cfg, k))
+    run.say(f"the model in {folder} sets: {changed}\n")
+    return dataclasses.replace(cfg, **new)
 
 def prepare_data(cfg, run, old):
-    """Batches to train and to evaluate on, meta.json's contents, tokenizer; makes a missing dataset. old: a checkpoint or {}."""
+    """Training and validation batches, meta.json's contents, tokenizer; prepares a missing dataset. old: a checkpoint or {}."""
     if not prepare.prepared(cfg): run.say(f"data/{cfg.dataset} is not there yet: preparing it first")
     run.in_turn(lambda: prepare.prepared(cfg) or prepare.main(cfg))
     meta, folder = prepare.verify(cfg), Path("data", cfg.dataset)
-    fits, has = ("dpo", "has") if meta.get("form") == "pairs" else ("tokens", "has no")
-    require(cfg.objective == fits, f"{cfg.dataset} {has} preference pairs, see prepare.py: set --objective={fits}")
-    require(not cfg.doc_mask or meta["documents"]["train"] > 1, f"doc_mask needs many texts, {cfg.dataset} is one: leave it out")
-    require(fits == "dpo" or min(meta["tokens"].values()) > cfg.block_size, f"{cfg.dataset} has {meta['tokens']} tokens, "
+    pairs = meta.get("form") == "pairs"
+    require(pairs == (cfg.objective == "dpo"), f"{cfg.dataset} has {'' if pairs else 'no '}preference pairs, see prepare.py: "
+            f"set --objective={'dpo' if pairs else 'tokens'}")
+    require(not cfg.doc_mask or meta["documents"]["train"] > 1, f"{cfg.dataset} is a single document: leave out --doc_mask")
+    require(pairs or min(meta["tokens"].values()) > cfg.block_size, f"{cfg.dataset} has {meta['tokens']} tokens, "
             f"block_size is {cfg.block_size}: give more text or set a smaller --block_size (or for val a larger --val_fraction)")
     require(not old or old["meta"]["tokenizer_hash"] == meta["tokenizer_hash"],
-            f"cannot resume: data/{cfg.dataset} has another tokenizer than the checkpoint: use that one, or another --out_dir")
-    if old and old["meta"]["sha256"] != meta["sha256"]: run.say(f"resuming on other text: data/{cfg.dataset} was prepared anew")
-    batches, val_batches = (Batches(folder / f"{split}.bin", cfg.block_size, cfg.seed, meta["eot"] if fits == "dpo" else None)
+            f"cannot resume: data/{cfg.dataset} has another tokenizer than the checkpoint: use the same, or another --out_dir")
+    if old and old["meta"]["sha256"] != meta["sha256"]: run.say(f"resuming on other text: data/{cfg.dataset} has changed")
+    batches, val_batches = (Batches(folder / f"{split}.bin", cfg.block_size, cfg.seed, meta["eot"] if pairs else None)
                             for split in ("train", "val"))
-    require(val_batches.mask[1:val_batches.windows(cfg.eval_tokens)[-1, 1]].any(),
-            f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise it")
+    end = val_batches.windows(cfg.eval_tokens)[-1, 1]
+    require(val_batches.mask[1:end].any(),
+            f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise eval_tokens")
     own = folder / "tokenizer.json"
     return batches, val_batches, meta, json.loads(own.read_bytes()) if own.exists() else meta["tokenizer"]
 
 def estimate_memory(cfg, model, world=1):
-    """Bytes by part for one training process. Weights and gradients are float32, with a copy in 16 bits for autocast and in DDP's
-    buckets; AdamW keeps two more numbers a weight, Muon one. Activations kept for the backward pass: per layer and token 18*C
-    bytes outside the MLP and 4 times its width in it, which are the 34*C of Korthikanti et al. 2022, arXiv:2205.05198, without
-    its attention matrix; of the logits a GPU's 4096 rows, and the head's gradient."""
+    """{part: bytes} of one training process. Weights and gradients are float32, plus a 16-bit copy of the weights for autocast
+    and a second copy of the gradients in DDP's buckets. AdamW keeps two more numbers per weight, Muon one. Activations for the
+    backward pass: per layer and token, 18*C bytes outside the MLP and 4 times its width in it, which is the 34*C of Korthikanti
+    et al. 2022, arXiv:2205.05198, without the attention matrix. Logits: 4096 rows, as on a GPU, and the head's gradient."""
     full, n, rows = cfg.dtype == "float32", model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
-    copies = 2 if cfg.objective == "dpo" and trained == n else 1    # dpo's reference; with LoRA it has the same weights
+    copies = 2 if cfg.objective == "dpo" and trained == n else 1    # dpo's reference; with LoRA it shares the weights
     per_layer = 2 * cfg.n_embd if cfg.grad_checkpoint else 18 * cfg.n_embd + 4 * cfg.inner * (2 if cfg.mlp == "swiglu" else 1)
     return {"weights": (4 if full else 6) * n * copies, "gradients": 4 * trained * (2 if world > 1 else 1),
             "optimizer": (8 * trained - 4 * muon) // (world if cfg.shard_optimizer else 1),
@@ -236,38 +241,38 @@ def estimate_memory(cfg, model, world=1):
             "logits": (12 * min(4096, rows) + 4 * cfg.n_embd) * cfg.vocab_size}
 
 def plan(cfg, model, run, tokens, epoch):
-    """What the run is going to be, on a few lines, with a warning if it cannot fit; tokens, epoch: of a step and an epoch."""
+    """A few lines about the run ahead, with a warning if it cannot fit. tokens: in a step; epoch: tokens in an epoch."""
     flops, n, total = model.estimate_flops(), model.num_params(), cfg.max_iters * tokens
     cfg = dataclasses.replace(cfg, dtype=str(run.dtype).removeprefix("torch."))
     needed = sum(estimate_memory(cfg, model, run.world).values())
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf     # not on Windows
-    if run.device.type == "cuda": room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()   # the weights are in it
+    if run.device.type == "cuda": room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()   # plus our weights
     hours = f", {flops * total / (0.4 * run.peak * run.world) / 3600:,.2f} hours at 40% of peak" if run.peak else ""
-    short = f", there is room for {room / 2 ** 20:,.0f}: WARNING, lower --batch_size or use --grad_checkpoint" * (needed > room)
+    note = f", but only {room / 2 ** 20:,.0f} fit: WARNING, lower --batch_size or use --grad_checkpoint" if needed > room else ""
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
             f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
-            f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed >> 20:,} MiB a device{short}\n"
+            f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed >> 20:,} MiB a device{note}\n"
             f"device {run.name}, {cfg.dtype}, compile {'on' if run.compile else 'off'}")
 
 # ---------------------------------------------------------------------------- what a run leaves behind
 
 def read_log(path):
-    """The records of a log.jsonl, up to a line that a crash has damaged: when a run goes on, it drops what follows."""
-    records = []
+    """The records of a log.jsonl, up to the first line that a crash has damaged: a resumed run drops what follows."""
+    records = []        # subtle: extend keeps what it has read before the error
     with contextlib.suppress(ValueError): records.extend(map(json.loads, Path(path).read_bytes().splitlines()))
     return [r for r in records if isinstance(r, dict) and {"step", "tokens"} <= r.keys()]
 
 class Log:
-    """What a run says of its steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between them losses add up on
-    the device, for whoever asks for a number waits for it. A resumed run drops the lines past its checkpoint."""
+    """Reports a run's steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between two lines, losses are summed
+    on the device, because reading a number from it waits for it. A resumed run drops the lines after its checkpoint."""
     def __init__(self, cfg, run, out_dir, tokens_per_step, flops, step, seconds):
-        self.cfg, self.run, self.tokens_per_step, self.flops = cfg, run, tokens_per_step, flops     # flops: of a token
-        self.step, self.seconds, self.began = step, seconds, time.perf_counter() - seconds      # of the last line, in steps alone
-        self.sums = torch.zeros(2, device=run.device)       # loss and number of the steps since the last line
-        self.in_a_row = 0                                   # steps skipped up to now
+        self.cfg, self.run, self.tokens_per_step, self.flops = cfg, run, tokens_per_step, flops     # flops: per token
+        self.step, self.seconds, self.began = step, seconds, time.perf_counter() - seconds      # as of the last line
+        self.sums = torch.zeros(2, device=run.device)       # since the last line: total loss and number of steps not skipped
+        self.skipped_in_a_row = 0
         self.path, self.wandb, values = os.path.join(out_dir, "log.jsonl"), None, dataclasses.asdict(cfg)
         if run.rank > 0: return
-        self.lock = prepare.lock(os.path.join(out_dir, ".lock"))        # until the process ends
+        self.lock = prepare.lock(os.path.join(out_dir, ".lock"))        # held until the process ends
         require(self.lock, f"{out_dir} belongs to a run that has not ended: choose another --out_dir, or end that one first")
         if cfg.wandb_log:
             try: import wandb
@@ -276,30 +281,31 @@ class Log:
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
-        self.before = kept[-1]["tokens"] - kept[-1]["step"] * tokens_per_step if kept else 0    # for steps of another size
+        self.extra = kept[-1]["tokens"] - kept[-1]["step"] * tokens_per_step if kept else 0     # if steps had another size before
 
     def write(self, step, text, **record):
-        """The same for people and for programs, on rank 0."""
+        """Write a line for people (text) and the same for programs (record), on rank 0."""
         if self.run.rank > 0: return
         print(f"step {step:>6}/{self.cfg.max_iters} | {text}", flush=True)
-        record = dict(step=step, tokens=self.before + step * self.tokens_per_step, seconds=self.seconds, **record)
+        record = dict(step=step, tokens=self.extra + step * self.tokens_per_step, seconds=self.seconds, **record)
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
         if self.wandb: self.wandb.log(record, step=step)
 
     def add(self, loss, bad):
-        """The loss of a step and whether it was skipped, both on the device."""
+        """Add a step: its loss and whether it was skipped (bad), both on the device."""
         self.sums += torch.where(bad, 0, torch.stack((loss, torch.ones_like(loss))))
-        self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
+        self.skipped_in_a_row = torch.where(bad, self.skipped_in_a_row + 1, 0)
 
     def line(self, step, factor, norm):
-        """Waits for the device and says what the steps since the last line have brought; factor, norm: of the last of them."""
+        """Wait for the device and report the steps since the last line. factor, norm: of the last step."""
         if self.run.world > 1: dist.all_reduce(self.sums)
         total, good = (self.sums / self.run.world).tolist()
-        loss, skipped, norm = total / good if good else math.nan, step - self.step - round(good), norm.item()
+        loss, norm = total / good if good else math.nan, norm.item()
+        skipped = step - self.step - round(good)
         seconds = time.perf_counter() - self.began
         rate = (step - self.step) * self.tokens_per_step / (seconds - self.seconds)
         mfu = self.flops * rate / self.run.world / self.run.peak if self.run.peak else None
-        left = datetime.timedelta(seconds=round((self.cfg.max_iters - step) * seconds / step))      # as fast as since the start
+        left = datetime.timedelta(seconds=round((self.cfg.max_iters - step) * seconds / step))      # at the average speed so far
         more = (f" | mfu {mfu:.1%}" if mfu else "") + (f" | {skipped} skipped, not finite" if skipped else "")
         self.step, self.seconds = step, seconds
         text = f"loss {loss:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | {rate:,.0f} tok/s{more} | {left} left"
@@ -307,18 +313,18 @@ class Log:
         self.sums.zero_()
 
 def show_sample(out_dir, device):
-    """In a process of its own: what a reader would type, and proof that the checkpoint suffices."""
+    """Run sample.py in a separate process, as a reader would: it shows that the checkpoint suffices."""
     subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), f"--out_dir={out_dir}", f"--device={device}"])
     print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"", flush=True)
 
 # ---------------------------------------------------------------------------- the run
 
 def build(cfg, run, folder, old, eot):
-    """The model, bare and wrapped by compile and DDP, dpo's reference or None, optimizers, loss scaler; as in `old`, if any."""
+    """The model, bare and wrapped by compile and DDP; dpo's reference; optimizers; loss scaler. State as in `old`, if any."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     model = load_hf(folder, run.device, config=cfg.model()).train() if folder else GPT(cfg.model()).to(run.device)
-    shared = {id(p): p for p in model.parameters() if cfg.lora_rank}        # LoRA leaves the weights it starts from as they are
+    shared = {id(p): p for p in model.parameters() if cfg.lora_rank}        # memo: LoRA changes none, no copies
     reference = copy.deepcopy(model, shared).requires_grad_(False).eval() if cfg.objective == "dpo" else None
     if cfg.lora_rank: model.add_lora(cfg.lora_rank)
     optimizers = model.configure_optimizers(cfg)
@@ -326,30 +332,31 @@ def build(cfg, run, folder, old, eot):
     if old:
         model.load_state_dict(old["model"])
         if reference: reference.load_state_dict(old["reference"])
-        for optimizer, saved in zip(optimizers, old["optimizers"], strict=True):        # its moments, but this run's rates
+        for optimizer, saved in zip(optimizers, old["optimizers"], strict=True):        # saved moments, but this run's knobs
             for new, was in zip(optimizer.param_groups, saved["param_groups"]): was.update(new, params=was["params"])
             optimizer.load_state_dict(saved)
-        if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if its run did not need one
+        if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if that run had none
     model.grad_checkpoint, model.doc_mask = cfg.grad_checkpoint, eot if cfg.doc_mask else None
     wrapped = torch.compile(model) if run.compile else model
     if run.world > 1: wrapped = DDP(wrapped, [run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
     return model, wrapped, reference, optimizers, scaler
 
 def train(cfg, run):
-    """The whole run, from the first line it prints to the sample at its end."""
+    """The whole run, from its first line to the final sample."""
     out_dir, asked = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg)
     last = os.path.join(out_dir, "ckpt.pt")
-    require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer shares among ranks: start with torchrun, or leave it out")
+    require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer needs several ranks: start with torchrun, or leave it out")
     resume = run.any(cfg.init_from == "resume" or run.restarts and os.path.exists(last))    # restarts: torchrun --max-restarts
     require(resume or not os.path.exists(last), f"{last} exists: go on with --init_from=resume, or choose another --out_dir")
     old, folder = load_checkpoint(last) if resume else {}, ""
     if old: cfg = as_saved(cfg, run, old)
     elif folder := run.in_turn(lambda: prepare.pretrained(cfg.init_from)): cfg = as_pretrained(cfg, run, folder)
     run.say(config.show(cfg))
-    tokens_per_step, unit = cfg.tokens_per_step or cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.block_size * run.world
+    batch_tokens = cfg.batch_size * cfg.block_size
+    tokens_per_step, unit = cfg.tokens_per_step or batch_tokens, batch_tokens * run.world
     require(tokens_per_step % unit == 0, f"tokens_per_step={tokens_per_step} is not a multiple of batch_size * block_size * "
             f"{run.world} device(s) = {unit}: set --tokens_per_step={-(-tokens_per_step // unit) * unit} or change batch_size")
-    accumulate, rows = tokens_per_step // unit, tokens_per_step // cfg.block_size   # of a step: batches on each rank, rows on all
+    accumulate, rows = tokens_per_step // unit, tokens_per_step // cfg.block_size   # per step: batches per rank, rows over all
     batches, val_batches, meta, tokenizer = prepare_data(cfg, run, old)
     raw_model, model, reference, optimizers, scaler = build(cfg, run, folder, old, meta["eot"])
     step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)
@@ -359,18 +366,19 @@ def train(cfg, run):
 
     run.say(f"{plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)}, attention: {attention}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
-    signals = []        # SIGINT or SIGTERM: finish the step, save, end; more of them add nothing, for torchrun repeats Ctrl-C
+    signals = []        # SIGINT or SIGTERM: finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: signals.append(number))
 
     def save(*names):
-        for optimizer in optimizers if cfg.shard_optimizer else (): optimizer.consolidate_state_dict(to=0)
+        if cfg.shard_optimizer:
+            for optimizer in optimizers: optimizer.consolidate_state_dict(to=0)
         if run.rank > 0: return
         state = dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                      reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
                      config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer)
         for name in names: save_checkpoint(os.path.join(out_dir, f"{name}.pt"), state)
         kept = [path for path in Path(out_dir).iterdir() if re.fullmatch(r"ckpt_\d+\.pt", path.name)]
-        for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()      # with 0, [:0], none
+        for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()      # 0: [:0] deletes none
 
     profiler = cfg.profile and run.rank == 0 and run.at_end.enter_context(torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
@@ -378,12 +386,12 @@ def train(cfg, run):
     while step < cfg.max_iters:
         factor = lr_factor(step, cfg)
         for group, peak in peaks: group["lr"] = peak * factor
-        if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)  # a resumed run drops the same
+        if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)  # the same after a resume
         spans, total = batches.spans(step * rows, rows), 0
-        whole = max(batches.weigh(batches.read(spans)), 1) if "form" in meta else tokens_per_step   # without a form all count
+        whole = max(batches.weigh(batches.read(spans)), 1) if "form" in meta else tokens_per_step   # plain text: all count
         for micro, (x, y, weight) in enumerate(batches.share(spans, cfg.batch_size, run), 1):
-            if run.world > 1: model.require_backward_grad_sync = micro == accumulate        # gradients meet once a step
-            with run.autocast: loss = objective(model, x, y, cfg, reference) * (weight * run.world / whole)  # DDP takes a mean
+            if run.world > 1: model.require_backward_grad_sync = micro == accumulate        # one all-reduce per step
+            with run.autocast: loss = objective(model, x, y, cfg, reference) * (weight * run.world / whole)  # DDP averages
             scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in optimizers: scaler.unscale_(optimizer)
@@ -396,42 +404,42 @@ def train(cfg, run):
         step += 1
         if profiler: profiler.step()
 
-        # on a GPU all of the above is only queued (not so with dpo): what follows waits for it, and only if there is news
+        # on a GPU, all of the above is only queued (except with dpo); what follows waits for it, but only if a report is due
         stopping = run.any(signals) and step < cfg.max_iters
         sampling = cfg.sample_interval and step % cfg.sample_interval == 0 and step < cfg.max_iters
-        evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling         # samples are of a checkpoint
+        evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling         # a sample needs a checkpoint
         if step % cfg.log_interval == 0 or step == 1 or evaluating or stopping:
             log.line(step, factor, norm)
-            saved = f"the last good checkpoint is {last}: go on" if os.path.exists(last) else "there is none saved: begin again"
-            require(log.in_a_row < cfg.max_bad_steps, f"{log.in_a_row} steps in a row had a non-finite gradient: {saved} with a "
-                    "lower learning rate or --dtype=float32")
-        if stopping: save("ckpt")               # at once: who sends a signal may not wait for an evaluation
+            again = f"resume from {last}" if os.path.exists(last) else "no checkpoint is saved yet, start again"
+            require(log.skipped_in_a_row < cfg.max_bad_steps, f"{log.skipped_in_a_row} steps in a row had a non-finite gradient: "
+                    f"{again} with a lower learning rate or --dtype=float32")
+        if stopping: save("ckpt")               # before any evaluation: the process may be killed soon after the signal
         if evaluating:
             val, size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
-            bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # bits per byte, as of the whole split
-            better, best = val < best, min(best, val)       # in this order no NaN stays
+            bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # bits per byte of the whole split
+            better, best = val < best, min(best, val)       # subtle: min(val, best) would let a NaN in
             record, unit = ({}, "") if reference else (dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte")
-            log.write(step, f"validation: {val:.4f}{unit}{' | best' * better}", val_loss=val, **record)
-            save(*["best"] * better, "ckpt", *[f"ckpt_{step:06d}"] * (cfg.keep_checkpoints > 0))
+            log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
+            save(*(["best"] if better else []), "ckpt", *([f"ckpt_{step:06d}"] if cfg.keep_checkpoints else []))
             if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
-            log.began = time.perf_counter() - log.seconds       # only steps count
+            log.began = time.perf_counter() - log.seconds       # leave out evaluation
         if stopping: return run.say(f"stopped by a signal, saved {last}: give the same command with --init_from=resume to go on")
     spent = datetime.timedelta(seconds=round(log.seconds))
-    run.say(f"\n{step} steps in {spent}, besides evaluation; best validation loss {best:.4f}: {out_dir}/best.pt\n")
+    run.say(f"\n{step} steps in {spent}, without evaluation; best validation loss {best:.4f}: {out_dir}/best.pt\n")
     if run.rank == 0: show_sample(out_dir, run.device)
 
 def main(cfg):
     run = Machine(cfg)
     try:
-        with contextlib.ExitStack() as run.at_end: train(cfg, run)      # a profiler left running would crash Python at its end
+        with contextlib.ExitStack() as run.at_end: train(cfg, run)      # a profiler still running would crash Python at exit
     except torch.OutOfMemoryError:
         tokens = cfg.tokens_per_step or cfg.batch_size * cfg.block_size
-        raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size} and set --tokens_per_step={tokens} to train the "
-                         "same, or use --grad_checkpoint") from None
+        raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size} and set --tokens_per_step={tokens} to train "
+                         "the same way in less memory, or use --grad_checkpoint") from None
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR): raise
-        raise OSError(f"{e}: make room or mend that path (--out_dir names another); a checkpoint saved before stands") from None
-    if run.world > 1: dist.destroy_process_group()      # not after an error: the others may be waiting for this rank
+        raise OSError(f"{e}: free space or fix that path (--out_dir sets another); any earlier checkpoint is intact") from None
+    if run.world > 1: dist.destroy_process_group()      # not after an error, when others may wait for this rank
 
 if __name__ == "__main__":
     config.run(main)

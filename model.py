@@ -83,7 +83,7 @@ class KVCache:
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=self.lengths.is_cuda)
 
     def reorder(self, rows):
-        """Row b becomes a copy of the former row rows[b], for beam search; the batch is now len(rows)."""
+        """Row b becomes a copy of the former row rows[b], as for beams; rows may be repeated or left out."""
         rows = torch.as_tensor(rows, device=self.lengths.device)
         self.k, self.v, self.lengths = [k[rows] for k in self.k], [v[rows] for v in self.v], self.lengths[rows]
 

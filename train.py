@@ -87,7 +87,8 @@ class Batches:
         gpu = run.device.type == "cuda"
         for b in range(run.rank * batch_size, len(spans), run.world * batch_size):
             rows = self.read(spans[b:b + batch_size])
-            yield *(rows.pin_memory() if gpu else rows).to(run.device, non_blocking=gpu), self.weigh(rows)
+            x, y = (rows.pin_memory() if gpu else rows).to(run.device, non_blocking=gpu)
+            yield x, y, self.weigh(rows)
 
 # ---------------------------------------------------------------------------- the step
 
@@ -184,7 +185,7 @@ def pick_dtype(name, device):
 # ---------------------------------------------------------------------------- before the first step
 
 def as_saved(cfg, run, old):
-    """cfg for resuming from the checkpoint `old`: it must ask for the same model as that run did; other knobs may change."""
+    """cfg with the model and tokenizer of the checkpoint `old`, to resume it. ValueError if cfg asks for another model now."""
     now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
     lacks = [key for key in "asked config meta optimizers scaler reference step best seconds".split() if key not in old]
     require(not lacks, f"the checkpoint is of another program or version, it lacks {', '.join(lacks)}: choose another --out_dir")
@@ -196,7 +197,7 @@ def as_saved(cfg, run, old):
     return dataclasses.replace(cfg, **{k: v for k, v in old["config"].items() if k in keep})
 
 def as_pretrained(cfg, run, folder):
-    """cfg with the shape and the tokenizer of the Hugging Face model in `folder`, but a smaller block_size stays."""
+    """cfg with the shape and the tokenizer of the Hugging Face model in `folder`; dropout and a smaller block_size stay."""
     theirs, tokenizer = hf_config(folder)[1], prepare.own_tokenizer(cfg).tokenizer
     new = vars(theirs) | dict(block_size=min(theirs.block_size, cfg.block_size), dropout=cfg.dropout, tokenizer=tokenizer)
     changed = ", ".join(f"{k} {getattr(cfg, k)!r} -> {v!r}" for k, v in new.items() if v != getattr(cfg, k))
@@ -220,8 +221,7 @@ def prepare_data(cfg, run, old):
     batches, val_batches = (Batches(folder / f"{split}.bin", cfg.block_size, cfg.seed, meta["eot"] if pairs else None)
                             for split in ("train", "val"))
     end = val_batches.windows(cfg.eval_tokens)[-1, 1]
-    require(val_batches.mask[1:end].any(),
-            f"no target counts in the first eval_tokens={cfg.eval_tokens} of the validation split: raise eval_tokens")
+    require(val_batches.mask[1:end].any(), f"no target counts in the first eval_tokens={cfg.eval_tokens} of val.bin: raise it")
     own = folder / "tokenizer.json"
     return batches, val_batches, meta, json.loads(own.read_bytes()) if own.exists() else meta["tokenizer"]
 
@@ -267,7 +267,7 @@ class Log:
     on the device, because reading a number from it waits for it. A resumed run drops the lines after its checkpoint."""
     def __init__(self, cfg, run, out_dir, tokens_per_step, flops, step, seconds):
         self.cfg, self.run, self.tokens_per_step, self.flops = cfg, run, tokens_per_step, flops     # flops: per token
-        self.step, self.seconds, self.began = step, seconds, time.perf_counter() - seconds      # as of the last line
+        self.step, self.seconds, self.began = step, seconds, time.perf_counter() - seconds      # seconds without evaluation
         self.sums = torch.zeros(2, device=run.device)       # since the last line: total loss and number of steps not skipped
         self.skipped_in_a_row = 0
         self.path, self.wandb, values = os.path.join(out_dir, "log.jsonl"), None, dataclasses.asdict(cfg)

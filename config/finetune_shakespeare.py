@@ -1,5 +1,5 @@
-# GPT-2 taught to write like Shakespeare, nanoGPT's recipe: few steps, a small constant rate.
-# With --lora_rank=8 --learning_rate=1e-3 on less memory.
+# GPT-2 fine-tuned to write like Shakespeare, by nanoGPT's recipe: few steps, a small constant learning rate.
+# If memory is short, add --lora_rank=8 --learning_rate=1e-3.
 init_from = "gpt2"
 dataset = "shakespeare_gpt2"
 tokenizer = "gpt2"

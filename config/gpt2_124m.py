@@ -2,7 +2,7 @@
 dataset = "fineweb"
 tokenizer = "gpt2"
 out_dir = "out/gpt2_124m"
-vocab_size = 50304                      # GPT-2's 50,257 rounded up to a multiple of 128, which matrix products like better
+vocab_size = 50304                      # GPT-2's 50,257 rounded up to a multiple of 128, for faster matrix products
 n_layer, n_head, n_embd, block_size = 12, 6, 768, 1024      # heads of 128
 batch_size, tokens_per_step = 64, 8 * 64 * 1024
 max_iters = 5000                        # 2.6B tokens

@@ -1,8 +1,8 @@
-# nanoGPT's 6-layer, 384-wide, 256-context Shakespeare model: seconds of a GPU, or a quarter of an hour of two CPU cores.
+# nanoGPT's 6-layer, 384-wide, 256-context Shakespeare model: seconds on a GPU, a quarter of an hour on two CPU cores.
 dataset = "shakespeare"
 out_dir = "out/shakespeare_10m"
 vocab_size = 2048
 n_layer, n_head, n_embd, block_size = 6, 6, 384, 256
 dropout = 0.2
-batch_size, max_iters = 8, 600          # many small steps: with batch_size=64 as much text brings 2.26 bits per byte, not 2.09
+batch_size, max_iters = 8, 600          # many small steps: with batch_size=64 the same text gives 2.26 bits per byte, not 2.09
 eval_interval = 100

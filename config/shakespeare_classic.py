@@ -1,8 +1,8 @@
-# nanoGPT's documented CPU run on tiny Shakespeare, as a baseline: GPT-2's parts, AdamW, one byte a token.
+# nanoGPT's documented CPU run on tiny Shakespeare, as a baseline: GPT-2's architecture, AdamW, one byte per token.
 # The modern run is shakespeare.py.
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_classic"
-vocab_size = 256                        # the bytes themselves: this text has 65 of them
+vocab_size = 256                        # the bytes themselves; this text uses 65 of them
 n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 pos, norm, mlp = "learned", "layernorm", "gelu"
 qk_norm, tie_weights, zero_init = False, True, False

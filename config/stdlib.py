@@ -1,8 +1,8 @@
-# The offline default: trains on the source of the Python standard library that runs it. Needs no download and no GPU.
+# The offline default: trains on the source code of your own Python's standard library. Needs no download and no GPU.
 dataset = "stdlib"
 vocab_size = 4096
 n_layer, n_head, n_embd, block_size = 3, 4, 256, 256
 batch_size, max_iters = 8, 350
-eval_interval = 350                     # once, at the end, on all of the validation split
+eval_interval = 350                     # once, at the end, on the whole validation split
 unembedding_lr = 0.012                  # the default is for wider models
-beta2 = 0.99                            # a small batch wants a longer memory
+beta2 = 0.99                            # small batches are noisy: average over more steps

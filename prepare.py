@@ -1,21 +1,21 @@
 """
-Text to token ids: data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json; for chats .mask}, all that a run reads.
+Text to token ids. Writes data/<dataset>/{train.bin, val.bin, meta.json, tokenizer.json; for chats .mask}, all that a run reads.
 
     python prepare.py config/stdlib.py                              # the source of this Python's standard library: no download
     python prepare.py config/shakespeare.py                         # one text of 1 MB; its last tenth is the validation split
-    python prepare.py config/shakespeare_classic.py                 # the same text, its bytes as tokens, in a folder of its own
+    python prepare.py config/shakespeare_classic.py                 # the same text with bytes as tokens, in its own folder
     python prepare.py --dataset=notes --input=notes/,diary.jsonl    # your own .txt .md .py .jsonl files and folders
     python prepare.py --dataset=chat --input=chat.jsonl             # conversations, instructions, preference pairs: see parse
     python prepare.py --dataset=tinystories --vocab_size=8192       # 2.2 GB of stories (Eldan and Li 2023, arXiv:2305.07759)
     python prepare.py config/gpt2_124m.py --num_shards=10           # FineWeb as GPT-2 tokens, 100M of them per shard
 
-Files are cut into spans, spans grouped into units of about 2 MB, which all cores share. A first pass hashes every document: this
-finds duplicates and chooses the validation split. The tokenizer learns from the training split. A second pass encodes unit after
-unit onto the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json says how far they are: a killed run goes
-on from there. The output depends on text and knobs, on nothing else.
+Files are cut into spans, and spans are grouped into units of about 2 MB, which the cores work on in parallel. A first pass hashes
+every document, to find duplicates and choose the validation split. The tokenizer learns from the training split. A second pass
+encodes one unit after another and appends it to the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json
+records how far they are, so that a killed run continues from there. The output depends only on the text and the knobs.
 """
-import collections, contextlib, dataclasses, functools, glob, hashlib, importlib.util, itertools, json, operator, os, re, \
-    shutil, sys, sysconfig, time
+import collections, contextlib, dataclasses, functools, glob, hashlib, importlib.util, itertools, json, os, re, shutil, \
+    sys, sysconfig, time
 from os.path import basename, exists, join
 import numpy as np
 import bpe, config
@@ -31,11 +31,11 @@ GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 BUILT_IN = ("stdlib", "shakespeare", "tinystories", "fineweb")
 STDLIB_SKIP = ("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages")
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
-UNIT = 2 << 20              # bytes of text per unit of work: enough for a vectorised encoder, not too much to share out evenly
-SAVE = 1.0                  # seconds between two notes of how far the bins are
+UNIT = 2 << 20              # bytes of text per unit of work: enough to vectorise, little enough to spread evenly over the cores
+SAVE = 1.0                  # seconds between two updates of state.json
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "train.mask", "val.mask")
-TRAIN, VAL, DROP, FREE = range(4)   # what becomes of a document; FREE: its hash decides
+TRAIN, VAL, DROP, FREE = range(4)   # the fate of a document; FREE: its hash will decide
 
 # ---- files and downloads -------------------------------------------------------------------------------------------------
 def size_of(path): return os.path.getsize(path) if exists(path) else 0
@@ -45,133 +45,133 @@ def sha256(path):
 
 def need_space(folder, size):
     free = shutil.disk_usage(folder).free
-    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free: make room")
+    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free: make room")
 
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
-    """Download url to path, unless it is there, -> path: resumed where it stopped (HTTP Range), retried after 1, 2, 4.. seconds,
-    given up after `tries` attempts in a row that brought nothing; `stall` seconds of silence end one. Length and sha256 (given,
-    or the hub's own, its header X-Linked-Etag) are verified before the file gets its name, a given one even if it is there
-    already. Two processes at once are safe, but download twice."""
+    """Download url to path unless it exists; -> path. Resumes where it stopped (HTTP Range), retries after `wait` * 1, 2, 4...
+    seconds, gives up after `tries` attempts in a row without a new byte; `stall` seconds of silence end an attempt. Length and
+    sha256 (the given one, or the hub's in its header X-Linked-Etag) are checked before the file gets its name; a given sha256 is
+    checked on an existing file, too. Two processes at once are safe, but both download."""
     def fail(why):
-        raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand; config/stdlib.py needs no download")
+        raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand, or use config/stdlib.py: it needs none")
     if exists(path):
         if not sha or sha256(path) == sha: return path
-        raise ValueError(f"{path} is not {url}, whose sha256 is {sha}: delete it to download it again")
+        raise ValueError(f"{path} is not {url} (its sha256 is not {sha}): delete it to download it again")
     import requests
     part, failures = path + ".part", 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
     while True:
         have = size_of(part)
-        ask = {"Accept-Encoding": "identity", "Range": f"bytes={max(have - 1, 0)}-"}    # a byte again: always an answer
+        ask = {"Accept-Encoding": "identity", "Range": f"bytes={max(have - 1, 0)}-"}    # a byte twice: never an empty range
         try:
             with requests.get(url, headers=ask, stream=True, timeout=(10, stall)) as r:
                 if r.status_code in (401, 403, 404, 410): fail(f"the server says {r.status_code} {r.reason}")
-                if r.status_code == 416 and have: os.remove(part)                       # longer than the file: start over
+                if r.status_code == 416 and have: os.remove(part)                       # it is longer than the file: start over
                 r.raise_for_status()
                 tags = [hop.headers.get("X-Linked-Etag", "").strip('"') for hop in (*r.history, r)]
                 sha = sha or next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), "")
-                span = r.status_code == 206 and re.fullmatch(r"bytes (\d+)-\d+/(\d+)", r.headers.get("Content-Range", ""))
-                at, total = map(int, span.groups()) if span else (0, int(r.headers.get("Content-Length") or 0))
-                if at > have or r.status_code == 206 and not span: fail("the server sent another range than it was asked for")
+                sent = r.status_code == 206 and re.fullmatch(r"bytes (\d+)-\d+/(\d+)", r.headers.get("Content-Range", ""))
+                at, total = map(int, sent.groups()) if sent else (0, int(r.headers.get("Content-Length") or 0))
+                if at > have or r.status_code == 206 and not sent: fail("the server sent another range than the one requested")
                 need_space(os.path.dirname(path), total - at)
                 add = progress(f"download {basename(path)}", total - at)
                 with open(part, "r+b" if have else "wb", buffering=0) as f:
                     f.truncate(f.seek(at))
                     for block in r.iter_content(1 << 13): add(f.write(block))
                     os.fsync(f.fileno())
-            if total and size_of(part) != total: raise OSError(f"{size_of(part):,} of {total:,} bytes came")
+            if total and size_of(part) != total: raise OSError(f"{size_of(part):,} of {total:,} bytes arrived")
             if not sha or (found := sha256(part)) == sha:
                 os.replace(part, path)
                 return path
             os.remove(part)
-            if not have: fail(f"its sha256 is {found}, not {sha}")                      # a resumed file gets one clean attempt
+            if not have: fail(f"its sha256 is {found}, not {sha}")                      # only a resumed file gets a clean retry
         except OSError as e:                                                            # requests' exceptions are OSErrors, too
-            failures = 1 if size_of(part) > have else failures + 1
-            why = str(getattr(e.args[0], "reason", e) if e.args else e)[:150]           # "reason": what urllib3 gave up for
+            failures = 1 if size_of(part) > have else failures + 1                      # new bytes reset the count
+            why = str(getattr(e.args[0], "reason", e) if e.args else e)[:150]           # urllib3 keeps the cause in "reason"
             if failures >= tries: fail(why)
-            print(f"download of {basename(path)} broke off ({why}), trying again", file=sys.stderr)
+            print(f"the download of {basename(path)} broke off ({why}): trying again", file=sys.stderr)
             time.sleep(min(wait * 2 ** (failures - 1), 60))
 
 # ---- models and tokenizers -----------------------------------------------------------------------------------------------
 def pretrained(init_from):
-    """The Hugging Face folder that init_from names, downloaded to data/hf/<name> if it is GPT-2's; "" for scratch and resume."""
+    """The Hugging Face folder that init_from names; GPT-2's are downloaded to data/hf/<name>. "" for scratch and resume."""
     if init_from in ("scratch", "resume"): return ""
     folder = join("data", "hf", init_from) if init_from in GPT2 else init_from
-    if init_from in GPT2:                                                       # what is missing is said before 500 MB, not after
+    if init_from in GPT2:                                                       # check before downloading 500 MB, not after
         require(importlib.util.find_spec("safetensors"), f"init_from={init_from!r} needs safetensors: pip install safetensors")
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
-    require(os.path.isdir(folder), f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, nor a folder")
+    require(os.path.isdir(folder), f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, and not a folder")
     require(exists(join(folder, "tokenizer.json")),
-            f"{folder} has no tokenizer.json, as a Hugging Face folder has; of a run, sample.py --export makes one")
+            f"{folder} is not a Hugging Face folder: it has no tokenizer.json (sample.py --export=FOLDER makes one from a run)")
     return folder
 
 def own_tokenizer(cfg):
-    """cfg with the tokenizer of the model that init_from names: other ids would mean nothing to it."""
+    """cfg with the tokenizer of the model that init_from names: ids of any other would mean nothing to that model."""
     folder = pretrained(cfg.init_from)
     if not folder or cfg.init_from in GPT2 and cfg.tokenizer == "gpt2": return cfg
-    # vocab_size: what uint16 holds; whether the model has as many is for train.py to check
+    # vocab_size: the most that uint16 can hold, so any tokenizer passes here; train.py checks it against the model
     return dataclasses.replace(cfg, tokenizer=join(folder, "tokenizer.json"), vocab_size=65536)
 
 def check_vocab(cfg, size):
-    if size > 65536: raise ValueError(f"the tokenizer has {size} tokens, uint16 holds 65536: take one with fewer")
+    if size > 65536: raise ValueError(f"the tokenizer has {size} tokens, uint16 holds 65536 ids: use a smaller tokenizer")
     if size > cfg.vocab_size: raise ValueError(f"the tokenizer has {size} tokens: set --vocab_size={size} or more")
 
 # ---- files -> spans -> documents -----------------------------------------------------------------------------------------
-# Bytes start to stop of a file. kind: text (all or a part of one document; last: its end), single (the same, of the only text),
-# jsonl, stories (many documents), tokens (of FineWeb). fate: TRAIN, VAL or FREE.
+# Bytes start to stop of a file. kind: text (one document or a part of one), single (the same, if it is the only text), jsonl and
+# stories (many documents), tokens (FineWeb's). fate: TRAIN, VAL or FREE. last: the span ends a document.
 Span = collections.namedtuple("Span", "path start stop kind fate last")
 MANY = ("jsonl", "stories")
 
-# What `cut` looks for in a window of such a file: a place to cut it, 0 if there is none.
+# Where `cut` may cut a file of each kind: an offset into a window of its bytes; 0 or None if there is no place.
 PLACE = {"text": lambda window: bpe.last_place(window[:1024]), "single": lambda window: bpe.last_place(window[:1024]),
-         "jsonl": lambda window: window.find(b"\n") + 1, "tokens": lambda window: 2,
+         "jsonl": lambda window: window.find(b"\n") + 1, "tokens": lambda window: 2,    # after any token, of two bytes
          "stories": lambda window: (m := re.search(rb"\n<\|endoftext\|>\r?\n", window)) and m.end()}
 
 def walk(root, endings=ENDINGS, skip=()):
     found = []
-    def refuse(error): raise error      # os.walk would pass over a folder that it cannot read
+    def refuse(error): raise error      # by default os.walk skips a folder that it cannot read
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [d for d in folders if not d.startswith((".", "__pycache__")) and d not in skip]
         found += [join(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
-    return sorted(filter(os.path.isfile, found))        # no pipes, no links to nowhere
+    return sorted(filter(os.path.isfile, found))        # no pipes, no broken links
 
 def built_in(cfg):
-    """The built-in text that the dataset is: shakespeare_char is shakespeare, prepared in a second way. "" if it is none."""
+    """The built-in text that the dataset is made of, or "": shakespeare_char is shakespeare, prepared in a second way."""
     name = cfg.dataset.partition("_")[0]
     return name if name in BUILT_IN else ""
 
 def sources(cfg):
-    """Spans that cover the files to read, in order; what is missing is downloaded to data/<the built-in text's name>."""
+    """Spans that cover the files to read, in order. Missing files of a built-in text are downloaded to data/<its name>."""
     name, folder = built_in(cfg), join("data", built_in(cfg))
     def span(path, kind, fate=FREE, start=0): return Span(path, start, size_of(path), kind, fate, True)
-    if name == "fineweb":                                   # 256 int32 (20240520, version 1, tokens, zeros), then uint16 tokens
+    if name == "fineweb":           # a shard: 256 int32 (20240520, version 1, number of tokens, zeros), then the tokens as uint16
         paths = [join(folder, f"fineweb_{'train' if n else 'val'}_{n:06d}.bin") for n in range(cfg.num_shards + 1)]
         os.makedirs(folder, exist_ok=True)
-        need_space(folder, 4e8 * sum(not exists(path) for path in paths))       # the shards, and the bins
+        need_space(folder, 4e8 * sum(not exists(path) for path in paths))       # 200 MB a shard, twice: the bins
         for path in paths:
             fetch(FINEWEB + basename(path), path)
             head, size = np.fromfile(path, "<i4", 256).tolist(), size_of(path)
             if head[:2] != [20240520, 1] or size != 1024 + 2 * head[2] or np.memmap(path, "<u2", "r", 1024).max() > 50256:
                 raise ValueError(f"{path} is not a whole shard of GPT-2 tokens: delete it to download it again")
         return [span(path, "tokens", TRAIN if n else VAL, 1024) for n, path in enumerate(paths)]
-    if name == "tinystories":                               # validation first: a story that is in both stays there
+    if name == "tinystories":                               # validation first: a story in both splits stays there
         files = ("TinyStoriesV2-GPT4-valid.txt", VAL), ("TinyStoriesV2-GPT4-train.txt", TRAIN)
         return [span(fetch(TINYSTORIES + file, join(folder, file)), "stories", fate) for file, fate in files]
-    require(name or cfg.input, f"{cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read by --input=FILES")
+    require(name or cfg.input, f"dataset={cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read with --input=FILES")
     paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if name == "stdlib" else []
     if name == "shakespeare": paths = [fetch(SHAKESPEARE, join(folder, "input.txt"), SHAKESPEARE_SHA)]
     for item in map(str.strip, cfg.input.split(",") if cfg.input else ()):
         if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
-        found = walk(item) if os.path.isdir(item) else [item] * (item.endswith(ENDINGS) and os.path.isfile(item))
+        found = walk(item) if os.path.isdir(item) else [item] if item.endswith(ENDINGS) and os.path.isfile(item) else []
         if not found: raise ValueError(f"--input: nothing to read in {item!r}, only {' '.join(ENDINGS)} files are read")
         paths += found
-    require(paths, f"nothing to read: Python's library here, {sysconfig.get_path('stdlib')}, has no .py files: use --input=FILES")
+    require(paths, f"nothing to read: this Python's library, {sysconfig.get_path('stdlib')}, has no .py files: use --input=FILES")
     if len(paths) > 1 or paths[0].endswith(".jsonl"):
         return [span(path, "jsonl" if path.endswith(".jsonl") else "text") for path in paths]
     path, middle = paths[0], int(size_of(paths[0]) * (1 - cfg.val_fraction))    # a single text: its last part is for validation
     ahead = np.fromfile(path, np.uint8, 3, offset=middle).tobytes()
-    middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))          # on to a whole character
+    middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))          # past UTF-8 continuation bytes: whole characters
     return [Span(path, 0, middle, "single", TRAIN, True), span(path, "single", VAL, middle)]
 
 def cut(span):
@@ -183,29 +183,29 @@ def cut(span):
     yield span
 
 def parse(item):
-    """The object on a line of JSON -> its form and its parts, [(text, counts)]: what counts is learned and ends in an
-    end-of-text, the rest is only read; a question that nobody answers is left out. Here alone is the template, of plain text:
+    """The JSON object of one line -> its form and its parts, [(text, counts)]. A part that counts is trained on and ends in an
+    end-of-text; the others are only context. What follows the last answer is left out. Only here is the template, plain text:
     {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
-    def asked(question, answer): return [("user", question), ("assistant", answer)]
+    def exchange(question, answer): return [("user", question), ("assistant", answer)]
     if "text" in item: return "text", [(item["text"], True)]
-    if "chosen" in item: turns = asked(item["prompt"], item["chosen"]) + asked(item["prompt"], item["rejected"])
+    if "chosen" in item: turns = exchange(item["prompt"], item["chosen"]) + exchange(item["prompt"], item["rejected"])
     elif "instruction" in item:
-        turns = asked(item["instruction"] + ("\n\n" + item["input"] if item.get("input") else ""), item["output"])
+        turns = exchange(item["instruction"] + ("\n\n" + item["input"] if item.get("input") else ""), item["output"])
     elif "messages" in item: turns = [(m["role"], m["content"]) for m in item["messages"]]
-    else: turns = asked(item["prompt"], item["response"])
-    parts, ask = [], ""
+    else: turns = exchange(item["prompt"], item["response"])
+    parts, context = [], ""
     for role, text in turns:
-        if role == "assistant": parts, ask = parts + [(ask + "Assistant:", False), (" " + text, True)], ""
-        else: ask += role.capitalize() + ": " + text + "\n\n"
-    if not parts: raise ValueError("nobody answers")
+        if role == "assistant": parts, context = parts + [(context + "Assistant:", False), (" " + text, True)], ""
+        else: context += role.capitalize() + ": " + text + "\n\n"
+    if not parts: raise ValueError("no turn is the assistant's")
     return "pairs" if "chosen" in item else "answers", parts
 
 def to_bytes(text):
-    try: return text.encode("utf-8", "surrogateescape")                         # what was not UTF-8 comes out as it went in
-    except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # but not beside half a pair, \ud83d
+    try: return text.encode("utf-8", "surrogateescape")                         # bytes that were not UTF-8 come back unchanged
+    except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # but not beside a lone surrogate such as \ud83d
 
 def documents(unit):
-    """The documents of spans, empty ones too: (span, form, [(bytes, counts)]), see parse. Most have one part, and it counts."""
+    """Yield the documents of spans, even empty ones: (span, form, [(bytes, counts)]), see parse. Most have one part; it counts."""
     for span in unit:
         with open(span.path, "rb") as f:
             f.seek(span.start)
@@ -213,7 +213,8 @@ def documents(unit):
         if span.kind not in MANY: yield span, "text", [(data, True)]
         elif span.kind == "stories":
             stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
-            for story in stories[:-1] + stories[-1:] * bool(stories[-1]): yield span, "text", [(story, True)]
+            if not stories[-1]: stories.pop()               # nothing stands behind the last separator
+            for story in stories: yield span, "text", [(story, True)]
         else:
             for n, line in enumerate(data.split(b"\n"), 1):
                 if not line.strip(): continue
@@ -221,22 +222,22 @@ def documents(unit):
                     form, parts = parse(json.loads(line.decode("utf-8-sig", "surrogateescape")))
                     parts = [(to_bytes(text), counts) for text, counts in parts]
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-                    with open(span.path, "rb") as f:        # the lines before the span
+                    with open(span.path, "rb") as f:        # count the lines before the span, too
                         n += sum(1 for _ in itertools.takewhile(lambda _: f.tell() <= span.start, f))
-                    raise ValueError(f'{span.path}, line {n}: not a JSON object with a "text", nor "messages", prompt and '
-                                     f"response, instruction and output, or prompt, chosen and rejected, all of them text "
+                    raise ValueError(f'{span.path}, line {n}: not a JSON object with "text", "messages", "prompt" and '
+                                     '"response", "instruction" and "output", or "prompt", "chosen" and "rejected", as strings '
                                      f"({e!r:.99}): {line[:60]!r}") from None
                 yield span, form, parts
 
 # ---- documents -> splits -> token ids ------------------------------------------------------------------------------------
 def key_of(span, parts):
-    """64 bits of the sha256 of a document, of a part of a long one together with where it stands."""
+    """64 bits of the sha256 of a document's text; a later part of a long document is hashed together with its offset."""
     digest = hashlib.sha256((0 if span.kind in MANY else span.start).to_bytes(8, "little"))
     for text, _ in parts: digest.update(text)
     return int.from_bytes(digest.digest()[:8], "little")
 
 def read_unit(unit):
-    """-> a row for each document, or part of one (size: bytes; counts: bytes to learn), and the set of their forms."""
+    """-> a row for each document or part of one (size: its bytes; counts: those trained on), and the set of their forms."""
     docs = list(documents(unit))
     rows = [(key_of(span, parts), sum(len(text) for text, _ in parts), sum(len(text) for text, counts in parts if counts),
              span.fate, span.last) for span, _, parts in docs]
@@ -244,52 +245,53 @@ def read_unit(unit):
     return np.array(rows, kinds), {form for _, form, _ in docs}
 
 def choose(rows, val_fraction):
-    """TRAIN, VAL or DROP for each row; the numbers of duplicate and of empty documents. A document's split hangs on its own key,
-    so it stays when others are added; but the smallest key is always in VAL, the largest in TRAIN. The key of a long text is the
-    sum of its parts'. Of n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
+    """-> TRAIN, VAL or DROP for each row; number of duplicates; number of empty documents. A document's split depends only on its
+    own key, so adding others does not move it; but the smallest key is always in VAL, the largest in TRAIN. A long document's
+    key is the sum of its parts' keys. Among n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
     ends = np.flatnonzero(rows["last"])
     starts, fate = np.append(0, ends[:-1] + 1), rows["fate"][ends]
     keys, empty = np.add.reduceat(rows["key"], starts), np.add.reduceat(rows["size"], starts) == 0
-    again = ~empty
-    again[np.unique(keys, return_index=True)[1]] = False
-    fate[again | empty] = DROP
+    duplicate = ~empty
+    duplicate[np.unique(keys, return_index=True)[1]] = False        # the first document with its key
+    fate[duplicate | empty] = DROP
     if (free := fate == FREE).any():
         limit = np.clip(np.uint64(val_fraction * 2 ** 64), keys[free].min() + np.uint64(1), keys[free].max())
         fate[free] = np.where(keys[free] < limit, VAL, TRAIN)
     if not {TRAIN, VAL} <= set(fate.tolist()):
-        raise ValueError(f"one document does not make two splits: give more, or one .txt file, long enough for {val_fraction=}")
-    return np.repeat(fate, ends + 1 - starts), int(again.sum()), int(empty.sum())
+        raise ValueError(f"one document does not make two splits: give more, or one text file long enough for {val_fraction=}")
+    return np.repeat(fate, ends + 1 - starts), int(duplicate.sum()), int(empty.sum())
 
 def read_again(unit, rows):
     docs = list(documents(unit))
     if [key_of(span, parts) for span, _, parts in docs] != rows["key"].tolist():
-        raise ValueError(f"{unit[0].path} or one after it changed while it was being read: run again")
+        raise ValueError(f"{unit[0].path} or a file after it changed while it was being read: run again")
     return docs
 
 def encode_unit(tok, n_files, job):
-    """(unit, rows of its documents) -> what they add to the first n_files of FILES: the ids of both splits, and which of them
-    count."""
+    """(unit, rows of its documents) -> the bytes they add to each of the first n_files of FILES: the ids of each split, then for
+    each split which ids count."""
     unit, rows = job
     docs = read_again(unit, rows)
     kept = [(text, counts, span, fate) for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP
             for text, counts in parts]
-    encoded = [np.frombuffer(k[0], "<u2") for k in kept] if unit[0].kind == "tokens" else tok.encode_batch(k[0] for k in kept)
+    texts = [text for text, *_ in kept]
+    encoded = [np.frombuffer(text, "<u2") for text in texts] if unit[0].kind == "tokens" else tok.encode_batch(texts)
     eot, out = np.array([tok.special_tokens.get(ENDOFTEXT, 0)], "<u2"), [[] for _ in FILES]
     for (_, counts, span, fate), ids in zip(kept, encoded):
         ends = counts and span.last and span.kind in ("text", *MANY)        # a single text needs no end-of-text
-        out[fate] += [ids, eot[:ends]]                                      # FILES[fate] and FILES[2 + fate] are its split's
-        out[2 + fate].append(bytes([counts]) * (len(ids) + ends))
+        out[fate] += [ids, eot[:ends]]                                      # FILES[fate] is the split's .bin,
+        out[2 + fate].append(bytes([counts]) * (len(ids) + ends))           # FILES[2 + fate] its .mask
     return [b"".join(parts) for parts in out[:n_files]]
 
 def write_bins(work, encode, jobs, names):
-    """Write what encode(jobs) yields, see encode_unit, to the files of these names in `work`. state.json says how far they are,
-    and never more than is safely on the disk."""
+    """Append what encode(jobs) yields (see encode_unit) to the files `names` in the folder `work`. state.json records how far
+    they are, but never more than is safely on disk."""
     paths, state, done, sizes = [join(work, name) for name in names], join(work, "state.json"), 0, [0] * len(names)
-    with contextlib.suppress(OSError, ValueError, TypeError):               # there is none, or it is damaged: from the start
-        units, saved = bpe.read(state, json.loads)
-        if 0 < units <= len(jobs) and all(0 <= size <= size_of(path) for path, size in zip(paths, saved, strict=True)):
-            done, sizes = units, saved                                      # else killed while the files got their names
-    if done: print(f"going on: {done} of {len(jobs)} units are encoded", flush=True)
+    with contextlib.suppress(OSError, ValueError, TypeError):               # state.json is missing or damaged: start over
+        units, ends = bpe.read(state, json.loads)
+        if 0 < units <= len(jobs) and all(0 <= end <= size_of(path) for path, end in zip(paths, ends, strict=True)):
+            done, sizes = units, ends                                       # if not: killed while the files were being renamed
+    if done: print(f"going on: {done} of {len(jobs)} units are already encoded", flush=True)
     files, saved = [open(path, "ab") for path in paths], time.time()
     for f, size in zip(files, sizes): f.truncate(f.seek(size))
     for done, arrays in enumerate(encode(jobs[done:]), done + 1):
@@ -303,39 +305,43 @@ def write_bins(work, encode, jobs, names):
     for f in files: f.close()
 
 def count_tokens(path, tok):
-    """The numbers of documents and of bytes in a bin."""
+    """-> how many documents and how many bytes of text a bin holds."""
     ids, eot = np.memmap(path, "<u2", "r"), tok.special_tokens[ENDOFTEXT]
     counts = sum(np.bincount(ids[at:at + UNIT], minlength=tok.vocab_size) for at in range(0, len(ids), UNIT))
     return int(counts[eot]), int(sum(counts[i] * len(token) for i, token in tok.vocab.items() if i != eot))
 
 # ---- the dataset's folder ------------------------------------------------------------------------------------------------
 def knobs(cfg):
-    """The knobs that decide what is in data/<dataset>, a tokenizer's file as its sha256. ValueError for what cannot be right."""
+    """The knobs that decide what data/<dataset> holds, a tokenizer file as its sha256. ValueError if they cannot work."""
     named = cfg.tokenizer in ("bpe", "gpt2")
-    require(re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: letters, digits, _ . -")
+    require(re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: use letters, digits, _ . -")
     require(not (cfg.input and built_in(cfg)), f"--input needs a --dataset=NAME of its own: {cfg.dataset!r} is a built-in text")
     require(built_in(cfg) != "fineweb" or cfg.tokenizer == "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2")
     require(cfg.tokenizer != "bpe" or 256 <= cfg.vocab_size <= 65536,
-            f"vocab_size={cfg.vocab_size} must lie between 256, the bytes, and 65536, what uint16 holds")
+            f"vocab_size={cfg.vocab_size} must be between 256 (the bytes) and 65536 (what uint16 holds)")
     require(named or os.path.isfile(cfg.tokenizer), f"tokenizer={cfg.tokenizer!r} is neither bpe nor gpt2 nor a file")
-    names = ["input"] * bool(cfg.input) + ["vocab_size", "split_pattern"] * (cfg.tokenizer == "bpe")
+    names = (["input"] if cfg.input else []) + (["vocab_size", "split_pattern"] if cfg.tokenizer == "bpe" else [])
     names += {"fineweb": ["num_shards"], "tinystories": []}.get(built_in(cfg), ["val_fraction"])
     return {"tokenizer": cfg.tokenizer if named else sha256(cfg.tokenizer)} | {name: getattr(cfg, name) for name in names}
 
 def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 
 def verify(cfg):
-    """The contents of meta.json. FileNotFoundError if the dataset is not prepared; ValueError with the remedy if it was prepared
-    with other knobs than cfg's, or its bins are not whole."""
+    """-> the contents of meta.json. Raises FileNotFoundError if the dataset is not prepared; ValueError, with the remedy, if it
+    was prepared with knobs other than cfg's or its files are not whole."""
     folder, again, wanted = join("data", cfg.dataset), "run prepare.py with this config again", knobs(cfg)
     if not prepared(cfg): raise FileNotFoundError(f"{folder} is not prepared: run prepare.py with this config")
-    needed = operator.itemgetter("knobs", "tokens", "sha256", "vocab_size", "tokenizer", "tokenizer_hash")
-    try: meta, made_with = bpe.read(join(folder, "meta.json"), lambda text: ((meta := json.loads(text)), {**needed(meta)[0]}))
-    except ValueError: raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
+    try:
+        meta = bpe.read(join(folder, "meta.json"), json.loads)
+        made_with = {**meta["knobs"]}
+        if not {"tokens", "sha256", "vocab_size", "tokenizer", "tokenizer_hash"} <= {*meta}: raise LookupError
+    except (ValueError, LookupError, TypeError): raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
-        found, file = made_with.get(key), key == "tokenizer" and os.path.isfile(cfg.tokenizer)
-        if found != value and not (file and bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]):
-            raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
+        found = made_with.get(key)
+        same = found == value
+        if not same and key == "tokenizer" and os.path.isfile(cfg.tokenizer):       # another file may hold the same tokenizer
+            same = bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]
+        if not same: raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
     try: whole = meta["tokenizer"] == "gpt2" or bpe.Tokenizer.load(join(folder, "tokenizer.json")).hash == meta["tokenizer_hash"]
     except (ValueError, OSError): whole = False
@@ -350,11 +356,11 @@ def train_tokenizer(cfg, jobs):
     docs = (doc for unit, rows in jobs for doc, fate in zip(read_again(unit, rows), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
-    special = (ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256 are the bytes and nothing else
+    special = (ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256: the bytes and nothing else
     return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, verbose=True)
 
 def lock(path, busy=""):
-    """-> a file that, while it is open, is nobody else's. Where it is: None, or after saying `busy` a wait until it is free."""
+    """-> an open file that holds a lock until it is closed. If another process has the lock: None, or print `busy` and wait."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     file = open(path, "w")
     with contextlib.suppress(ImportError, OSError):         # Windows and some network disks have no such locks
@@ -369,55 +375,57 @@ def lock(path, busy=""):
 def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
     folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or built_in(cfg), "knobs": knobs(cfg)}
-    given = cfg.tokenizer != "bpe" and (bpe.Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else bpe.Tokenizer.load(cfg.tokenizer))
+    given = None            # a tokenizer that need not be trained
+    if cfg.tokenizer != "bpe": given = bpe.Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else bpe.Tokenizer.load(cfg.tokenizer)
     if given: check_vocab(cfg, given.vocab_size)
     parts = itertools.chain(*map(cut, sources(cfg)))
     units = list(bpe.groups(parts, UNIT, lambda span: span.stop - span.start))
-    parted = ENDOFTEXT in given.special_tokens if given else cfg.vocab_size > 256
-    if not parted and units[0][0].kind != "single":
+    has_eot = ENDOFTEXT in given.special_tokens if given else cfg.vocab_size > 256
+    if not has_eot and units[0][0].kind != "single":
         raise ValueError(f"the tokenizer has no {ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
-    size = sum(span.stop - span.start for unit in units for span in unit)
-    def every(label, function, jobs):                       # function(job) for each job, in order, from all cores
+    spans = [span for unit in units for span in unit]
+    size, n_files = sum(span.stop - span.start for span in spans), len({span.path for span in spans})
+    def every(label, function, jobs):                       # function(job) for each job, in order, on all cores
         add = progress(label, size * len(jobs) / len(units))
         for result in bpe.in_order(function, jobs, cfg.workers or os.cpu_count()):
             add(size / len(units))
             yield result
-    found, forms = zip(*every("read", read_unit, units))
-    rows, forms = np.concatenate(found), set().union(*forms)
+    unit_rows, forms = zip(*every("read", read_unit, units))
+    rows, forms = np.concatenate(unit_rows), set().union(*forms)
     if not rows["size"].any(): raise ValueError(f"nothing to read: {meta['source']} has nothing but empty documents")
-    if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: here are other texts")
+    if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: the input has others")
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
     rows["fate"], meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
     if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
-    print(f"{meta['source']}: {size:,} bytes in {len({span.path for unit in units for span in unit}):,} files, dropped "
-          f"{meta['duplicates']:,} duplicate and {meta['empty']:,} empty documents", flush=True)
+    print(f"{meta['source']}: {size:,} bytes in {n_files:,} files, dropped {meta['duplicates']:,} duplicate and "
+          f"{meta['empty']:,} empty documents", flush=True)
     locked = lock(join("data", f".{cfg.dataset}.lock"), f"{folder} is being prepared by another run: waiting for it")
     if prepared(cfg):
         try:
             if verify(cfg).get("text_hash") == meta["text_hash"]: return print(f"{folder} is prepared already, nothing to do")
             print(f"preparing again: the text has changed since {folder} was prepared")
-        except ValueError as e: print(f"{e}: doing that")
+        except ValueError as e: print(f"{e}: doing so")
 
     work = join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
-    path, names = join(work, "gpt2" if cfg.tokenizer == "gpt2" else "tokenizer.json"), FILES[:4 if masked else 2]
-    jobs = list(zip(units, np.split(rows, np.cumsum(list(map(len, found))))))
+    names, tok_path = FILES[:4 if masked else 2], join(work, "gpt2" if cfg.tokenizer == "gpt2" else "tokenizer.json")
+    jobs = list(zip(units, np.split(rows, np.cumsum(list(map(len, unit_rows))))))
     os.makedirs(work, exist_ok=True)
     there = sum(size_of(join(work, name)) for name in names)
-    need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - there)    # an id is two bytes; a token, two of text or more
-    if not exists(path): (given or train_tokenizer(cfg, jobs)).save(path)
-    tok = given or bpe.Tokenizer.load(path)
+    need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - there)    # an id is two bytes; most tokens are two or more
+    if not exists(tok_path): (given or train_tokenizer(cfg, jobs)).save(tok_path)
+    tok = given or bpe.Tokenizer.load(tok_path)
     write_bins(work, lambda jobs: every("encode", functools.partial(encode_unit, tok, len(names)), jobs), jobs, names)
     def count(key): return {name: int(rows[key][rows["fate"] == split].sum()) for split, name in enumerate(SPLITS)}
     meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),
              "bytes": count("size"), "vocab_size": tok.vocab_size, "dtype": "uint16", "eot": tok.special_tokens.get(ENDOFTEXT),
-             "tokenizer_hash": tok.hash, "tokenizer": basename(path), "sha256": {n: sha256(join(work, n)) for n in names}}
+             "tokenizer_hash": tok.hash, "tokenizer": basename(tok_path), "sha256": {n: sha256(join(work, n)) for n in names}}
     if masked: meta["answers"] = {"bytes": count("counts"), "tokens": {
         split: int(np.memmap(join(work, split + ".mask"), np.uint8).sum()) for split in SPLITS}}
     for split in SPLITS if built_in(cfg) == "fineweb" else ():
         meta["documents"][split], meta["bytes"][split] = count_tokens(join(work, split + ".bin"), tok)
     write(join(work, "meta.json"), lambda f: f.write(json.dumps(meta, indent=1).encode()))
 
-    for name in ("meta.json", "tokenizer.json", *FILES[2:]):    # without meta.json there is no dataset: nobody sees half of one
+    for name in ("meta.json", "tokenizer.json", *FILES[2:]):    # meta.json goes first and comes last: nobody sees half a dataset
         if exists(join(folder, name)): os.remove(join(folder, name))
     for name in (*FILES, "tokenizer.json", "meta.json"):
         if exists(join(work, name)): os.replace(join(work, name), join(folder, name))

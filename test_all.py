@@ -1980,7 +1980,7 @@ def test_prepare_preference_pairs(tmp_path, monkeypatch):
 def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {"a.jsonl": '{"prompt": "x", "response": "y"}\n' + json.dumps(line)})
-    with pytest.raises(ValueError, match='in/a.jsonl, line 2: not a JSON object with a "text", nor "mess') as e: prepare_run()
+    with pytest.raises(ValueError, match='in/a.jsonl, line 2: not a JSON object with "text", "mess') as e: prepare_run()
     assert "\n" not in str(e.value)
 
 

@@ -57,8 +57,8 @@ class GPTConfig:
                 f"rope_scaling={self.rope_scaling!r}, rope_factor={self.rope_factor}, pos={self.pos!r}: "
                 "a scaling and a factor above 1 belong together, and both need pos='rope'")
         require(set(self.window_pattern) <= set("SL") and ("S" in self.window_pattern) == (self.window > 0),
-                f"window_pattern={self.window_pattern!r}, window={self.window}: the pattern may hold S and L; "
-                "an S needs a window above 0, and a window needs an S, as in 'SSSL' and 128")
+                f"window_pattern={self.window_pattern!r} and window={self.window} belong together: the pattern may hold S and L, "
+                "and it needs an S if window is above 0, as in 'SSSL' and 128, or none if window is 0")
         require(not self.norm_gain or self.norm == "rmsnorm", "norm_gain is for norm='rmsnorm': layernorm always has a gain")
 
     head_dim = property(lambda self: self.head_size or self.n_embd // self.n_head)
@@ -77,7 +77,7 @@ class GPTConfig:
 class Config(GPTConfig):
     """GPTConfig plus the knobs of data, tokenizer, training and sampling. `cfg.model()` is the GPTConfig alone."""
     # data (prepare.py)
-    dataset: str = "stdlib"         # stdlib, shakespeare, tinystories, fineweb (stdlib_x: same text, own folder); or yours: --input
+    dataset: str = "stdlib"         # stdlib, shakespeare, tinystories, fineweb (stdlib_x: same text, own folder), or your --input
     input: str = ""                 # your own files or folders (.txt .md .py .jsonl), comma separated; bench.py eval: files
     tokenizer: str = "bpe"          # bpe = train one on the training split; gpt2; or the path of a tokenizer.json
     split_pattern: Literal["gpt2", "gpt4"] = "gpt2"                 # how bpe cuts text into words before merging
@@ -181,7 +181,7 @@ def require(ok, message):
     if not ok: raise ValueError(message)
 
 def coerce(key, value, word=False):
-    """`value` checked and converted to knob `key`'s type; a word is parsed first: coerce("max_iters", "1e3", word=True) -> 1000"""
+    """`value`, checked, as knob `key`'s type; a `word` is parsed first: coerce("max_iters", "1e3", word=True) -> 1000"""
     kind = KINDS[key]
     choices = (True, False) if kind is bool else typing.get_args(kind)
     if word and choices: value = {str(choice).lower(): choice for choice in choices}.get(value.lower(), value)

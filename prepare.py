@@ -205,7 +205,7 @@ def to_bytes(text):
     except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # but not beside a lone surrogate such as \ud83d
 
 def documents(unit):
-    """Yield the documents of spans, even empty ones: (span, form, [(bytes, counts)]), see parse. Most have one part; it counts."""
+    """Yield the documents of spans, empty ones too: (span, form, [(bytes, counts)]), see parse. Most have one part; it counts."""
     for span in unit:
         with open(span.path, "rb") as f:
             f.seek(span.start)

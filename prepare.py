@@ -45,7 +45,7 @@ def sha256(path):
 
 def need_space(folder, size):
     free = shutil.disk_usage(folder).free
-    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free: make room")
+    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB, only {free / 1e6:,.0f} MB are free: make room")
 
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
     """Download url to path unless it exists; -> path. Resumes where it stopped (HTTP Range), retries after `wait` * 1, 2, 4...
@@ -53,7 +53,7 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
     sha256 (the given one, or the hub's in its header X-Linked-Etag) are checked before the file gets its name; a given sha256 is
     checked on an existing file, too. Two processes at once are safe, but both download."""
     def fail(why):
-        raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand, or use config/stdlib.py: it needs none")
+        raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand (config/stdlib.py needs no download)")
     if exists(path):
         if not sha or sha256(path) == sha: return path
         raise ValueError(f"{path} is not {url} (its sha256 is not {sha}): delete it to download it again")
@@ -393,7 +393,7 @@ def main(cfg):
     unit_rows, forms = zip(*every("read", read_unit, units))
     rows, forms = np.concatenate(unit_rows), set().union(*forms)
     if not rows["size"].any(): raise ValueError(f"nothing to read: {meta['source']} has nothing but empty documents")
-    if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: the input has others")
+    if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: leave out the rest")
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
     rows["fate"], meta["duplicates"], meta["empty"] = choose(rows, cfg.val_fraction)
     if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
@@ -410,8 +410,8 @@ def main(cfg):
     names, tok_path = FILES[:4 if masked else 2], join(work, "gpt2" if cfg.tokenizer == "gpt2" else "tokenizer.json")
     jobs = list(zip(units, np.split(rows, np.cumsum(list(map(len, unit_rows))))))
     os.makedirs(work, exist_ok=True)
-    there = sum(size_of(join(work, name)) for name in names)
-    need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - there)    # an id is two bytes; most tokens are two or more
+    written = sum(size_of(join(work, name)) for name in names)
+    need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - written)  # an id is two bytes; most tokens are two or more
     if not exists(tok_path): (given or train_tokenizer(cfg, jobs)).save(tok_path)
     tok = given or bpe.Tokenizer.load(tok_path)
     write_bins(work, lambda jobs: every("encode", functools.partial(encode_unit, tok, len(names)), jobs), jobs, names)

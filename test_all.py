@@ -1,9 +1,9 @@
 """
-What every stage promises, each against an independent twin: naive code, float64, a library.
+What every stage promises, each promise checked against an independent twin: naive code, float64 arithmetic, another library.
 
-    python -m pytest test_all.py                    # everything that can run here; a skip says what would make it run
+    python -m pytest test_all.py                    # all that can run here; each skip says what it needs
     python -m pytest test_all.py -k "model or train"
-    python -m pytest test_all.py -k peer            # against the optional peers: pip install transformers tokenizers ..
+    python -m pytest test_all.py -k peer            # against optional libraries: pip install transformers tokenizers ..
 """
 import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
 import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
@@ -11,7 +11,7 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # before numpy and torch: for matrices so small, threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # set before importing numpy and torch: such small matrices only lose by threads
 import numpy as np
 import pytest
 import tiktoken
@@ -35,7 +35,7 @@ import sample
 import train
 
 
-# ============================================================================ config/
+# ======================================================== config/: defaults, files and flags in order; errors name the knob
 
 CONFIG_FILES = sorted(p for p in glob.glob(os.path.join(HERE, "config", "*.py")) if not p.endswith("__init__.py"))
 
@@ -46,13 +46,13 @@ def test_config_run_prints_names_that_no_terminal_can_show(monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     config.run(lambda cfg: print("\udcff é", flush=True))
     assert out.buffer.getvalue() == b"\\udcff \\xe9\n"
-    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=out.write, flush=out.flush))     # as a notebook's
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=out.write, flush=out.flush))     # like a notebook's stdout
     config.run(lambda cfg: print("there", flush=True))
     assert out.buffer.getvalue().endswith(b"there\n")
 
 
 def test_config_order_types_and_flags():
-    """What is said on the command line wins over a file, whatever the order; 1e3 is an int, a value may contain =."""
+    """The command line overrides config files wherever it names them; 1e3 is accepted as an int; a value may contain =."""
     path = os.path.join(HERE, "config", "stdlib.py")
     cfg = config.load(["--max_iters=1e3", path, "--start=a=b", "--no_bias", "--compile", "--dropout=0"])
     found = cfg.dataset, cfg.max_iters, cfg.start, cfg.bias, cfg.compile, cfg.dropout
@@ -62,8 +62,8 @@ def test_config_order_types_and_flags():
 
 @pytest.mark.parametrize("argv, message", [
     (["--max_iter=3"], "did you mean 'max_iters'"), (["nothing.py"], "no config file"),
-    (["--min_lr=1e-4"], "did you mean 'min_lr_frac'"),          # nanoGPT's name, for which the nearest of ours is min_p
-    # of another type
+    (["--min_lr=1e-4"], "did you mean 'min_lr_frac'"),          # nanoGPT's name; by spelling alone, min_p would be nearest
+    # wrong type
     (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
     (["--max_iters=1e30"], "wants int"), (["--max_iters=None"], "wants int, not 'None'"), (["--bias=1"], "wants True or False"),
     (["--compile=1"], "wants True or False or None, not '1'"), (["--mlp=foo"], "'relu2' or 'swiglu' or 'gelu'"),
@@ -72,7 +72,7 @@ def test_config_order_types_and_flags():
     (["--max_iters=-3"], "negative"), (["--batch_size=0"], "at least 1"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"),
     (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"), (["--min_p=1.5"], "in [0, 1]"),
     (["--val_fraction=1"], "in (0, 1)"),
-    # what does not go together
+    # knobs that contradict each other
     (["--n_embd=100"], "n_embd=100 is not divisible by n_head=12"),
     (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"), (["--n_embd=12"], "must be even"),
     (["--tie_weights"], "zero_init"), (["--norm_gain", "--norm=layernorm"], "norm_gain"),
@@ -86,7 +86,7 @@ def test_config_errors(argv, message):
 
 def test_config_file_errors(tmp_path):
     (tmp_path / "good.py").write_text("import math\n_half = 3\nn_layer = 2 * _half")
-    assert config.load([str(tmp_path / "good.py")]).n_layer == 6            # modules and what begins with _ are no knobs
+    assert config.load([str(tmp_path / "good.py")]).n_layer == 6            # modules and names that begin with _ are not knobs
     for text, message in (("max_iters = 'ten'", "max_iters wants int, not 'ten'"), ("bias = 1", "not 1"),
                           ("n_layers = 3", "did you mean 'n_layer'"), ("x = (", "SyntaxError")):
         (tmp_path / "bad.py").write_text(text)
@@ -107,28 +107,28 @@ def test_config_help_names_every_knob_and_comment():
 
 
 def test_config_every_knob_is_used():
-    """No dead options: each is read by a script, or by a check in config itself."""
+    """No dead options: every knob is read by a script or checked in config itself."""
     source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in ("prepare", "train", "sample", "bench", "model"))
     source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"(cfg|config|self)\.{f.name}\b", source)]
 
 
 def test_config_files_load(capsys):
-    """main(load(words)) is all a script does, and load is shared."""
+    """Any script can load any config file: they all call main(load(words)), and load is shared."""
     for path in CONFIG_FILES:
         cfg = config.load([path, "--seed=7"])
         assert cfg.seed == 7 and cfg.model().vocab_size <= 65536
     with pytest.raises(SystemExit): config.load([path, "--help"])
     assert "--max_iters" in capsys.readouterr().out
 
-# ============================================================================ model.py
+# ======================================================== model.py: naive float64 models; transformers
 
 def tiny(**kw):
     return config.GPTConfig(**{**dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32), **kw})
 
 
 def tiny_gpt(seed=0, noise=0.2, **kw):
-    """A small model with no parameter left at zero, so that every path matters."""
+    """A small model with no parameter left at zero, so that an error in any path shows."""
     torch.manual_seed(seed)
     model = model_py.GPT(tiny(**kw)).eval()
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_model_dropout_is_in_every_place_and_only_in_training(monkeypatch):
     monkeypatch.setattr(model_py, "attention", lambda q, *args: seen.append(args[-1]) or q)
     for on in (True, False):
         model.train(on)(torch.zeros(1, 3, dtype=torch.long))
-        assert seen == [0.3 * on] * 7            # embedding; attention, its output and the MLP of two layers
+        assert seen == [0.3 * on] * 7            # the embedding; in each of 2 layers attention, its output and the MLP
         seen.clear()
 
 
@@ -165,14 +165,14 @@ def test_model_rope_is_complex_multiplication():
     turn = torch.polar(torch.ones_like(angle), angle)
     ours = model_py.apply_rope(x, cos.double(), sin.double())
     torch.testing.assert_close(ours, torch.cat(((z * turn).real, (z * turn).imag), -1), atol=2e-6, rtol=0)
-    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)       # q.k depends on the distance alone
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)       # q.k depends only on the distance
     dot = lambda i, j: (model_py.apply_rope(q, cos[i], sin[i]) * model_py.apply_rope(k, cos[j], sin[j])).sum()
     torch.testing.assert_close(dot(9, 4), dot(25, 20), atol=1e-5, rtol=1e-5)
     assert (dot(9, 4) - dot(9, 5)).abs() > 1e-3
 
 
 def naive_attention(q, k, v):
-    """Float64, row by row, the textbook formula; bottom-right aligned; grouped heads by index."""
+    """The textbook formula in float64, one query at a time: causal, aligned bottom-right, grouped heads by index."""
     B, H, T, D = q.shape
     S, out = k.shape[2], torch.zeros_like(q)
     for b, h, i in itertools.product(range(B), range(H), range(T)):
@@ -190,7 +190,7 @@ def test_model_attention_against_naive_float64(T, S, K):
 
 
 def naive_gpt2(p, idx, n_head, n_layer):
-    """GPT-2's forward from its state dict, in plain float64 algebra, sharing nothing with model.py."""
+    """GPT-2's forward pass from a state dict, in plain float64 algebra; shares no code with model.py."""
     p = {k: v.double() for k, v in p.items()}
     normalised = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     ln = lambda x, n: normalised(x) * p[n + ".weight"] + p[n + ".bias"]
@@ -213,7 +213,7 @@ def test_model_classic_against_naive_gpt2():
 
 
 def test_model_modern_against_naive():
-    """RMSNorm, QK-norm, RoPE, ReLU^2, soft-cap, untied: written out once more in float64."""
+    """RMSNorm, QK-norm, RoPE, ReLU^2, soft-cap and an untied head, written out independently in float64."""
     model, idx = tiny_gpt(logit_softcap=3.0, n_kv_head=2), torch.randint(61, (2, 11))
     p = {k: v.double() for k, v in model.state_dict().items()}
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -237,7 +237,7 @@ def test_model_modern_against_naive():
 @pytest.mark.parametrize("kw", SHAPES)
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 8, 3], [19, 1]])
 def test_model_cached_logits_equal_uncached(kw, chunks):
-    """Whether the text comes whole, token by token or in pieces."""
+    """Whether the text is fed whole, token by token or in chunks."""
     model, idx = tiny_gpt(**kw), torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
     cache = model_py.KVCache(model.config, 2, 20, torch.device("cpu"), torch.float32)
     logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
@@ -247,7 +247,7 @@ def test_model_cached_logits_equal_uncached(kw, chunks):
 
 @pytest.mark.parametrize("kw", SHAPES)
 def test_model_ragged_cache_equals_solo_rows(kw):
-    """Prompts of different lengths in one batch, then steps; and rows dropped and reordered, as beams do."""
+    """Prompts of different lengths in one batch, then single steps; then rows are dropped and reordered, as beam search does."""
     model, lengths = tiny_gpt(**kw), [3, 9, 1]
     rows = [torch.randint(61, (1, n + 4)) for n in lengths]
     padded = torch.zeros(3, 9, dtype=torch.long)
@@ -268,7 +268,7 @@ def test_model_ragged_cache_equals_solo_rows(kw):
 
 
 def test_model_compiled_steps_write_into_the_cache_in_place():
-    """What the compiler allocates for a step has no tensor of a layer's cache, which would mean that it is copied."""
+    """The compiled step allocates no tensor as large as a layer's cache: allocating one would mean that the cache is copied."""
     from torch._inductor.utils import run_and_get_code
     model = tiny_gpt(n_kv_head=2).requires_grad_(False).eval()
     cache = model_py.KVCache(model.config, 3, 24, torch.device("cpu"), torch.float32)
@@ -341,7 +341,7 @@ def test_model_optimizers_cover_every_parameter_once(kw, optimizer):
 
 
 def test_model_flops_against_torch_counter():
-    """Every product in forward and backward is counted; only the attention matrix is counted whole, as PaLM does."""
+    """The FLOP estimate is torch's own count outside attention; there it counts the whole T x T matrix, as PaLM does."""
     model = model_py.GPT(tiny(block_size=32, n_embd=32, vocab_size=64)).train()
     def without_attention(self, x, *_): return self.c_proj(self.c_q(x) + self.c_k(x) + self.c_v(x))
     for block in model.transformer.h: block.attn.forward = types.MethodType(without_attention, block.attn)
@@ -349,13 +349,13 @@ def test_model_flops_against_torch_counter():
     with FlopCounterMode(display=False) as counter: model(idx, idx)[1].backward()
     assert counter.get_total_flops() == 32 * (model.estimate_flops() - 12 * 2 * 32 * 32)
     with torch.no_grad(), FlopCounterMode(display=False) as evaluation: model(idx, idx)
-    assert evaluation.get_total_flops() == counter.get_total_flops() / 3                # no gradient, nowhere
+    assert evaluation.get_total_flops() == counter.get_total_flops() / 3                # without gradients: forward only
 
 
 def model_by_kernels(model):
-    """The same model, its attention through flash_attn.py's kernels; on the GPU if there is one."""
+    """The same model with flash_attn.py's kernels for attention, on the GPU if there is one."""
     if needs_flash.args[0]: pytest.skip(needs_flash.kwargs["reason"])
-    torch.set_float32_matmul_precision("highest")       # train.py, in an earlier test, may have set TF32
+    torch.set_float32_matmul_precision("highest")       # an earlier test of train.py may have turned TF32 on
     model.to(flash_device).set_backend()
     for part in (model, *(block.attn for block in model.transformer.h)): part.backend = "flash_attn"
     return model
@@ -363,7 +363,7 @@ def model_by_kernels(model):
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
 def test_model_windows_against_naive(backend, monkeypatch):
-    """Each layer is the specification's attention with its window: S, L, and the last one sees all whatever its letter."""
+    """Each layer equals attention_ref with that layer's window: S short, L all; the last layer sees all whatever its letter."""
     model, idx = tiny_gpt(n_layer=3, window_pattern="SLS", window=3), torch.randint(61, (2, 11))
     real, seen = model_py.attention, []
     if backend == "flash_attn": model_by_kernels(model)
@@ -375,7 +375,7 @@ def test_model_windows_against_naive(backend, monkeypatch):
 
 
 def test_model_cache_by_the_kernels_equals_uncached_sdpa():
-    """A prompt of its own length in each row, then a step: windows, grouped heads and the rows' lengths reach flash_decode."""
+    """Prompts of different lengths, then one step: flash_decode gets the windows, the grouped heads and each row's length."""
     shape = dict(n_layer=3, n_kv_head=2, window_pattern="SL", window=4)
     model, plain, idx = model_by_kernels(tiny_gpt(**shape)), tiny_gpt(**shape).to(flash_device), torch.randint(61, (2, 12))
     idx, cache = idx.to(flash_device), model_py.KVCache(model.config, 2, 12, flash_device, torch.float32)
@@ -391,11 +391,11 @@ def test_model_cache_by_the_kernels_equals_uncached_sdpa():
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])
 def test_model_document_mask_equals_each_document_alone(backend):
-    """Logits and gradients of documents in a row, with windows and gradient checkpointing, are those of each alone (RoPE)."""
+    """Documents packed into a row have the logits and gradients of each alone (RoPE), with windows and gradient checkpointing."""
     shape, end = dict(n_layer=3, window_pattern="SL", window=4), 60
     model, ids = tiny_gpt(**shape).train(), torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(2))
     if backend == "flash_attn": model_by_kernels(model)
-    cuts = [(9, 10), (1, 16)]           # documents begin there, with the end-of-text token; a row may begin within one
+    cuts = [(9, 10), (1, 16)]           # where documents begin, with an end-of-text token; a row may begin inside one
     for row, at in zip(ids, cuts): row[list(at)] = end
     device = model.lm_head.weight.device
     model.doc_mask, model.grad_checkpoint, twin, ids = end, True, tiny_gpt(**shape).to(device), ids.to(device)
@@ -406,14 +406,14 @@ def test_model_document_mask_equals_each_document_alone(backend):
         for first, last in zip((0, *at), (*at, 24)):
             alone = twin(ids[b:b + 1, first:last])[0][0]
             torch.testing.assert_close(logits[b, first:last], alone, atol=2e-4, rtol=1e-4)
-            n = min(last, 23) - first               # the last token of a document predicts the next one's first
+            n = min(last, 23) - first               # a document's last token predicts the first of the next
             losses.append(torch.nn.functional.cross_entropy(alone[:n], ids[b, first + 1:first + 1 + n], reduction="sum"))
     (sum(losses) / 46).backward()
     assert loss.item() == pytest.approx(sum(losses).item() / 46, rel=1e-5)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3)
     cache = model_py.KVCache(model.config, 2, 24, device, torch.float32)
-    sampled = model.eval()(ids, cache=cache)[0]                     # with a cache, a token sees everything
+    sampled = model.eval()(ids, cache=cache)[0]                     # with a cache, documents are not masked
     torch.testing.assert_close(sampled, twin(ids)[0], atol=2e-4, rtol=1e-4)
 
 
@@ -453,7 +453,7 @@ def test_model_flops_of_windows():
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 def test_model_fused_loss_against_plain_cross_entropy(cap):
-    """Loss and both gradients in float64, over chunks that do not divide the rows, some targets ignored."""
+    """Loss and both gradients in float64, with a chunk size that does not divide the rows and some targets ignored."""
     x, w = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (23, 11))
     targets = torch.randint(11, (23,))
     targets[[0, 7, 22]] = -1
@@ -461,14 +461,14 @@ def test_model_fused_loss_against_plain_cross_entropy(cap):
     expected = torch.nn.functional.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, ignore_index=-1)
     grads = torch.autograd.grad(3 * expected, (x, w))
     def loss(x, w): return model_py.LinearCrossEntropy.apply(x, w, targets, cap, 5)
-    for work in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):       # a compiler gets other operations
+    for work in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):       # compiled, it takes another path
         ours = work(x, w)
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad(3 * ours, (x, w)), grads): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_model_fused_loss_in_float16_keeps_the_gradients_of_many_rows():
-    """Divided by so many rows they are less than float16 can hold; the loss scale meets them only afterwards."""
+    """Divided by so many rows, gradients underflow float16, and the loss scale multiplies them only later: keep them."""
     x, w = (torch.randn(n, 8, requires_grad=True) for n in (20000, 512))
     targets = torch.randint(512, (20000,))
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ w.T, targets), (x, w))
@@ -477,11 +477,11 @@ def test_model_fused_loss_in_float16_keeps_the_gradients_of_many_rows():
 
 
 def test_model_masked_targets_give_no_loss_and_no_gradient():
-    """Another token in a masked place, where nothing that counts can see it, changes neither the loss nor any gradient."""
+    """Changing a token whose target is masked, and which no counted position sees, changes neither the loss nor any gradient."""
     results = []
     for other in (5, 44):
         model, idx = tiny_gpt(), torch.arange(20).view(2, 10) % 61
-        idx[:, -1] = other                                                  # only itself and the masked target after it see it
+        idx[:, -1] = other                                                  # no other position sees it
         targets = torch.cat((idx[:, 1:], idx[:, :1]), 1).masked_fill(torch.arange(10) >= 6, -1)
         loss = model(idx, targets)[1]
         loss.backward()
@@ -491,7 +491,7 @@ def test_model_masked_targets_give_no_loss_and_no_gradient():
         rows = model(idx, targets, by_row=True)[1]
         assert rows.sum().item() == pytest.approx(-12 * loss.item(), rel=1e-5) and rows.shape == (2,)
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert model(idx, torch.full_like(idx, -1))[1].item() == 0                          # nothing counts at all
+    assert model(idx, torch.full_like(idx, -1))[1].item() == 0                          # all targets masked
 
 
 def test_model_lora_is_small_starts_as_nothing_and_merges():
@@ -524,14 +524,14 @@ def test_model_lora_is_small_starts_as_nothing_and_merges():
 
 
 def test_model_lora_learns_a_small_task():
-    """On frozen random weights, to answer by what the first token was; guessing would cost log(2) / 2 = 0.35."""
+    """LoRA on frozen random weights learns answers that depend on the first token; guessing would cost log(2) / 2 = 0.35."""
     torch.manual_seed(0)
     model = tiny_gpt(n_embd=64)
     model.add_lora(8)
     optimizers = model.configure_optimizers(config.Config(learning_rate=1e-2))
     losses = []
     for _ in range(150):
-        first = torch.randint(2, (16, 1))                   # the answer hangs on the first token
+        first = torch.randint(2, (16, 1))                   # the answer depends on it
         idx = torch.cat((first, torch.full((16, 3), 7), 20 + first, 30 + first), 1)
         targets = idx[:, 1:].masked_fill(torch.arange(5) < 3, -1)
         loss = model(idx[:, :-1], targets)[1]
@@ -549,11 +549,11 @@ def test_model_generate_matches_argmax_recompute_and_passes_the_context():
     assert torch.equal(out, expected)
     fed = expected = idx
     for _ in range(60):
-        if fed.shape[1] > 32: fed = expected[:, -16:]                           # block_size is 32: its newer half is read again
+        if fed.shape[1] > 32: fed = expected[:, -16:]                           # past block_size: feed its newer half again
         new = model(fed)[0][:, -1].argmax(-1, keepdim=True)
         fed, expected = torch.cat((fed, new), 1), torch.cat((expected, new), 1)
     assert torch.equal(model.generate(idx, 60, temperature=0), expected)
-    assert torch.equal(model.generate(idx, 9, temperature=1e-4), out[:, :14])   # so cold that it is the argmax
+    assert torch.equal(model.generate(idx, 9, temperature=1e-4), out[:, :14])   # nearly zero: the argmax
     a, b, c = (model.generate(idx, 9, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -585,12 +585,12 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file")))
         with pytest.raises(OSError, match="free space"): model_py.save_checkpoint(path, {})
-    assert os.listdir(tmp_path) == ["ckpt.pt"] and model_py.load_checkpoint(path)      # the old file stands, no rubbish beside it
+    assert os.listdir(tmp_path) == ["ckpt.pt"] and model_py.load_checkpoint(path)      # the old file, and nothing beside it
     data = (tmp_path / "ckpt.pt").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 5):
         (tmp_path / "cut.pt").write_bytes(data[:cut])
         with pytest.raises(ValueError, match="\\): train again"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
-    torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # tensors and primitives only: what unpickles may run code
+    torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # only tensors and primitives: unpickling objects can run code
     with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     for odd in (dict(config={}), dict(config=5), dict(), dict(config=vars(model.config) | dict(n_head=3))):
         os.makedirs(tmp_path / "odd", exist_ok=True)
@@ -634,7 +634,7 @@ OUR_MODELS = {
 
 
 def hf_made(name, **changes):
-    """transformers' model with every weight random: gains, biases and all."""
+    """The transformers model of that name with every weight random, gains and biases included."""
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     kind, kw = HF_MODELS[name]
     torch.manual_seed(3)
@@ -646,7 +646,7 @@ def hf_made(name, **changes):
 
 
 def hf_same(ours, theirs):
-    """Logits to 1e-4 on random ids, and the same greedy text with both caches."""
+    """Logits agree to 1e-4 on random ids, and both generate the same greedy text through their own caches."""
     idx = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
     new = min(50, ours.config.block_size - 14)
@@ -657,7 +657,7 @@ def hf_same(ours, theirs):
 
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_model_from_transformers_peer(name, tmp_path):
-    """A folder of theirs, whole or in shards, is the same model here; written back it is the same tensors; old files too."""
+    """Their folder, in one file, shards or an older format, loads as the same model; exported again, it has the same tensors."""
     theirs = hf_made(name)
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "many", max_shard_size="10KB")
@@ -672,7 +672,7 @@ def test_model_from_transformers_peer(name, tmp_path):
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
     for (a, x), (b, y) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True):
         assert a == b and torch.equal(x, y), a
-    # transformers 4 wrote rope_theta and rope_scaling instead, and GPT-2's own file leaves out the prefix but keeps the masks
+    # Older formats: transformers 4 wrote rope_theta and rope_scaling; GPT-2's own file has no prefix but stores the causal masks
     path = tmp_path / "one" / "config.json"
     d = json.loads(path.read_text())
     if rope := d.pop("rope_parameters", None):
@@ -689,7 +689,7 @@ def test_model_from_transformers_peer(name, tmp_path):
 
 @pytest.mark.parametrize("name", OUR_MODELS)
 def test_model_to_transformers_peer(name, tmp_path):
-    """What is written loads there with the same logits and greedy text, and here again."""
+    """Our export loads in transformers, and here again, with the same logits and greedy text."""
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     ours = tiny_gpt(noise=0.3, **{"block_size": 64, **OUR_MODELS[name]}).requires_grad_(False)
     model_py.save_hf(ours, str(tmp_path), end=5)
@@ -726,7 +726,7 @@ def hf_only_one_shard(path):
     path.unlink()
 
 
-HF_BAD = {      # what is done to config.json, or to one of the files; what the one line must say
+HF_BAD = {      # name: (changes to config.json, or a file and what is done to it, what the error must say)
     "architecture": (dict(model_type="mistral"), "model_type='mistral', not in ('gpt2', 'llama', 'qwen3')"),
     "no architecture": (dict(model_type=None), "has no entry 'model_type'"),
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
@@ -772,7 +772,7 @@ def hf_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", HF_BAD)
 def test_model_folder_errors_peer(name, hf_folder, tmp_path):
-    """Each is one line that names the folder and what is wrong with it."""
+    """Each error is one line that names the folder and what is wrong with it."""
     bad, folder = HF_BAD[name], tmp_path / "hf"
     shutil.copytree(hf_folder, folder)
     if len(bad) == 3: bad[1](folder / bad[0])
@@ -808,7 +808,7 @@ def test_model_export_copies_no_matrix_that_it_need_not_peer(tmp_path, monkeypat
     assert {t.data_ptr() for t in saved.values()} == {p.data_ptr() for p in model.parameters()}
 
 
-PUBLISHED = {       # what the config.json of the hub says, and how many parameters its model card
+PUBLISHED = {       # parameters by the model card, config.json from the hub
     "llama 3.1 8B": (8_030_261_248, """{
         "attention_bias": false, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
         "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama",
@@ -841,7 +841,7 @@ def test_model_folder_needs_safetensors(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="pip install safetensors"): use()
 
 
-# ============================================================================ bpe.py
+# ======================================================== bpe.py: a naive BPE; tiktoken, tokenizers, rustbpe
 
 BPE_GPT2 = os.path.join(HERE, "..", "shared", "data", "gpt2")
 BPE_PATTERNS = [GPT2_SPLIT, GPT4_SPLIT, CL100K_SPLIT]
@@ -849,14 +849,14 @@ BPE_BYTES = {bytes([i]): i for i in range(256)}
 
 
 def bpe_split(text, pattern):
-    """Words of bytes as bpe.py finds them."""
+    """The words of a byte string as bpe.py splits them."""
     raw, starts, lens, _ = bpe.split([text], pattern)
     return [raw[i:i + n] for i, n in zip(starts.tolist(), lens.tolist())]
 
 
 def bpe_engine_split(text, pattern, guess):
-    """Words of a str as tiktoken's engine finds them. A word that is a token comes back as that token, so take as tokens all that
-    `guess` proposes; and, so that two words taken for one would be seen, every two neighbours of it together."""
+    """The words of a str as tiktoken's engine splits them. The engine returns tokens, and a word that is a token stays whole: so
+    every word of `guess` is made a token and, so that a boundary only in `guess` would show, every two neighbours joined."""
     ranks = dict(BPE_BYTES)
     for word in [*guess, *(a + b for a, b in zip(guess, guess[1:]))]:
         ranks.setdefault(word, len(ranks))
@@ -865,7 +865,7 @@ def bpe_engine_split(text, pattern, guess):
 
 
 def bpe_naive_train(words, n_merges):
-    """The textbook algorithm: count every pair again after each merge. words: dict of bytes -> count."""
+    """The textbook algorithm: recount all pairs after each merge. words: {bytes: count}."""
     words = {tuple(w): k for w, k in words.items()}
     merges = []
     for new in range(256, 256 + n_merges):
@@ -891,7 +891,7 @@ def bpe_naive_train(words, n_merges):
 
 
 def bpe_naive_encode(word, merges):
-    """Each merge in turn, as it was learned, left to right."""
+    """Apply each merge in the order it was learned, left to right."""
     ids = list(word)
     for new, pair in enumerate(merges, 256):
         i = 0
@@ -917,7 +917,7 @@ BPE_CHARS = ["a", "b", "e", "l", "r", "s", "t", "v", "L", "S", "Z", "'", "'", " 
 
 
 def bpe_stdlib_text(*names):
-    """Source files of Python's own library, in one piece."""
+    """Source files of Python's standard library, concatenated."""
     folder = Path(random.__file__).parent
     return "".join(open(folder / name, newline="", encoding="utf-8").read() for name in names)
 
@@ -948,14 +948,14 @@ def test_bpe_split_equals_tiktoken_engine(pattern):
 def test_bpe_split_every_code_point(pattern):
     points = [*range(0xD800), *range(0xE000, 0x20000, 5), 0x10FFFF]
     table = bpe.classes(np.arange(0x110000))
-    rare = [c for c in range(0x20000, 0x110000) if table[c] != table[c - 1]]   # where classes change further up
+    rare = [c for c in range(0x20000, 0x110000) if table[c] != table[c - 1]]   # beyond 0x20000, only where the class changes
     text = "".join(f"a{chr(c)}'{chr(c)} {chr(c)}" for c in points + rare)
     ours = bpe_split(text.encode(), pattern)
     assert ours == bpe_engine_split(text, pattern, ours)
 
 
 def bpe_random_corpus(rng):
-    """Few words over few symbols make heavy ties; runs make self-pairs; the rest is adversarial."""
+    """Few words over few symbols, for many ties; runs of one symbol, for pairs like (a, a); adversarial text and bytes."""
     kind = rng.random()
     if kind < 0.4:
         letters = "ab" if rng.random() < 0.5 else "abcdeé中"
@@ -971,7 +971,7 @@ def bpe_random_corpus(rng):
 def test_bpe_train_equals_naive_and_encode_equals_tiktoken(monkeypatch):
     rng = random.Random(2)
     for trial in range(1000):
-        monkeypatch.setattr(bpe, "LONG", rng.choice([256, 256, 2]))   # also the way of long words
+        monkeypatch.setattr(bpe, "LONG", rng.choice([256, 256, 2]))   # 2: nearly every word takes the path for long words
         monkeypatch.setattr(bpe, "HOT", rng.choice([1024, 3]))
         pattern, docs, n = rng.choice(BPE_PATTERNS), bpe_random_corpus(rng), rng.randint(0, 40)
         tok = Tokenizer.train(docs, 256 + n, pattern, special_tokens=(), workers=1)
@@ -988,7 +988,7 @@ def test_bpe_train_equals_naive_and_encode_equals_tiktoken(monkeypatch):
 
 
 def bpe_incremental_train(words, n_merges):
-    """One merge at a time in plain dicts, counts kept up to date: fast enough for thousands of merges."""
+    """One merge at a time in plain dicts whose counts are updated, not recounted: fast enough for thousands of merges."""
     seqs, counts, pairs, where, merges = [list(w) for w in words], list(words.values()), {}, {}, []
     for i, (s, k) in enumerate(zip(seqs, counts)):
         for p in zip(s, s[1:]):
@@ -1016,7 +1016,7 @@ def bpe_incremental_train(words, n_merges):
 
 @pytest.mark.parametrize("kind", ["code", "ties"])
 def test_bpe_batched_merging_equals_one_at_a_time(kind):
-    """At thousands of merges the batches are large; among random bytes more pairs tie than the trainer looks at at once."""
+    """Thousands of merges make large batches; in random bytes more pairs tie than the trainer considers at a time."""
     if kind == "code":
         text = bpe_stdlib_text("argparse.py", "typing.py", "decimal.py").encode()
     else:
@@ -1026,7 +1026,7 @@ def test_bpe_batched_merging_equals_one_at_a_time(kind):
 
 
 def test_bpe_counts_beyond_32_bits():
-    """The merger sees words with their counts, so commonness is cheap to make up."""
+    """learn_merges takes words with their counts, so no large text is needed for large counts."""
     words = {b"abcd": 2 ** 40, b"ab": 1, b"xy": 2 ** 40 + 1}
     assert bpe.learn_merges(words, 2) == [(ord("a"), ord("b")), (ord("x"), ord("y"))]
     words[b"xy"] += 1
@@ -1034,7 +1034,7 @@ def test_bpe_counts_beyond_32_bits():
 
 
 def test_bpe_chunk_boundaries_everywhere(monkeypatch):
-    """Wherever chunks end and whatever parts a text comes in, ids and merges are those of the whole."""
+    """Ids and merges do not depend on where chunks end or on the parts in which a text arrives."""
     rng = random.Random(3)
     texts = [bpe_random_text(rng, rng.randint(0, 120)) for _ in range(25)]
     texts += ["中文" * 60, "中。文," * 30, "a" * 300, " " * 200, "é " * 50]
@@ -1055,7 +1055,7 @@ def test_bpe_chunk_boundaries_everywhere(monkeypatch):
 
 
 def test_bpe_cuts_text_only_between_words():
-    """At every place where a text may be cut, both sides give the ids of the whole, whatever the split pattern, normal or not."""
+    """Wherever last_place may cut a text, the two sides encode to the ids of the whole, in every pattern, with or without NFC."""
     r, places = random.Random(0), 0
     parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t",
              "\u00a0", "\u3000", "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c",
@@ -1087,7 +1087,7 @@ def test_bpe_workers_agree(monkeypatch):
 
 
 def test_bpe_numbers_of_words_whose_slots_collide(monkeypatch):
-    """Few slots for many words: each word gets one number and keeps it."""
+    """With few slots for many words, each word still gets one number and keeps it."""
     rng = random.Random(0)
     monkeypatch.setattr(bpe, "SLOTS", 4)
     parts = [[bytes(rng.choices(range(33, 127), k=rng.randint(1, 20))) for _ in range(1000)] * 2 for _ in range(3)]
@@ -1100,7 +1100,7 @@ def test_bpe_numbers_of_words_whose_slots_collide(monkeypatch):
 
 
 def test_bpe_long_words_that_differ_in_length_and_one_letter():
-    """The length takes part in a long word's hash, and so does every letter: one must not make up for the other."""
+    """A long word's hash mixes its length and every letter: a change in one must not cancel a change in the other."""
     words = [bytes([a]) + b"." * n + bytes(z) for a in range(33, 48) for n in range(7, 24) for z in range(1, 4)]
     raw, lens = b"".join(words), np.array(list(map(len, words)))
     assert len(set(bpe.word_keys(raw, np.cumsum(lens) - lens, lens).tolist())) == len(set(words))
@@ -1113,7 +1113,7 @@ def test_bpe_cache_is_bounded(monkeypatch):
     monkeypatch.setattr(bpe, "CACHE", 130)
     for text, ids in zip(texts, expect):
         assert tok.encode(text) == ids and len((tok._cache or [()])[0]) <= 130
-    for i in range(60):                                     # few words of many ids
+    for i in range(60):                                     # few words, but of many ids each
         tok.encode(str(i) * 60)
         assert len((tok._cache or [(), (), ()])[2]) <= 8 * 130
 
@@ -1135,14 +1135,14 @@ def test_bpe_cache_survives_interrupts_and_two_texts_at_once(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["one letter", "random letters", "spaces", "cjk", "digits"])
 def test_bpe_megabyte_words(kind):
-    """A word as long as its text is learned from and encoded, and costs by the letter about what short words do."""
+    """One word as long as the text can be trained on and encoded, at about the cost per letter of short words."""
     rng = random.Random(5)
     n = 1_000_000
     text = {"one letter": "a" * n, "random letters": "".join(rng.choices("abcdefgh", k=n // 4)), "spaces": " " * n,
             "digits": "7" * n, "cjk": "".join(rng.choices("中文字母", k=n // 12))}[kind]
     tok = Tokenizer.train([text], 320, special_tokens=(), workers=1)
     def seconds(text):
-        """Of this process alone: what else the machine does is not counted. The best of three that remember no word."""
+        """CPU time of this process, so that other load does not count: the best of three runs, each with an empty word cache."""
         found = []
         for fresh in [Tokenizer(tok.merges) for _ in range(3)]:
             began = time.process_time()
@@ -1150,8 +1150,8 @@ def test_bpe_megabyte_words(kind):
             found.append(time.process_time() - began)
         return min(found)
     part, words = text[:60_000], "".join(rng.choices("abcdefgh ", k=60_000))
-    assert seconds(part) < 60 * seconds(words), "a long word must not take quadratic time"      # which would be 300 times more
-    assert tok.decode(tok.encode(text[:-1])) == text[:-1]       # the whole may be one token
+    assert seconds(part) < 60 * seconds(words), "a long word must not take quadratic time"      # quadratic: 300 times
+    assert tok.decode(tok.encode(text[:-1])) == text[:-1]       # shorter, as the whole may be one token
     short = text[:20_000]
     assert tok.encode(short) == tok.to_tiktoken().encode_ordinary(short)
 
@@ -1170,14 +1170,14 @@ def test_bpe_special_tokens():
         tok.encode(text, ["<|y|>"])
     with pytest.raises(ValueError, match="want \"all\" or a list"): tok.encode(text, "<|x|>")
     with pytest.raises(ValueError, match="want a list of texts"): Tokenizer.train(["abc abc", text], 262, special_tokens="<|x|>")
-    with pytest.raises(TypeError): tok.encode(5)                # an int is no text of so many zeros
+    with pytest.raises(TypeError): tok.encode(5)                # bytes(5) would be five zeros
     with pytest.raises(TypeError): list(tok.encode_iterable(b"abc"))
-    tok = Tokenizer([], special_tokens=("<a>", "<a>b"))         # the longer of two that begin alike
+    tok = Tokenizer([], special_tokens=("<a>", "<a>b"))         # of two with a common beginning, the longer matches
     assert tok.encode("<a>b<a>", "all") == [257, 256]
 
 
 def test_bpe_ids_past_16_bits_are_whole():
-    """A vocabulary with a gap, whose last id uint16 could not hold."""
+    """A vocabulary with a gap before its last id, which does not fit uint16."""
     tok = Tokenizer([], tokens=BPE_BYTES | {b"ab": 70000})
     assert tok.vocab_size == 70001 and tok.encode("cab") == [99, 70000] and tok.encode_batch(["ab"])[0].dtype == np.uint32
 
@@ -1229,7 +1229,7 @@ def test_bpe_stream_never_breaks_a_character():
 
 
 def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
-    """The file gives the tokenizer back; whatever is changed in it is an error that names it; a full disk leaves the old one."""
+    """Loading returns the tokenizer; any change to the file is an error that names the file; a full disk leaves the old file."""
     tok = Tokenizer.train(["the cat sat on the mat, the cat!"], 280, GPT4_SPLIT, ("<|a|>", "<|b|>"))
     path = str(tmp_path / "tok.json")
     tok.save(path)
@@ -1318,7 +1318,7 @@ def test_bpe_hugging_face_refused(tmp_path):
 def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
     Tokenizer.train(["ab ab"], 258, special_tokens=()).to_hf(tmp_path / "tokenizer.json")
     d = json.loads((tmp_path / "tokenizer.json").read_text())
-    d["pre_tokenizer"] = d["pre_tokenizer"]["pretokenizers"][0]    # as GPT-2's own file has it
+    d["pre_tokenizer"] = d["pre_tokenizer"]["pretokenizers"][0]    # the form of GPT-2's own file
     (tmp_path / "tokenizer.json").write_text(json.dumps(d))
     assert len(Tokenizer.from_hf(tmp_path / "tokenizer.json").merges) == 2
     change(d)
@@ -1328,8 +1328,8 @@ def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
 
 
 def test_bpe_llama_and_qwen_files_peer(tmp_path):
-    """Llama 3: every split of a token as a merge, words looked up first, and tokens that merging does not lead to. Qwen: NFC,
-    and every digit by itself."""
+    """Llama 3: every way to split a token is listed as a merge, whole words are looked up first, and some tokens are out of reach
+    of merging. Qwen: NFC normalisation, and every digit is a word."""
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
     rng, path = random.Random(9), tmp_path / "tokenizer.json"
     tok = Tokenizer.train([open(random.__file__).read() + "é中文 नमस्ते e\u0301 " * 20], 800, GPT4_SPLIT, ("<|bos|>", "<|eot|>"))
@@ -1408,7 +1408,7 @@ def test_bpe_gpt2_files(tmp_path):
 
 
 def test_bpe_gpt2_files_made_here(tmp_path):
-    """The same format without the published files: bytes in GPT-2's order, merges in its letters."""
+    """Files made here in GPT-2's format, for want of the published ones: bytes in GPT-2's order, merges in its letters."""
     tok = Tokenizer.train(["the cat sat on the mat ééé 中文"], 280, special_tokens=())
     letters = bpe.LETTERS
     name = lambda i: "".join(letters[b] for b in tok.vocab[i])
@@ -1431,7 +1431,7 @@ def test_bpe_gpt2_files_made_here(tmp_path):
 
 
 def test_bpe_tiktoken_files(tmp_path, monkeypatch):
-    """tiktoken's rank files and encodings, read and refused; without a network, GPT-2's own say what to do."""
+    """tiktoken's rank files and encodings: good ones load, bad ones are refused; without a network, gpt2() says what to do."""
     tok = Tokenizer.train([open(random.__file__).read()], 600, GPT4_SPLIT, ("<|endoftext|>",))
     assert Tokenizer.from_tiktoken(tok.to_tiktoken()).hash == tok.hash
     path = tmp_path / "x.tiktoken"
@@ -1457,7 +1457,7 @@ def test_bpe_equals_rustbpe_peer():
 
 
 def test_bpe_equals_hugging_face_trainer_peer():
-    """Hugging Face numbers the 256 bytes by the letters it writes for them, and breaks ties by those numbers: the same here."""
+    """Hugging Face numbers the 256 bytes by the letters that stand for them and breaks ties by those numbers: so do we here."""
     tokenizers = pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
     text = bpe_stdlib_text("turtle.py", "pydoc.py")
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -1473,14 +1473,14 @@ def test_bpe_equals_hugging_face_trainer_peer():
 
 
 def bpe_script(folder, code, **kw):
-    """The code as a script of its own, started: workers need a file that they can import."""
+    """Start the code as a script: worker processes need a file they can import."""
     (folder / "script.py").write_text(code)
     return subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=os.environ | {"PYTHONPATH": HERE}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
 def test_bpe_workers_that_are_spawned(tmp_path):
-    """As on macOS and Windows: the workers import a script's main module anew."""
+    """As on macOS and Windows, where workers start afresh and import the main module again."""
     out, err = bpe_script(tmp_path, """
 import sys, bpe
 if __name__ == '__main__':
@@ -1533,7 +1533,7 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
 
 
 def test_bpe_worker_that_dies_while_it_writes_a_result(tmp_path):
-    """Half a result is no reason to wait for the rest."""
+    """After half a result, the parent must not wait for the rest forever."""
     out, err = bpe_script(tmp_path, """
 import os, threading, time, bpe
 def job(i):
@@ -1547,7 +1547,7 @@ if __name__ == '__main__':
 
 
 def test_bpe_interrupted_training_ends_at_once(tmp_path):
-    """Ctrl-C, which the terminal sends to the workers too: nobody finishes what it has begun."""
+    """Ctrl-C, which the terminal sends to the workers too: none of them finishes its job first."""
     with bpe_script(tmp_path, """
 import signal, time, bpe
 signal.signal(signal.SIGINT, signal.default_int_handler)        # what runs in the background ignores it
@@ -1570,7 +1570,7 @@ bpe.Tokenizer.train(docs(), 300, workers=2)
 
 
 def test_bpe_killed_training_leaves_no_processes(tmp_path):
-    """Workers look after themselves when the parent is killed and cannot stop them."""
+    """When the parent is killed and cannot stop its workers, they end by themselves."""
     with bpe_script(tmp_path, """
 import multiprocessing, bpe
 bpe.BATCH = 1000
@@ -1590,7 +1590,7 @@ bpe.Tokenizer.train(docs(), 300, workers=2)
 
 
 def test_bpe_memory_of_a_stream_is_bounded(monkeypatch):
-    """Training takes no more from the iterator than the batches in flight."""
+    """Training reads the iterator no further ahead than the batches in flight."""
     monkeypatch.setattr(bpe, "BATCH", 1000)
     taken, counted = 0, []
 
@@ -1631,7 +1631,7 @@ def test_bpe_pickles():
     assert back.hash == tok.hash and back.encode("the mat") == tok.encode("the mat")
 
 
-# ============================================================================ prepare.py
+# ======================================================== prepare.py: the bins hold every document once, whatever happens
 
 PREPARE_WORDS = "the of a model token Byte learns runs über naïve 東京 don't 42 <|endoftext|> \t x=1; {} \r\n".split(" ")
 
@@ -1660,14 +1660,14 @@ def prepare_run(**kw):
 
 
 def prepare_verify(cfg):
-    """What verify finds by the files' sizes, and their sha256."""
+    """prepare.verify, which compares sizes, and the sha256 of every bin as well. -> meta"""
     meta = prepare.verify(cfg)
     for name, digest in meta["sha256"].items(): assert prepare.sha256(f"data/{meta['dataset']}/{name}") == digest
     return meta
 
 
 def prepare_documents(meta, split):
-    """The documents of a bin as bytes, cut at end-of-text."""
+    """The documents of a bin as bytes, split at end-of-text, and the tokenizer."""
     folder = f"data/{meta['dataset']}"
     tok = bpe.Tokenizer.load(f"{folder}/tokenizer.json")
     ids = np.fromfile(f"{folder}/{split}.bin", np.uint16)
@@ -1680,7 +1680,7 @@ def prepare_hashes(folder):
 
 
 def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
-    """Every kind of file, copies, empty texts, odd bytes: each document is in one bin, once and whole, and meta.json is right."""
+    """Every kind of file, duplicates, empty texts, odd bytes: each document is in one bin, once and whole; meta.json is right."""
     monkeypatch.chdir(tmp_path)
     files = {f"in/{i:02d}{ending}": prepare_text(i, 50 + i) for i, ending in enumerate([".txt", ".md", ".py"] * 12)}
     files |= {"in/sub/bad.txt": b"caf\xc3\xa9 \xff\xfe\x80 broken \xe6\x9d", "in/sub/crlf.txt": "one\r\ntwo\r\n\r\nthree",
@@ -1707,7 +1707,7 @@ def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
         assert meta["documents"][split] == len(docs) > 0 and meta["bytes"][split] == sum(map(len, docs))
         flat = [i for doc in docs for i in (*tok.encode(doc), meta["eot"])]
         assert flat == np.fromfile(f"data/mine/{split}.bin", np.uint16).tolist() and meta["tokens"][split] == len(flat)
-    again = bpe.Tokenizer.train(train, 300)         # learned from the training split alone
+    again = bpe.Tokenizer.train(train, 300)         # learned from the training split only
     assert tok.merges == again.merges and meta["tokenizer_hash"] == tok.hash and meta["vocab_size"] == 300
     assert sorted(os.listdir("data/mine")) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     assert json.load(open("data/mine/meta.json"))["knobs"]["vocab_size"] == 300
@@ -1716,11 +1716,11 @@ def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
-    """And never inside a character."""
+    """The first nine tenths of the bytes are for training, and the cut is never inside a character."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "UNIT", 1000)      # so that it makes many spans
+    monkeypatch.setattr(prepare, "UNIT", 1000)      # so that there are many units
     monkeypatch.setattr(bpe, "CHUNK", 500)
-    for pad in (b"", b"!"):                         # in one of them nine tenths end inside a character
+    for pad in (b"", b"!"):                         # for one of the two, nine tenths end inside a character
         text = pad + prepare_text(1, 4000).encode() + b"\xc3\xa9" * 3000 + b"end"
         prepare_files(".", {"a.txt": text})
         meta = prepare_run(input="a.txt", vocab_size=400)
@@ -1729,22 +1729,22 @@ def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
         tok = bpe.Tokenizer.load("data/mine/tokenizer.json")
         for split, part in (("train", text[:middle]), ("val", text[middle:])):
             ids = np.fromfile(f"data/mine/{split}.bin", np.uint16)
-            assert ids.tolist() == tok.encode(part)     # in pieces or whole: the same; nothing to separate, so no end-of-text
+            assert ids.tolist() == tok.encode(part)     # as encoded whole; a single text gets no end-of-text
             assert meta["bytes"][split] == len(part) and meta["documents"][split] == 1
     assert prepare_run(input="a.txt", vocab_size=256)["vocab_size"] == 256
     assert np.fromfile("data/mine/train.bin", np.uint16).astype(np.uint8).tobytes() == text[:middle]
 
 
 def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
-    """Documents longer than a unit of work are told apart, and encoded as if they were read whole."""
+    """Documents longer than a unit of work are compared for duplicates and encoded as if they were read whole."""
     monkeypatch.chdir(tmp_path)
     r = random.Random(0)
     docs = [prepare_text(i, r.randrange(1, 900)).encode() for i in range(20)]
     first, a, b = (b"".join(b"%029d\n" % (n * 100 + i) for i in range(rows)) for n, rows in enumerate((11, 10, 10)))
-    docs += [first + a + b + b"end" * 99, first + b + a + b"end" * 99]      # cut at unit 300: the same pieces in another order
+    docs += [first + a + b + b"end" * 99, first + b + a + b"end" * 99]      # in units of 300: same pieces, other order
     docs += [b"\xe6\x9d\xb1\xe4\xba\xac" * 400, b"a" * 3000, b"\xff" * 2500, b" \r\n" * 900, ("word\u3000" * 300).encode()]
     prepare_files("in", {f"{i:02d}.txt": doc for i, doc in enumerate(docs)} | {"99.txt": docs[0], "98.txt": docs[3]})
-    for unit in (300, 1 << 20):                 # bytes: from many pieces a document to all in one unit
+    for unit in (300, 1 << 20):                 # bytes: many units per document; all in one unit
         monkeypatch.setattr(prepare, "UNIT", unit)
         monkeypatch.setattr(bpe, "CHUNK", 1 + unit // 3)
         for pattern in ("gpt2", "gpt4"):
@@ -1784,7 +1784,7 @@ def test_prepare_split_stays_when_data_is_added(tmp_path, monkeypatch, capsys):
 
 def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "UNIT", 300)       # some of them long, some short
+    monkeypatch.setattr(prepare, "UNIT", 300)       # so some documents span several
     monkeypatch.setattr(bpe, "CHUNK", 100)
     for seed in range(6):
         prepare_files(f"in{seed}", {f"{i}.txt": prepare_text(10 * seed + i, 20 + 200 * i) for i in range(2)})
@@ -1808,19 +1808,19 @@ config.run(prepare.main)
 
 
 def prepare_kill_and_restart(kills, seed, sig=signal.SIGKILL):
-    """Start prepare.py, kill it at a random moment, again and again; then let it finish. -> how many died in the middle."""
+    """Start prepare.py and kill it at a random moment, `kills` times; then let it finish. -> runs killed midway, last output."""
     r, words = random.Random(seed), ["--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
     command = [sys.executable, "-c", PREPARE_KILLED, *words]
     env, cut = {**os.environ, "PYTHONPATH": HERE}, 0
     for n in range(kills):
         p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        if sig == signal.SIGINT or n % 2: p.stdout.readline()    # Ctrl-C while Python still imports is Python's affair
+        if sig == signal.SIGINT or n % 2: p.stdout.readline()    # Ctrl-C during imports is up to Python
         time.sleep(r.uniform(0, 0.3 if sig == signal.SIGINT else 0.8))
         if p.poll() is None:
             cut += 1
             p.send_signal(sig) if sig == signal.SIGKILL else os.killpg(p.pid, sig)
         err = p.communicate(timeout=20)[1]
-        if os.path.exists("data/mine/meta.json"): assert p.returncode in (0, 130, -sig), err     # at its exit Python drops handlers
+        if os.path.exists("data/mine/meta.json"): assert p.returncode in (0, 130, -sig), err     # Python drops handlers at exit
         else: assert p.returncode == (130 if sig == signal.SIGINT else -sig), err
         assert "Traceback" not in err, err
         if not os.path.exists("data/mine/meta.json"): assert not os.path.exists("data/mine/train.bin")
@@ -1858,7 +1858,7 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt): prepare_run()
     assert not prepare.prepared(prepare_cfg())
     monkeypatch.setattr(prepare, "encode_unit", encode)
-    monkeypatch.setattr(bpe.Tokenizer, "train", None)       # it has been trained
+    monkeypatch.setattr(bpe.Tokenizer, "train", None)       # must not be trained again
     monkeypatch.setattr(prepare.bpe.Tokenizer, "encode_batch",
                         lambda self, texts, batch=bpe.Tokenizer.encode_batch: seen.append("again") or batch(self, texts))
     prepare_run()
@@ -1930,7 +1930,7 @@ CHAT_TEXT = ["System: Be brief.\n\nUser: Hi\n\nthere\n\nAssistant:[ Hello~]User:
 
 
 def prepare_marked(split):
-    """data/mine's split as text, with [ ] around what counts and ~ for the end-of-text."""
+    """A split of data/mine as text, with [ ] around the tokens that count in the loss and ~ for end-of-text."""
     tok, ids = bpe.Tokenizer.load("data/mine/tokenizer.json"), np.fromfile(f"data/mine/{split}.bin", np.uint16)
     mask, out, on = np.fromfile(f"data/mine/{split}.mask", np.uint8), b"", 0
     assert len(ids) == len(mask)
@@ -1958,11 +1958,11 @@ def test_prepare_answers_count_and_questions_do_not(tmp_path, monkeypatch, unit)
     open("data/mine/val.mask", "wb").write(whole[:-1])
     with pytest.raises(ValueError, match="val.mask has"): prepare.verify(prepare_cfg(val_fraction=0.4))
     prepare_files("in", {"a.jsonl": "".join(json.dumps({"text": str(i) * 9}) + "\n" for i in range(9))})
-    assert "form" not in prepare_run(val_fraction=0.4) and not glob.glob("data/mine/*.mask")      # plain text leaves no mask
+    assert "form" not in prepare_run(val_fraction=0.4) and not glob.glob("data/mine/*.mask")      # plain text has no mask
 
 
 def test_prepare_preference_pairs(tmp_path, monkeypatch):
-    """A prompt with its chosen answer, then the same with the rejected one; only answers count."""
+    """A prompt with its chosen answer, then the same prompt with the rejected one; only the answers count."""
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
     prepare_files("in", {"a.jsonl": "\n".join(map(json.dumps, pairs))})
@@ -1993,11 +1993,11 @@ def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
         prepare_files("in", {name: old, "y.txt": "y"})
         monkeypatch.setattr(prepare, "choose", lambda *a: (prepare_files("in", {name: new}), choose(*a))[1])
         with pytest.raises(ValueError, match="changed while it was being read: run again"): prepare_run()
-        assert not prepare.prepared(prepare_cfg()) and not glob.glob("data/mine/.partial-*/tokenizer.json")     # of which text?
+        assert not prepare.prepared(prepare_cfg()) and not glob.glob("data/mine/.partial-*/tokenizer.json")     # its text is gone
 
 
 def test_prepare_odd_files(tmp_path, monkeypatch):
-    """A byte order mark before JSON; names that are no UTF-8 or have a line end; pipes and links to nowhere are no text."""
+    """JSON after a byte order mark and names with bad UTF-8 or a newline are read; pipes and broken or circular links are not."""
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {"a.jsonl": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n',
                          "two\nlines.txt": "x", os.fsdecode(b"\xff.md"): "y"})
@@ -2012,7 +2012,7 @@ def test_prepare_odd_files(tmp_path, monkeypatch):
     b"", b"{}", b"3", b"null", b"[1]", b"\xff",
     b"[99, [0, 0]]", b"[-1, [0, 0]]", b"[1, [-1, -5]]", b"[1, [0]]", b'[1, ["", 0]]'])      # units done, tokens of each split
 def test_prepare_damaged_state_starts_over(tmp_path, monkeypatch, damage):
-    """The note of how far an interrupted run has come may be anything: the bytes are those of a run from the beginning."""
+    """Whatever state.json of an interrupted run contains, the next run gives the same bytes as one from the beginning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 2000)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(20)})
@@ -2041,13 +2041,13 @@ def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
 
 
 def test_prepare_verify(tmp_path, monkeypatch):
-    """What is on the disk is refused when knobs or files do not fit, with the one way out: prepare again."""
+    """Data on the disk that does not fit the knobs or its own meta.json is refused, with the remedy: run prepare.py."""
     monkeypatch.chdir(tmp_path)
     assert not prepare.prepared(prepare_cfg())
     with pytest.raises(FileNotFoundError, match="is not prepared"): prepare.verify(prepare_cfg())
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 20) for i in range(40)})
     meta = prepare_run()
-    assert prepare.verify(prepare_cfg(input="")) == meta            # a later run need not say again what was read
+    assert prepare.verify(prepare_cfg(input="")) == meta            # a later run need not repeat --input
     for key, value in (("vocab_size", 301), ("split_pattern", "gpt4"), ("val_fraction", 0.2), ("input", "other"),
                        ("tokenizer", "gpt2")):
         with pytest.raises(ValueError, match=f"prepared with {key}=.*not {value!r}: run prepare.py"):
@@ -2060,7 +2060,7 @@ def test_prepare_verify(tmp_path, monkeypatch):
     for size in (-2, 2):
         with open("data/mine/val.bin", "r+b") as f: f.truncate(2 * meta["tokens"]["val"] + size)
         with pytest.raises(ValueError, match="val.bin has .* bytes, not .*: run prepare.py"): prepare.verify(prepare_cfg())
-    assert prepare_run() == meta                                    # which prepares again
+    assert prepare_run() == meta                                    # it prepares again
     for damage in (json.dumps(meta)[:30], "{}", "[]", "5", '{"knobs": 5}', "[" * 100000):
         Path("data/mine/meta.json").write_text(damage)
         with pytest.raises(ValueError, match="meta.json is damaged: run prepare.py"): prepare.verify(prepare_cfg())
@@ -2081,7 +2081,7 @@ def test_prepare_vocabulary_beyond_uint16_is_refused(tmp_path, monkeypatch):
 
 
 def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
-    """A file may be renamed only after an fsync that saw all of it, or a power cut leaves the name without the contents."""
+    """A file is renamed only after an fsync of all its bytes; otherwise a power cut could leave the name without the contents."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     synced, named, fsync, replace = {}, [], os.fsync, os.replace
@@ -2103,7 +2103,7 @@ def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     before = os.listdir()
     with pytest.raises(OSError, match="No space"): Tokenizer([]).save("tok.json")
-    assert os.listdir() == before                                       # half a file would keep a full disk full
+    assert os.listdir() == before                                       # no half file is left on the full disk
 
 
 def test_prepare_keeps_the_old_dataset_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -2120,14 +2120,14 @@ def test_prepare_keeps_the_old_dataset_until_the_new_one_is_whole(tmp_path, monk
 def test_prepare_disk_space_is_checked_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_files("in", {"a.txt": "x " * 100000})
-    usage = types.SimpleNamespace(free=300_000)                     # 200,000 bytes may become as many ids, of two bytes each
+    usage = types.SimpleNamespace(free=300_000)                     # 200,000 bytes may become 200,000 ids of two bytes
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(bpe.Tokenizer, "train", None)
     with pytest.raises(ValueError, match="MB are free: make room"): prepare_run()
 
 
 class PrepareServer:
-    """A server on 127.0.0.1 that does what `script` says, one entry per request, the last one again and again."""
+    """A server on 127.0.0.1 that follows `script`: one entry per request, the last one repeated."""
     def __init__(self, body, script, headers={}):
         self.ranges, server = [], self
 
@@ -2141,8 +2141,8 @@ class PrepareServer:
                 if isinstance(kind, int): return self.send_error(kind)
                 if start >= len(body) and kind != "norange": return self.send_error(416)
                 data, total = (body, len(body)) if kind == "norange" else (body[start:], len(body))
-                if kind == "long": data, total = data, total + 1000          # says more than it has
-                if kind == "short": data, total = data[:-1000], total - 1000  # says less than there is
+                if kind == "long": data, total = data, total + 1000          # announces more than it sends
+                if kind == "short": data, total = data[:-1000], total - 1000  # announces less than there is
                 if kind == "garbage": data = bytes(len(data))
                 self.send_response(200 if kind == "norange" else 206)
                 self.send_header("Content-Length", str(total - (0 if kind == "norange" else start)))
@@ -2182,7 +2182,7 @@ PREPARE_BODY = random.Random(0).randbytes(300_000)
     ([500], "500"), (["dead"], "timed out"), (["long"], "1000 more expected|of 301,000 bytes"),
 ])
 def test_prepare_fetch(tmp_path, monkeypatch, script, error):
-    """A server that cuts, stalls, refuses or lies: in the end the whole file by its hash, or one clear line and no file."""
+    """A server that cuts off, stalls, refuses or lies: in the end the whole file by its hash, or one clear line and no file."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path, sha = str(tmp_path / "new" / "file.txt"), hashlib.sha256(PREPARE_BODY).hexdigest()
     for given, headers in ((sha, {}), ("", {"X-Linked-Etag": f'"{sha}"'})):
@@ -2196,7 +2196,7 @@ def test_prepare_fetch(tmp_path, monkeypatch, script, error):
             else:
                 prepare.fetch(server.url, path, given, stall=0.3, tries=5, wait=0.01)
                 assert open(path, "rb").read() == PREPARE_BODY and os.listdir(tmp_path / "new") == ["file.txt"]
-                if script[0] == "cut" and script[1] != "norange": assert 141_000 < server.ranges[1] < 150_000    # it went on
+                if script[0] == "cut" and script[1] != "norange": assert 141_000 < server.ranges[1] < 150_000    # resumed
                 os.remove(path)
 
 
@@ -2223,7 +2223,7 @@ def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
 
 
 def test_prepare_shakespeare(tmp_path, monkeypatch):
-    """Downloaded once for both of its datasets; another text under its name is refused."""
+    """One download serves both datasets; another text under the same name is refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     text = prepare_text(0, 2000).encode()
@@ -2234,7 +2234,7 @@ def test_prepare_shakespeare(tmp_path, monkeypatch):
         meta = prepare_run(**cfg)
     assert sum(meta["bytes"].values()) == len(text) and open("data/shakespeare/input.txt", "rb").read() == text
     files = {path: path.read_bytes() for path in Path("data/shakespeare").iterdir()}
-    char = prepare_run(dataset="shakespeare_char", input="", vocab_size=256)        # the same text, another folder, no download
+    char = prepare_run(dataset="shakespeare_char", input="", vocab_size=256)        # the same text in another folder, no download
     assert char["bytes"] == char["tokens"] == meta["bytes"] and char["dataset"] == "shakespeare_char"
     assert {path: path.read_bytes() for path in Path("data/shakespeare").iterdir()} == files
     with open("data/shakespeare/input.txt", "ab") as f: f.write(b"!")
@@ -2246,7 +2246,7 @@ def test_prepare_shakespeare(tmp_path, monkeypatch):
 
 
 def test_prepare_tinystories(tmp_path, monkeypatch):
-    """Its stories stand between end-of-text marks, its split is its own, and what validation has is not trained on."""
+    """Stories are separated by end-of-text marks; the published split stands; stories in validation are not trained on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 400)
     stories = [prepare_text(i, 30).strip() for i in range(60)] + ["ends in <|endoftext|>", "two\n\nparts"]
@@ -2258,15 +2258,15 @@ def test_prepare_tinystories(tmp_path, monkeypatch):
         assert prepare_documents(meta, "val")[0] == [s.encode() for s in stories[:9]]
         assert prepare_documents(meta, "train")[0] == [s.encode() for s in stories[9:]]
         assert (meta["duplicates"], meta["empty"]) == (5, 1)
-        prepare.verify(prepare_cfg(dataset="tinystories", input="", val_fraction=0.5))      # its split is its own
+        prepare.verify(prepare_cfg(dataset="tinystories", input="", val_fraction=0.5))      # ignored: its split is given
         os.remove("data/tinystories/meta.json")
 
 
 def test_prepare_fineweb(tmp_path, monkeypatch):
-    """Shards of ready tokens: checked, joined, their texts' bytes counted; a damaged one is named."""
+    """Shards of ready tokens are checked and joined, and the bytes of their texts counted; a damaged shard is named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    tok = bpe.Tokenizer.train([prepare_text(0, 2000)], 300)         # stands for GPT-2's; end-of-text comes last in both
+    tok = bpe.Tokenizer.train([prepare_text(0, 2000)], 300)         # in place of GPT-2's: both have end-of-text last
     monkeypatch.setattr(bpe.Tokenizer, "gpt2", classmethod(lambda cls: tok))
     eot, shards = tok.special_tokens["<|endoftext|>"], []
     for n in range(3):
@@ -2306,7 +2306,7 @@ def test_prepare_import_is_cheap():
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": HERE}).returncode == 0
 
 
-# ============================================================================ flash_attn.py
+# ======================================================== flash_attn.py: attention_ref in float64; compiled code
 
 flash_gpu = torch.cuda.is_available()
 flash_device = torch.device("cuda" if flash_gpu else "cpu")
@@ -2318,20 +2318,20 @@ needs_flash = pytest.mark.skipif(
     "the interpreter of Triton before 3.7 fails with NumPy 2.4: pip install 'triton>=3.7' or 'numpy<2.4', or run on a GPU")
 needs_gpu = pytest.mark.skipif(not flash_gpu or torch.cuda.get_device_capability()[0] < 8,
                                reason="no CUDA GPU: run on a machine with one of compute capability 8.0 or newer")
-# largest error of the output, and of the gradients
+# dtype: (largest relative error of the output, of the gradients)
 FLASH_TOLERANCE = {torch.float32: (2e-6, 5e-6), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)}
 
 
 @pytest.fixture(autouse=True)
 def flash_big_tiles(monkeypatch):
-    """The interpreter pays by the tile, whatever its size: give float32, whose tiles are small on a GPU, larger ones."""
+    """The interpreter takes as long for a small tile as for a large one: enlarge those of float32, which are small for a GPU."""
     if not flash_gpu:
         monkeypatch.setattr(flash_attn, "FLOAT32", {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 64, 4, 1)})
 
 
 def flash_tensors(B, H, K, T, S, D, dtype, layout="plain", seed=0):
-    """q, k, v. packed: slices of one projection, heads after time; odd: rows at odd addresses; expanded: one row of the batch
-    shown B times; transposed: D is not the fastest dimension."""
+    """q, k, v. packed: slices of one projection, (B, T, heads, D) in memory; odd: rows at odd addresses; expanded: one row of the
+    batch, stride 0, seen B times; transposed: D is not the fastest dimension."""
     g = torch.Generator().manual_seed(seed)
 
     def make(heads, rows):
@@ -2345,7 +2345,7 @@ def flash_tensors(B, H, K, T, S, D, dtype, layout="plain", seed=0):
             return torch.randn(B, heads, D, rows, generator=g).transpose(2, 3)
         return torch.randn(B, heads, rows, D, generator=g)
 
-    def cast(x):                                                        # keeps the strides, 0 and odd ones too
+    def cast(x):                                                        # keeps all strides, 0 and odd ones included
         if x.numel() == 0:
             return x.to(flash_device, dtype)
         extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
@@ -2360,12 +2360,12 @@ def flash_documents(B, T, S):
 
 
 def flash_error(ours, ref):
-    """Largest error over the largest value; the floor of 1, the size of the terms, is for sums that cancel exactly."""
+    """Largest error over largest value. Values below 1, the size of a sum's terms, count as 1: sums may cancel exactly."""
     return ((ours.double() - ref).abs().max() / ref.abs().max().clamp_min(1.0)).item() if ref.numel() else 0.0
 
 
 def flash_compare(module, q, k, v, **mask):
-    """Relative errors of the output and the three gradients against float64."""
+    """Relative errors of the output and the three gradients against attention_ref in float64."""
     results = []
     for function, cast in ((module.flash_attention, lambda x: x.detach()), (module.attention_ref, lambda x: x.detach().double())):
         leaves = [cast(x).requires_grad_() for x in (q, k, v)]
@@ -2383,7 +2383,7 @@ def flash_check(module, q, k, v, **mask):
 
 
 def flash_pairs(*dimensions):
-    """Few rows in which any two values of different dimensions meet: [0, 1], [0, 1], [0, 1] -> 001, 010, 100, 111."""
+    """A few rows in which every pair of values of two dimensions occurs: [0, 1], [0, 1], [0, 1] -> 001, 010, 100, 111."""
     indexed = [list(range(len(d))) for d in dimensions]
     pairs = lambda row: {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
     missing, rows = set().union(*map(pairs, itertools.product(*indexed))), []
@@ -2399,7 +2399,7 @@ def flash_pairs(*dimensions):
 
 
 FLASH_MATRIX = flash_pairs(
-    [(129, 129), (1, 129), (100, 129), (127, 17), (15, 15), (1, 1), (17, 1)],      # T, S: equal, one query, fewer, more than keys
+    [(129, 129), (1, 129), (100, 129), (127, 17), (15, 15), (1, 1), (17, 1)],      # T, S: equal, T = 1, T < S, T > S
     [64, 40, 96, 128], [True, False], [(2, 2), (4, 2), (2, 1)],                    # D, causal, (H, K): MHA, GQA, MQA
     [(0, False), (20, False), (0, True), (50, True)],                              # window, documents
     ["plain", "packed", "odd", "expanded", "transposed"],
@@ -2425,7 +2425,7 @@ def test_flash_scale(scale):
 @needs_flash
 @pytest.mark.parametrize("arch", [80, 90])
 def test_flash_large_scores_and_lone_document_starts(arch, monkeypatch):
-    """Scores in the hundreds overflow exp without the running maximum; documents need not begin in order."""
+    """Scores in the hundreds, whose exp overflows unless the maximum is subtracted; doc_start in any order."""
     if not flash_gpu:
         monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
     q, k, v = flash_tensors(2, 2, 1, 100, 150, 64, torch.float16)
@@ -2439,7 +2439,7 @@ def test_flash_large_scores_and_lone_document_starts(arch, monkeypatch):
 def test_flash_rows_that_see_nothing(arch, monkeypatch):
     if not flash_gpu:
         monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
-    never = torch.tensor([2 ** 31 - 1, 2 ** 32] * 20, device=flash_device)[None]         # the latter is 0 in 32 bits
+    never = torch.tensor([2 ** 31 - 1, 2 ** 32] * 20, device=flash_device)[None]         # 2 ** 32 cast to 32 bits is 0
     for T, S, starts in ((130, 40, None), (40, 40, never)):
         q, k, v = [x.requires_grad_() for x in flash_tensors(1, 2, 1, T, S, 64, torch.float16)]
         out = flash_attn.flash_attention(q, k, v, doc_start=starts)
@@ -2455,7 +2455,7 @@ def test_flash_rows_that_see_nothing(arch, monkeypatch):
 
 
 def test_flash_copy_engine_gets_only_what_it_can_load():
-    """What only hardware would refuse: unaligned addresses and strides, rows in pieces, zero strides; tiles past the padding."""
+    """What would fail only on hardware: unaligned addresses and strides, rows in pieces, zero strides, tiles past the padding."""
     x = torch.zeros(2, 4, 32, 72, dtype=torch.float16)
     for good in (x, x[..., :64], x.transpose(1, 2)):
         assert flash_attn.copy_engine(90, x, good) and not flash_attn.copy_engine(80, good)
@@ -2481,7 +2481,7 @@ def test_flash_same_bits_every_time():
 
 @needs_flash
 def test_flash_beyond_two_to_the_31():
-    """Views past 2^31 elements, the last even within a tile, into memory that is reserved and never touched between the rows."""
+    """Views that span more than 2^31 elements, the last even within a tile; the memory between their rows is never touched."""
     far = 2 ** 30 + 64
     room = torch.empty(far * 2 + 2 ** 29, dtype=torch.float16, device=flash_device)
     for (B, H, T, D), strides in (((3, 1, 20, 16), (far, 320, 16, 1)), ((1, 3, 20, 16), (320, far, 16, 1)),
@@ -2505,7 +2505,7 @@ def test_flash_beyond_two_to_the_31():
 @pytest.mark.parametrize("heads,T,S,window,dtype", [((2, 2), 1, 700, 0, torch.float16), ((8, 2), 1, 700, 100, torch.float32),
                                                     ((4, 1), 5, 300, 0, torch.bfloat16), ((6, 2), 30, 333, 40, torch.float16)])
 def test_flash_decode(heads, T, S, window, dtype):
-    """Rows of different lengths over one cache; what lies past a length is NaN here, so reading it would show."""
+    """Rows of different lengths in one cache. Beyond each length the cache is NaN, so that reading it would show."""
     q, k, v = flash_tensors(4, *heads, T, S, 40, dtype, layout="packed")
     lengths = torch.tensor([S, S // 2 + 3, max(T, 2), T // 2], device=flash_device)
     for b, n in enumerate(lengths.tolist()):
@@ -2520,11 +2520,11 @@ def test_flash_decode(heads, T, S, window, dtype):
 
 @needs_flash
 def test_flash_gradcheck():
-    """The gradients against differences of the forward. float32 is all the kernels have, so the steps are wide."""
+    """Gradients against finite differences of the forward, with wide steps, as the kernels have no more than float32."""
     for T, S, H, mask in ((2, 3, 2, {}), (3, 3, 1, dict(causal=False, window=2))):
         inputs = [x.requires_grad_() for x in flash_tensors(1, H, 1, T, S, 2, torch.float32)]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                             # of gradcheck, that float64 would be better
+            warnings.simplefilter("ignore")                             # gradcheck would prefer float64
             attend = lambda *x: flash_attn.flash_attention(*x, **mask)
             assert torch.autograd.gradcheck(attend, inputs, eps=1e-2, atol=1e-3, rtol=1e-3)
 
@@ -2553,7 +2553,7 @@ def test_flash_compiles_whole(backend):
     x, w = [torch.randn(*shape, device=flash_device, requires_grad=True) for shape in ((2, 12, 32), (32, 96))]
     lengths = torch.tensor([12, 12], device=flash_device)
     compiled = torch.compile(block, fullgraph=True, backend=backend)
-    for n in (12, 10):                                                  # the second length compiles with a symbolic T
+    for n in (12, 10):                                                  # the second length makes T symbolic
         a, b = [torch.autograd.grad(f(x[:, :n], w, lengths * 0 + n), (x, w)) for f in (block, compiled)]
         assert max(flash_error(p, q.double()) for p, q in zip(a, b)) < 1e-5
 
@@ -2577,7 +2577,7 @@ def test_flash_says_what_is_wrong():
 
 
 def flash_python(code, *args, **env):
-    """Run code in a fresh Python that knows nothing of the interpreter."""
+    """Start code in a new Python process without TRITON_INTERPRET."""
     env = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1", **env}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-c", code, *args], cwd=HERE, env=env, text=True, **pipes)
@@ -2624,11 +2624,11 @@ print(json.dumps(found))
 
 @needs_flash
 def test_flash_compiles_ahead_of_time():
-    """What is shipped for three generations of GPU, none of which need be here: nothing spilled (8 bytes by Triton 3.6 where rows
-    are at odd addresses), the matrix instructions of the generation, no serialised wgmma, room for the shared memory, and no load for a
-    round of the loop that may not come: unguarded, it ran past the tensor's end and into what the kernel did next."""
-    limit = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}            # 99K: what compute capability 8.6, 8.9 and 12.0 have
-    scope = "all" if os.cpu_count() >= 8 else "most"                    # seconds each, and slow on a small machine
+    """The kernels compiled for three generations of GPU, without needing one: no spills (8 bytes in Triton 3.6 for rows at odd
+    addresses), the generation's matrix instructions, no serialised wgmma, shared memory that fits, and no unguarded
+    prefetch for a loop iteration that may never come: it read past the tensor's end and overlapped what the kernel did next."""
+    limit = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}            # 99K: as on compute capability 8.6, 8.9 and 12.0
+    scope = "all" if os.cpu_count() >= 8 else "most"                    # each takes seconds
     processes = [flash_python(FLASH_AHEAD, str(arch), scope) for arch in limit]
     for process in processes:
         out, error = process.communicate(timeout=550)
@@ -2663,7 +2663,7 @@ FLASH_MUTATIONS = {
 
 
 def flash_small_check(module):
-    """A few cases that a mutated kernel must fail."""
+    """A few cases, at least one of which every mutation must fail."""
     q, k, v = flash_tensors(1, 2, 1, 70, 130, 16, torch.float16)
     flash_check(module, q, k, v)
     flash_check(module, q, k, v, window=70, doc_start=flash_documents(1, 70, 130))
@@ -2676,7 +2676,7 @@ def flash_small_check(module):
 @needs_flash
 @pytest.mark.parametrize("name", ["nothing", *FLASH_MUTATIONS])
 def test_flash_mutations_are_caught(name, tmp_path, monkeypatch):
-    source = (Path(HERE) / "flash_attn.py").read_text().replace("flash_attn_py::", "flash_mutant::")      # its own operators
+    source = (Path(HERE) / "flash_attn.py").read_text().replace("flash_attn_py::", "flash_mutant::")      # own operator names
     old, new = FLASH_MUTATIONS.get(name, ("", ""))
     assert source.count(old) >= 1, f"{old!r} is no longer in flash_attn.py: bring the mutation up to date"
     path = tmp_path / "flash_mutant.py"
@@ -2698,7 +2698,7 @@ def test_flash_mutations_are_caught(name, tmp_path, monkeypatch):
     (64, 1024, 1024, 8, 8, True), (128, 2000, 2000, 8, 2, True), (96, 333, 1777, 4, 1, True), (64, 512, 4096, 4, 4, False),
     (128, 4096, 4096, 4, 4, True)])
 def test_flash_gpu_accuracy(dtype, D, T, S, H, K, causal):
-    """No further from float64 than twice what PyTorch is in the same type, and two units in the last place."""
+    """Errors against float64 are at most twice those of PyTorch in the same type, plus two units in the last place."""
     q, k, v = flash_tensors(2, H, K, T, S, D, dtype, layout="packed")
     dout = torch.randn(q.shape, device=flash_device, dtype=dtype)
     results = []
@@ -2723,7 +2723,7 @@ def test_flash_gpu_memory_is_linear():
     assert peaks[1] < 2.2 * peaks[0]
 
 
-# ============================================================================ train.py
+# ======================================================== train.py: resumed and parallel runs equal one whole run
 
 TRAIN_SMALL = dict(dataset="tiny", tokenizer="bpe", vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4,
                    max_iters=20, eval_interval=10, eval_tokens=400, log_interval=1, device="cpu", dtype="float32", workers=1)
@@ -2750,12 +2750,12 @@ def train_words(**kw):
 
 
 def train_here(monkeypatch, train_dir, tmp_path, stop_at=None, **kw):
-    """main(cfg) in this process, beside its data, without samples; SIGTERM comes in step stop_at. Returns the last checkpoint."""
+    """train.main in this process and train_dir, without samples; SIGTERM arrives in step stop_at. -> the last checkpoint."""
     monkeypatch.chdir(train_dir)
     monkeypatch.setattr(train, "show_sample", lambda *a: None)
     handlers, factor = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)], train.lr_factor
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                # so small a model only waits for a second one
+    torch.set_num_threads(1)                # more only slow down so small a model
     def lr_factor(step, cfg):
         if step + 1 == stop_at: signal.raise_signal(signal.SIGTERM)
         return factor(step, cfg)
@@ -2778,8 +2778,8 @@ def equal_states(a, b):
 
 
 def train_run(folder, *words, processes=1, wait=True, restarts=0, sampling=False):
-    """train.py as a process, or as several by torchrun: all it printed, or with wait=False the process. No sample at the end
-    unless sampling: that is another process, which takes as long as the run."""
+    """Run train.py as one process, or as several under torchrun -> its output or, with wait=False, the process. The final sample,
+    another process that takes as long as the run, is skipped unless sampling."""
     script = Path(HERE if sampling else folder) / ("train.py" if sampling else "train_only.py")
     if not sampling:
         script.write_text(f"import sys; sys.path.insert(0, {HERE!r})\nimport config, train\n"
@@ -2797,10 +2797,10 @@ def test_train_batches_visit_every_block_once_an_epoch_and_store_nothing(tmp_pat
     orders = []
     for epoch in range(3):
         blocks = np.stack([block_of(batches, epoch * 100 + i) for i in range(100)])
-        assert blocks.shape == (100, 11) and np.all((blocks[:, 1:] - blocks[:, :-1]) % 1003 == 1)     # around the end too
+        assert blocks.shape == (100, 11) and np.all((blocks[:, 1:] - blocks[:, :-1]) % 1003 == 1)     # wraps around
         assert len(set(blocks[:, :10].flatten())) == 1000
         orders.append(blocks[:, 0].tolist())
-    assert orders[0] != orders[1] and sorted(orders[0]) != sorted(orders[1])        # another order, another offset
+    assert orders[0] != orders[1] and sorted(orders[0]) != sorted(orders[1])        # new order and offset each epoch
     again = train.Batches(tmp_path / "a.bin", 10, seed=3)
     assert block_of(again, 277).tolist() == orders_block(orders, 2, 77)
     assert block_of(train.Batches(tmp_path / "a.bin", 10, seed=4), 5)[0] != orders[0][5]
@@ -2839,7 +2839,7 @@ def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
     state = torch.get_rng_state()
     loss = train.evaluate(model.train(), train.Batches(tmp_path / "v.bin", 32, 0), cfg, run)
     assert loss == pytest.approx(sum(losses) / n, rel=1e-5)
-    assert torch.equal(state, torch.get_rng_state()) and model.training         # without dropout, which then goes on
+    assert torch.equal(state, torch.get_rng_state()) and model.training         # no dropout inside, training mode after
 
 
 @pytest.mark.parametrize("kw", [
@@ -2852,21 +2852,21 @@ def test_train_resume_is_bit_for_bit(monkeypatch, train_dir, tmp_path, kw):
     resumed = train_here(monkeypatch, train_dir, tmp_path, out="half", init_from="resume", **kw)
     assert resumed["step"] == 20 and equal_states(whole, resumed)
     a, b = ([(r["step"], r.get("loss"), r.get("val_loss")) for r in train_log(tmp_path / out)] for out in ("whole", "half"))
-    assert a == b and resumed["best"] == whole["best"]                  # that of step 10, where it was stopped, included
+    assert a == b and resumed["best"] == whole["best"]                  # with the evaluation at step 10, where it stopped
     assert a[-1][2] < a[0][1] - 0.3                                     # and it learned something
-    assert all(0.01 < r["norm"] < 100 for r in train_log(tmp_path / "whole") if "norm" in r)     # float16's are unscaled
+    assert all(0.01 < r["norm"] < 100 for r in train_log(tmp_path / "whole") if "norm" in r)     # unscaled in float16 too
 
 
 def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path):
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))       # it wraps the model all the same
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))       # it still wraps the model
     checkpoint = train_here(monkeypatch, train_dir, tmp_path, max_iters=2, compile=True)
     assert not [k for k in checkpoint["model"] if "_orig_mod" in k or "module." in k]
     assert checkpoint["config"]["n_embd"] == 32 and isinstance(checkpoint["tokenizer"], dict)
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "best.pt", "ckpt.pt", "config.json", "log.jsonl"]
     assert json.load(open(tmp_path / "run" / "config.json"))["vocab_size"] == 300
     meta, step, val = checkpoint["meta"], *train_log(tmp_path / "run")[-2:]
-    assert step["mfu"] is None and step["tokens"] == val["tokens"] == 2 * 64            # 64 a step, on a CPU of unknown peak
+    assert step["mfu"] is None and step["tokens"] == val["tokens"] == 2 * 64            # 64 a step; a CPU's peak is unknown
     assert val["val_bpb"] == pytest.approx(val["val_loss"] / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"])
     rates = [group["lr"] for state in checkpoint["optimizers"] for group in state["param_groups"]]
     assert rates == pytest.approx([rate * step["lr"] for rate in (0.05, 0.004, 0.01)]) and step["lr"] < 1
@@ -2874,13 +2874,13 @@ def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path
 
 def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(monkeypatch, train_dir, tmp_path):
     losses, starts, ticks = iter((3.0, 2.0, 2.5)), [], itertools.count()
-    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) + 1000 * len(starts))        # an evaluation takes 1000 s
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) + 1000 * len(starts))        # as if an evaluation took 1000 s
     monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.doc_mask) or next(losses))
     last = train_here(monkeypatch, train_dir, tmp_path, max_iters=3, eval_interval=1, doc_mask=True)
     best = model_py.load_checkpoint(str(tmp_path / "run" / "best.pt"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 3, 2.0) and starts == [last["meta"]["eot"]] * 3
-    assert train_log(tmp_path / "run")[-1]["seconds"] < 100             # of steps alone
+    assert train_log(tmp_path / "run")[-1]["seconds"] < 100             # evaluations are not counted
 
 
 def test_train_plan_warns_of_what_cannot_fit(monkeypatch):
@@ -2902,21 +2902,21 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
             return real(parameters, limit)
         return clip
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned({3, 4, 6}))
-    train_here(monkeypatch, train_dir, tmp_path, max_iters=7, max_bad_steps=3)  # never three in a row; undoes the patch
+    train_here(monkeypatch, train_dir, tmp_path, max_iters=7, max_bad_steps=3)  # never 3 in a row; train_here undoes the patch
     assert torch.equal(weights[3], weights[4]) and torch.equal(weights[4], weights[5]) and not torch.equal(weights[5], weights[6])
     assert capsys.readouterr().out.count("1 skipped, not finite") == 3
     assert [r["skipped"] for r in train_log(tmp_path / "run") if "loss" in r] == [0, 0, 1, 1, 0, 1, 0]
     calls, weights = itertools.count(1), {}
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned({3, 4, 6}))     # the same, said in fewer lines
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned({3, 4, 6}))     # the same steps, fewer log lines
     train_here(monkeypatch, train_dir, tmp_path, out="rare", max_iters=7, max_bad_steps=3, log_interval=5)
     each, rare = ([r for r in train_log(tmp_path / out) if "loss" in r] for out in ("run", "rare"))
     assert [(r["step"], r["skipped"]) for r in rare] == [(1, 0), (5, 2), (7, 1)] and rare[1]["norm"] == each[4]["norm"]
     assert rare[1]["loss"] == pytest.approx((each[1]["loss"] + each[4]["loss"]) / 2) and rare[2]["loss"] == each[6]["loss"]
     calls, weights = itertools.count(1), {}
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(4, 99))))
-    with pytest.raises(ValueError, match="7 steps in a row"):           # 2 of them were in the line before
+    with pytest.raises(ValueError, match="7 steps in a row"):           # counted across log lines
         train_here(monkeypatch, train_dir, tmp_path, out="streak", max_bad_steps=6, log_interval=5, profile=99)
-    assert json.load(open(tmp_path / "streak" / "trace.json"))["traceEvents"]       # left running, the profiler ends in a crash
+    assert json.load(open(tmp_path / "streak" / "trace.json"))["traceEvents"]       # the profiler must be stopped, or it crashes
     calls, weights = itertools.count(1), {}
     for every, message in ((2, "resume from .*ckpt.pt with"), (10, "no checkpoint is saved yet, start again")):
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
@@ -2928,7 +2928,7 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_train_update_skips_exactly_and_is_otherwise_the_optimizers_own(optimizer):
-    """Whether the flag falls on the first step or a later one: weights and state as if update had not been called."""
+    """After a bad step, the first or a later one, weights and optimizer state are as if update had not been called."""
     cfg, runs = config.Config(**vars(tiny(norm="layernorm", bias=True)), optimizer=optimizer, weight_decay=0.1), []
     for bad, own in ((set(), True), (set(), False), ({0, 2}, False)):
         model, clean = tiny_gpt(norm="layernorm", bias=True), 0
@@ -2946,7 +2946,7 @@ def test_train_update_skips_exactly_and_is_otherwise_the_optimizers_own(optimize
         runs.append([*model.parameters(), *state])
     assert len(runs[0]) > 2 * len(list(model.parameters())) - 9
     for a, b, c in zip(*runs, strict=True): assert torch.equal(a, b) and torch.equal(a, c) and a.any()
-    p = torch.ones(2, requires_grad=True)                               # an optimizer that takes no flag, as on MPS
+    p = torch.ones(2, requires_grad=True)                               # an optimizer without found_inf, as on MPS
     for bad in (True, False):
         p.sum().backward()
         train.update([torch.optim.SGD([p], lr=1.0)], torch.tensor(bad))
@@ -2969,7 +2969,7 @@ class Killed(BaseException): pass
 
 
 def killed(monkeypatch, owner, name, call):
-    """The process ends in the call-th call of owner.name; what is written by then stays, of a checkpoint a few bytes."""
+    """Make the call-th call of owner.name end the process: files stay as they are then, a checkpoint with a few bytes written."""
     real, calls = getattr(owner, name), itertools.count(1)
     def fatal(*args, **kw):
         if next(calls) < call: return real(*args, **kw)
@@ -2979,7 +2979,7 @@ def killed(monkeypatch, owner, name, call):
 
 
 def test_train_killed_in_any_place_resumes_bit_for_bit(monkeypatch, train_dir, tmp_path):
-    """In a step, an evaluation, half-way through writing best.pt or ckpt.pt, before a rename, between the two files, the log."""
+    """In a step, in an evaluation, halfway through best.pt or ckpt.pt, before a rename, between the two files, in the log."""
     kw = dict(max_iters=9, eval_interval=3)
     whole = train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     places = [(torch.nn.utils, "clip_grad_norm_", 5), (train, "evaluate", 2), (torch, "save", 3), (torch, "save", 4),
@@ -2989,7 +2989,7 @@ def test_train_killed_in_any_place_resumes_bit_for_bit(monkeypatch, train_dir, t
         killed(monkeypatch, owner, name, call)
         with pytest.raises(Killed): train_here(monkeypatch, train_dir, tmp_path, out=f"{i}", **kw)
         saved = (tmp_path / f"{i}" / "ckpt.pt").exists()
-        assert saved == (i < 8)                                 # the last two are killed before there is a ckpt.pt
+        assert saved == (i < 8)                                 # the last two die before there is a ckpt.pt
         resumed = train_here(monkeypatch, train_dir, tmp_path, out=f"{i}", **dict(init_from="resume") if saved else {}, **kw)
         assert equal_states(whole, resumed) and resumed["best"] == whole["best"]
         assert [r["step"] for r in train_log(tmp_path / f"{i}") if "loss" in r] == list(range(1, 10))
@@ -3066,10 +3066,10 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     data = torch.load(path, weights_only=True)
     model_py.save_checkpoint(str(path), {**data, "meta": {**data["meta"], "tokenizer_hash": "other"}})
     with pytest.raises(ValueError, match="another tokenizer"): train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
-    model_py.save_checkpoint(str(path), {"model": {}, "model_args": {}, "iter_num": 5})     # nanoGPT's
+    model_py.save_checkpoint(str(path), {"model": {}, "model_args": {}, "iter_num": 5})     # like nanoGPT's
     with pytest.raises(ValueError, match="lacks asked, config"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
-    older = {key: {k: v for k, v in data[key].items() if k != "rope_trained"} for key in ("asked", "config")}     # no such knob
+    older = {key: {k: v for k, v in data[key].items() if k != "rope_trained"} for key in ("asked", "config")}     # a later knob
     model_py.save_checkpoint(str(path), data | older)
     with pytest.raises(ValueError, match="was prepared with tokenizer='bpe', not 'gpt2'"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume", tokenizer="gpt2")
@@ -3077,12 +3077,12 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     assert "max_iters 2 -> 3, seed 1337 -> 5" in capsys.readouterr().out
     changed = train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=4, beta2=0.5, weight_decay=0.25)
     groups = [group for state in changed["optimizers"] for group in state["param_groups"]]
-    assert groups[0]["betas"][1] == 0.5 and groups[-1]["weight_decay"] == 0.25              # said and done
-    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, dtype="float16")     # had no scaler until now
+    assert groups[0]["betas"][1] == 0.5 and groups[-1]["weight_decay"] == 0.25              # in effect
+    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, dtype="float16")     # no scaler so far
     bins = dict(data["meta"]["sha256"], **{"train.bin": "another"})
     model_py.save_checkpoint(str(path), {**data, "meta": {**data["meta"], "sha256": bins}})
     assert "resuming on other text" not in capsys.readouterr().out
-    with open(tmp_path / "run" / "log.jsonl", "ab") as f:                   # a crash
+    with open(tmp_path / "run" / "log.jsonl", "ab") as f:                   # as after a crash
         f.write(b'{"step": 1, "lo\n{"step": 1, "a": {"step": 2}\n\0\xff\n3\n{"step": 2, "lo')
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3)
     assert "resuming on other text" in capsys.readouterr().out
@@ -3097,8 +3097,8 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
 @pytest.mark.parametrize("optimizer, shard, rel", [("adamw", False, 1e-4), ("muon", False, 2e-3), ("muon", True, 2e-3)])
 def test_train_one_process_equals_two_ranks(monkeypatch, train_dir, tmp_path, optimizer, shard, rel):
     """
-    4 micro-batches in 1 process = 2 in each of 2 gloo ranks: losses, norms and weights, up to the order of additions. Muon's
-    matrix products are bfloat16, which makes more of a last digit with every step.
+    4 micro-batches in 1 process and 2 in each of 2 gloo ranks give the same losses, norms and weights, up to the order of
+    additions. Muon multiplies in bfloat16, which amplifies such differences at every step: hence its larger tolerance.
     """
     kw = dict(tokens_per_step=128, batch_size=2, max_iters=8, optimizer=optimizer, learning_rate=1e-3)
     one = train_here(monkeypatch, train_dir, tmp_path, out="one", **kw)
@@ -3106,7 +3106,7 @@ def test_train_one_process_equals_two_ranks(monkeypatch, train_dir, tmp_path, op
     two = model_py.load_checkpoint(str(tmp_path / "two" / "ckpt.pt"))
     assert "2 device(s)" in out and "Traceback" not in out and "saved" not in out
     train_same_log(tmp_path, rel)
-    # Adam divides by the gradient's size: where that is rounding noise alone, the sign of a step is too, hence not every element
+    # Not every element: Adam divides by the gradient's size, so where the gradient is rounding noise, so is the step's sign
     for a, b in zip(one["model"].values(), two["model"].values(), strict=True):
         assert ((a - b).abs() > 5e-3).float().mean() < 2e-3
 
@@ -3118,7 +3118,7 @@ def train_same_log(folder, rel=2e-3):
 
 
 def test_train_kill_and_sigterm_then_resume(monkeypatch, train_dir, tmp_path):
-    """kill -9 at any moment loses the steps since the last checkpoint and nothing else; SIGTERM loses nothing."""
+    """kill -9 loses only the steps since the last checkpoint; SIGTERM loses nothing."""
     kw = dict(max_iters=60, eval_interval=5)
     words, whole = train_words(**kw), train_here(monkeypatch, train_dir, tmp_path, out="whole", **kw)
     job = train_run(train_dir, *words, f"--out_dir={tmp_path}/killed", wait=False)
@@ -3130,7 +3130,7 @@ def test_train_kill_and_sigterm_then_resume(monkeypatch, train_dir, tmp_path):
     for line in job.stdout:
         if line.startswith("step     33"): break
     job.terminate()
-    job.terminate()         # a launcher's echo
+    job.terminate()         # launchers repeat the signal
     rest = job.communicate(timeout=60)[0]
     assert "stopped by a signal" in rest and "--init_from=resume" in rest and job.returncode == 0
     resumed = train_here(monkeypatch, train_dir, tmp_path, out="killed", init_from="resume", **kw)
@@ -3162,7 +3162,7 @@ def test_train_gradient_checkpointing_changes_nothing():
         calls = []
         for block in model.transformer.h: block.register_forward_pre_hook(lambda *a: calls.append(a))
         model(idx[:, :-1], idx[:, 1:])[1].backward()
-        assert len(calls) == 2 * (1 + again)                            # the backward pass computes both blocks again
+        assert len(calls) == 2 * (1 + again)                            # the backward pass runs both blocks again
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True): torch.testing.assert_close(a, b)
 
@@ -3177,7 +3177,7 @@ def test_train_two_runs_do_not_share_a_folder(monkeypatch, train_dir, tmp_path):
             train_here(monkeypatch, train_dir, tmp_path, max_iters=1)
         assert os.listdir(tmp_path / "run") == [".lock"]
     finally: other.kill(), other.communicate()
-    assert train_here(monkeypatch, train_dir, tmp_path, max_iters=1)["step"] == 1           # and the dead hold nothing
+    assert train_here(monkeypatch, train_dir, tmp_path, max_iters=1)["step"] == 1           # a dead run holds no lock
 
 
 def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_dir, tmp_path, capsys):
@@ -3186,8 +3186,8 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     assert sorted(p for p in os.listdir(tmp_path / "run") if p.startswith("ckpt_")) == ["ckpt_000016.pt", "ckpt_000020.pt"]
     assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
     os.makedirs(tmp_path / "[a]")
-    for step in (999999, 1000000, "mine", "000003_mine"): (tmp_path / "[a]" / f"ckpt_{step}.pt").touch()   # of a branch left
-    train_here(monkeypatch, train_dir, tmp_path, out="[a]", max_iters=5, keep_checkpoints=1, profile=9)    # too short for it
+    for step in (999999, 1000000, "mine", "000003_mine"): (tmp_path / "[a]" / f"ckpt_{step}.pt").touch()   # from another branch
+    train_here(monkeypatch, train_dir, tmp_path, out="[a]", max_iters=5, keep_checkpoints=1, profile=9)    # shorter than that
     kept = sorted(path.name for path in (tmp_path / "[a]").glob("ckpt_*.pt"))
     assert kept == ["ckpt_000003_mine.pt", "ckpt_000005.pt", "ckpt_mine.pt"]
     assert json.load(open(tmp_path / "[a]" / "trace.json"))["traceEvents"]
@@ -3213,12 +3213,12 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA A100-SXM4-80GB", 312e12)])
 def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: name)         # where a CPU's name has a number
+    monkeypatch.setattr(torch, "get_num_threads", lambda: name)         # put into the CPU's name
     assert train.Machine(config.Config(device="cpu")).peak == peak
 
 
 def test_train_memory_estimate_counts_optimizer_state():
-    """What the optimizers really hold after a step, against the estimate."""
+    """The estimate equals what the optimizers really hold after a step."""
     for optimizer, rank in (("muon", 0), ("adamw", 0), ("muon", 4)):
         cfg = config.load(train_words(optimizer=optimizer, lora_rank=rank, init_from="gpt2"))
         model = model_py.GPT(cfg.model())
@@ -3240,7 +3240,7 @@ TRAIN_TUNE = dict(answers=dict(lora_rank=4, dropout=0.1, learning_rate=1e-2),
 
 @pytest.fixture(scope="module")
 def tune_dir(train_dir):
-    """train_dir with a Hugging Face folder to begin from, questions whose answers count, and pairs: a shout is preferred."""
+    """train_dir with a Hugging Face folder to start from, prompts with answers, and preference pairs that prefer upper case."""
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
     base = tiny_gpt(vocab_size=300, block_size=64, **CLASSIC)
     sample_checkpoint(train_dir / "base_run", base, json.load(open(train_dir / "data" / "tiny" / "tokenizer.json")))
@@ -3277,7 +3277,7 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
         assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
         monkeypatch.chdir(tune_dir)
         policy, start = model_py.GPT.from_checkpoint(whole), model_py.GPT.load("base")
-        def gain(name):         # (n, 2): how many nats more than at the start, for the chosen answers and the rejected
+        def gain(name):         # (n, 2): log-probability gained since the start by the chosen and the rejected answers
             pairs = train.Batches(f"data/pairs/{name}.bin", 32, 0, whole["meta"]["eot"])
             x, y = pairs.read(pairs.windows(0))
             return (policy(x, y, by_row=True)[1] - start(x, y, by_row=True)[1]).view(-1, 2)
@@ -3287,18 +3287,18 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
     if kind == "answers":
         with pytest.raises(ValueError, match="no target counts in the first eval_tokens=1"):
             tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", eval_tokens=1)
-        assert not (tmp_path / "one").exists()                  # said before the first step
+        assert not (tmp_path / "one").exists()                  # refused before the first step
     other = dict(objective="tokens", dataset="tiny", input="notes") if kind == "pairs" else {}
     with pytest.raises(ValueError, match="checkpoint differs: (lora_rank|objective)"):
         tune_here(monkeypatch, tune_dir, tmp_path, kind, **dict(out="half", init_from="resume", lora_rank=2) | other)
     capsys.readouterr()
-    sample.main(config.load([f"--out_dir={tmp_path / 'whole'}", "--start=User:", "--max_new_tokens=5"]))       # LoRA is merged
+    sample.main(config.load([f"--out_dir={tmp_path / 'whole'}", "--start=User:", "--max_new_tokens=5"]))       # with LoRA merged
     assert capsys.readouterr().out.startswith("User:")
 
 
 @pytest.mark.parametrize("kind", ["answers", "lora_pairs"])
 def test_train_fine_tuning_one_process_equals_two_ranks_peer(monkeypatch, tune_dir, tmp_path, kind):
-    """Micro-batches with different numbers of answers weigh as if they were one batch, over steps and ranks."""
+    """Micro-batches and ranks are weighted by their numbers of answer tokens, so that they add up to one large batch."""
     kw = dict(tokens_per_step=256, batch_size=2, max_iters=4, dropout=0.0)
     tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", **{**kw, "batch_size": 8})
     out = train_run(tune_dir, *train_words(**tune_knobs(kind, out_dir=tmp_path / "two", **kw)), processes=2)
@@ -3334,7 +3334,7 @@ def test_train_masked_batches_and_evaluation_peer(tune_dir, monkeypatch):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_train_dpo_equals_a_reference_written_out_in_float64_peer(tune_dir, monkeypatch, lora):
-    """Loss and every gradient against the formula of the paper, token by token, from separate models and unpadded texts."""
+    """Loss and every gradient against the paper's formula, token by token, with separate models and unpadded texts."""
     monkeypatch.chdir(tune_dir)
     eot, beta = json.load(open("data/pairs/meta.json"))["eot"], 0.3
     pairs = train.Batches("data/pairs/train.bin", 64, 7, eot)
@@ -3368,7 +3368,7 @@ def test_train_dpo_equals_a_reference_written_out_in_float64_peer(tune_dir, monk
     compared = 0
     for p, q in zip(model.parameters(), policy.parameters()):
         if lora and not p.requires_grad: assert p.grad is None
-        else:                                                   # the model's own logits become float32 before their softmax
+        else:                                                   # tolerance: the loss computes its softmax in float32
             assert (p.grad - q.grad).abs().max() < 1e-6 * max(q.grad.abs().max(), 0.01)
             compared += q.grad.abs().max() > 0.01
     assert compared > 10
@@ -3403,7 +3403,7 @@ def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train
 
 def test_train_what_goes_wrong_on_one_rank_ends_the_others_in_silence():
     def work(): raise ValueError("no data")
-    ranks = (types.SimpleNamespace(rank=i, local_rank=i, any=lambda error: True) for i in (0, 1))     # any: one of them failed
+    ranks = (types.SimpleNamespace(rank=i, local_rank=i, any=lambda error: True) for i in (0, 1))     # any: some rank failed
     with pytest.raises(ValueError, match="no data"): train.Machine.in_turn(next(ranks), work)
     with pytest.raises(SystemExit) as e: train.Machine.in_turn(next(ranks), work)
     assert e.value.code == 1
@@ -3415,14 +3415,14 @@ def test_train_user_errors_are_one_line(tmp_path):
     assert out.returncode == 1 and re.match("error: [^\n]*did you mean 'max_iters'[^\n]*\n$", out.stderr)
 
 
-# ============================================================================ sample.py
+# ======================================================== sample.py: every row recomputed alone, without a cache
 
 sample_TOK = bpe.Tokenizer.train(["the cat sat on the mat, the rat sat on the cat. déjà vu — 🙂🙂 ok\n" * 20], 280)
 sample_CPU = torch.device("cpu")
 
 
 def sample_gpt(seed=0, noise=0.3, **kw):
-    """A small random model with sharp enough opinions that a wrong cache shows in its argmax."""
+    """A small random model, noisy enough that an error in the cache changes its argmax."""
     torch.manual_seed(seed)
     shape = dict(block_size=64, vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, n_embd=32) | kw
     model = model_py.GPT(config.GPTConfig(**shape)).eval()
@@ -3453,7 +3453,7 @@ SAMPLE_SHAPES = [dict(), dict(pos="learned", norm="layernorm", mlp="gelu", bias=
 
 
 def sample_recomputed(model, prompt, seed, n, **kw):
-    """One row as nanoGPT does it, the whole text through the model for every token, with the same uniform numbers."""
+    """One row generated as nanoGPT does, with the whole text through the model for each token, from the same uniform numbers."""
     cfg, ids = config.Config(**{**dict(temperature=1.0, top_k=0), **kw}), list(prompt)
     u = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     for i in range(n): ids.append(sample.draw(model(torch.tensor([ids]))[0][:, -1, :280], u[i:i + 1], cfg).item())
@@ -3513,15 +3513,15 @@ def test_sample_draws_follow_the_filtered_softmax(kw):
     assert (counts[p == 0] == 0).all() and (p > 0).sum() > 1
     chi2, free = ((counts - N * p).square() / (N * p))[p > 0].sum().item(), (p > 0).sum().item() - 1
     assert chi2 < free + 5 * math.sqrt(2 * free) + 5
-    wrong = p.roll(1)                               # the test must be able to fail
+    wrong = p.roll(1)                               # this test can fail
     assert ((counts - N * wrong).square() / (N * wrong + 1e-9)).sum() > 100
 
 
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_sample_seeds_in_a_row_follow_the_filtered_softmax_of_the_model(speculate):
-    """The joint distribution of two tokens, over seeds that follow each other, through the cache and with drafts."""
+    """The joint distribution of two tokens over consecutive seeds, generated through the cache, without and with drafts."""
     V, N, kw = 5, 3000, dict(temperature=1.3, top_k=4, top_p=0.93)
-    model, prompt = sample_gpt(vocab_size=V, noise=0.1), [0, 1, 2, 0, 1]        # a draft of 2 and then 0 is at hand
+    model, prompt = sample_gpt(vocab_size=V, noise=0.1), [0, 1, 2, 0, 1]        # drafts 2, then 0, as after the first 0, 1
     rows = sample_rows(model, [prompt] * N, limit=V, max_new_tokens=2, speculate=speculate, **kw)
     def exact(*ids):
         logits = model(torch.tensor([[*prompt, *ids]]))[0][:, -1].double()
@@ -3531,7 +3531,7 @@ def test_sample_seeds_in_a_row_follow_the_filtered_softmax_of_the_model(speculat
     chi2 = lambda e: ((counts - e).square() / e.clamp(min=1e-9))[e > 0].sum().item()
     cells = (expected > 0).sum().item()
     assert (counts[expected == 0] == 0).all() and V < cells < V * V
-    assert chi2(expected) < cells + 5 * math.sqrt(2 * cells) and chi2(expected.T) > 400       # so the test can fail
+    assert chi2(expected) < cells + 5 * math.sqrt(2 * cells) and chi2(expected.T) > 400       # this test can fail
 
 
 def test_sample_draw_edges_never_pick_what_is_filtered():
@@ -3556,7 +3556,7 @@ def test_sample_repetition_penalty_against_plain_python_and_with_drafts():
     assert plain != ids[3:] and plain != fond
     kw = dict(repetition_penalty=1.3, temperature=0.9, ends=set(range(0, 280, 9)), max_new_tokens=30)
     together = sample_rows(model, SAMPLE_PROMPTS, **kw)
-    assert len({len(r.tokens) for r in together}) > 1                       # rows leave at different times
+    assert len({len(r.tokens) for r in together}) > 1                       # rows end at different times
     for r in together: assert sample_rows(model, [r.prompt], [r.seed], **kw)[0].tokens == r.tokens
 
 
@@ -3586,7 +3586,7 @@ def test_sample_stop_strings_match_over_token_boundaries_and_are_held_back():
     cfg = config.Config(max_new_tokens=50)
     for text, stops, want in (("the cat sat on", [b"t s"], "the ca"), ("abcabd!", [b"abd"], "abc"), ("aab", [b"ab", b"aab"], ""),
                               ("déjà vu", ["à".encode()], "déj"), ("x\n\ny", [b"\n\n"], "x")):
-        for ids in (sample_TOK.encode(text), list(text.encode())):          # merged tokens, and single bytes
+        for ids in (sample_TOK.encode(text), list(text.encode())):          # merged tokens; single bytes
             row, seen = sample.Row([1], 0, sample_TOK, cfg, (), stops), ""
             for t in ids:
                 if row.finish: break
@@ -3597,9 +3597,9 @@ def test_sample_stop_strings_match_over_token_boundaries_and_are_held_back():
             assert (row.text, row.finish) == (want, "stop")
     row = sample.Row([1], 0, sample_TOK, dataclasses.replace(cfg, max_new_tokens=3), (), [b"zzz"])
     for t in b"azz": row.add(t, 0.0)
-    assert (row.text, row.finish) == ("azz", "length")                      # held back, then shown after all
+    assert (row.text, row.finish) == ("azz", "length")                      # zz was held back, then shown
     rng = random.Random(0)
-    for _ in range(300):            # any bytes, against the whole text so far; of which a row holds back only the end
+    for _ in range(300):            # random bytes, checked against the text so far; a row may hold back only its end
         stops = ["".join(rng.choices("abé🙂", k=rng.randint(1, 3))).encode() for _ in range(rng.randint(0, 2))]
         raw = b"".join(rng.choices([b"a", b"b", "é".encode(), "🙂".encode(), b"\xff", b"\xf0\x9f"], k=40))[:40]
         row = sample.Row([1, 2], 0, sample_TOK, dataclasses.replace(cfg, max_new_tokens=len(raw)), (), stops)
@@ -3620,7 +3620,7 @@ def test_sample_streams_whole_characters_only():
     assert "�" not in "".join(shown) and shown[:6] == ["", "é", "é", "é", "é", "é🙂"]
     row = sample.Row([1], 0, sample_TOK, config.Config(max_new_tokens=2))
     for t in "🙂".encode()[:2]: row.add(t, 0.0)
-    assert row.text == "�" and row.finish == "length"                       # the sample ends inside a character
+    assert row.text == "�" and row.finish == "length"                       # ends inside a character
 
 
 def test_sample_reads_stops():
@@ -3660,7 +3660,7 @@ def test_sample_beam_search_equals_exhaustive_search(penalty):
 
 
 def sample_naive_beams(model, prompt, n, V, end, L, penalty):
-    """Beam search by recomputation that never stops early."""
+    """Beam search that recomputes every step from the whole text and never stops early."""
     live, done = [(0.0, [])], []
     while live:
         logp = model(torch.tensor([prompt + seq for _, seq in live]))[0][:, -1, :V].log_softmax(-1).tolist()
@@ -3689,9 +3689,9 @@ def test_sample_beam_search_passes_the_context():
 
 
 def test_sample_window_equals_a_slow_twin():
-    """The rolling cache against one that keeps unrotated keys: attention over the kept ones with positions counted anew."""
+    """Past its context, the rolling cache equals a fresh pass over the tokens it keeps, with positions counted from 0 again."""
     for pos, kw in (("rope", {}), ("rope", dict(rope_scaling="yarn", rope_factor=2.0))):
-        model = sample_gpt(pos=pos, n_layer=1, block_size=32, **kw)         # one layer: keys depend on the tokens alone
+        model = sample_gpt(pos=pos, n_layer=1, block_size=32, **kw)         # one layer: keys depend only on their tokens
         rows = sample_rows(model, [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2)
         for row in rows:
             kept = list(row.prompt)
@@ -3699,7 +3699,7 @@ def test_sample_window_equals_a_slow_twin():
                 assert model(torch.tensor([kept]))[0][0, -1, :280].argmax().item() == t
                 if len(kept) == 32: kept = kept[:2] + kept[2 + (32 - 2) // 8:]
                 kept.append(t)
-    model = sample_gpt(pos="learned", block_size=32)        # the same, but its newer half is read again
+    model = sample_gpt(pos="learned", block_size=32)        # the same, but it reads its newer half again
     for row in sample_rows(model, [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2):
         kept = list(row.prompt)
         for t in row.tokens:
@@ -3717,11 +3717,11 @@ def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
 
 
 def test_sample_static_shapes_give_the_same_text(monkeypatch):
-    shapes = set()          # the path that a compiler sees, without waiting for one
+    shapes = set()          # the path of compiled steps, without compiling
     monkeypatch.setattr(torch, "compile", lambda f, **kw: lambda cache, *x: shapes.add(x[1].shape) or f(cache, *x))
     model = sample_gpt(window_pattern="SL", window=6)
     sample_rows(model, [[7, 8, 9, 7, 8]], static=True, max_new_tokens=12, speculate=3)
-    assert shapes == {(1, 4)}       # to the last token: each shape is compiled
+    assert shapes == {(1, 4)}       # up to the last token: each new shape would be compiled
     for speculate in (0, 3):
         for prompts in (SAMPLE_PROMPTS, SAMPLE_PROMPTS[1:2]):
             kw = dict(max_new_tokens=80, speculate=speculate, ends={7, 8, 9})
@@ -3752,8 +3752,8 @@ def test_sample_times_of_decoding_leave_compiling_out(monkeypatch):
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph on the CPU: while it records, what would be written to memory from before is noted, not done; replay() does
-    all again with the same tensors. What the host decided in the recording, it does not decide again."""
+    """A CUDA graph on the CPU. Recording notes every operation, but does not execute writes to memory that existed before;
+    replay() executes all of them on the same tensors. Decisions of the host are made once, in the recording."""
     def __init__(self):
         super().__init__()
         self.calls, self.mine = [], set()
@@ -3783,14 +3783,14 @@ def test_sample_recorded_steps_give_the_same_text(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recordings.append(Tape()) or recordings[-1])
-    # a real recording computes nothing; the tape does, so it starts where there is room
+    # Unlike a real recording, the tape computes: reset the lengths so that the cache has room for it
     monkeypatch.setattr(torch.cuda, "graph", lambda tape: caches[-1].lengths.zero_() is None or tape)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
     for shape in (dict(window_pattern="SL", window=6), dict(pos="learned")):
         model = sample_gpt(**shape)
         for kw in (dict(), dict(speculate=3), dict(repetition_penalty=1.3, top_k=50), dict(temperature=0, speculate=2)):
-            kw = dict(max_new_tokens=80, ends={7, 8, 9}) | kw           # past the context, and rows end at different times
+            kw = dict(max_new_tokens=80, ends={7, 8, 9}) | kw           # past the context; rows end at different times
             a = sample_rows(model, SAMPLE_PROMPTS, **kw)
             recordings.clear()
             b = sample_rows(model, SAMPLE_PROMPTS, static=True, **kw)
@@ -3801,7 +3801,7 @@ def test_sample_recorded_steps_give_the_same_text(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("kw", [dict(), dict(speculate=3), dict(repetition_penalty=1.3), dict(compile=False)])
 def test_sample_gpu_recorded_steps_give_the_same_text(kw):
-    torch.set_float32_matmul_precision("highest")       # train.py, in an earlier test, has set TF32: tokens would differ
+    torch.set_float32_matmul_precision("highest")       # an earlier test of train.py set TF32, which changes tokens
     model = sample_gpt(n_embd=64).cuda()
     kw = dict(max_new_tokens=80, temperature=0, ends={7, 8, 9}) | kw
     b = sample_rows(model, SAMPLE_PROMPTS, static=True, **kw)
@@ -3834,16 +3834,16 @@ def test_sample_int8_is_within_half_a_step_and_keeps_the_loss(monkeypatch):
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(96, 40), torch.randn(7, 96)
     q = sample.Int8Linear(linear)
-    bound = (q.scale.float() / 2)[None] * x.abs().sum(-1, keepdim=True)     # each weight is off by at most half a step
+    bound = (q.scale.float() / 2)[None] * x.abs().sum(-1, keepdim=True)     # each weight is at most half a step off
     assert ((q(x) - linear(x)).abs() <= bound + 1e-5).all() and q.weight.dtype == torch.int8
     exact = torch.nn.functional.linear(x, q.weight.float() * q.scale.float()[:, None], linear.bias)
     torch.testing.assert_close(q(x), exact, atol=1e-4, rtol=1e-4)
-    for rows, width in itertools.product((1, 3, 4, 5), (96, 40, 24)):       # the packed kernel and the plain product
-        narrow = torch.nn.Linear(width, 40)                                 # torch's kernel crashes or reads rubbish at 40, 24
+    for rows, width in itertools.product((1, 3, 4, 5), (96, 40, 24)):       # packed kernel; plain product
+        narrow = torch.nn.Linear(width, 40)                                 # torch's kernel fails at 40 and 24
         y = sample.Int8Linear(narrow)(x[:rows, :width].bfloat16()).float()
         torch.testing.assert_close(y, narrow(x[:rows, :width]), atol=0.1, rtol=0.02)
     with monkeypatch.context() as m:
-        m.setattr(torch.Tensor, "is_cuda", True, raising=False)             # the scales in float32, as on a GPU
+        m.setattr(torch.Tensor, "is_cuda", True, raising=False)             # scales in float32, as on a GPU
         torch.testing.assert_close(q(x.bfloat16()).float(), exact, atol=0.05, rtol=0.02)
     text = torch.tensor(sample_TOK.encode("the cat sat on the mat, the rat sat on the cat. " * 40))
     model = model_py.GPT(config.GPTConfig(block_size=32, vocab_size=320, n_layer=2, n_head=2, n_embd=64))
@@ -3851,7 +3851,7 @@ def test_sample_int8_is_within_half_a_step_and_keeps_the_loss(monkeypatch):
     for i in range(60):
         at = torch.randint(len(text) - 33, (8,))
         b = torch.stack([text[j:j + 33] for j in at])
-        b = torch.where(torch.rand(b.shape) < 0.2, torch.randint(280, b.shape), b)      # noise, so that the loss stays above zero
+        b = torch.where(torch.rand(b.shape) < 0.2, torch.randint(280, b.shape), b)      # noise: the loss must stay above 0
         model(b[:, :-1], b[:, 1:])[1].backward()
         opt.step()
         opt.zero_grad()
@@ -3866,7 +3866,7 @@ def test_sample_int8_is_within_half_a_step_and_keeps_the_loss(monkeypatch):
         again.load_state_dict(model.state_dict())
         again = sample.place(again, sample_CPU, dtype, "int8")
         assert abs(loss(again) / before - 1) < 0.005 and sum(isinstance(m, sample.Int8Linear) for m in again.modules()) == 13
-        for part in (test[:, :32], test[:1, :1], test[:1, :4]):             # of few rows a bfloat16 product is another kernel's
+        for part in (test[:, :32], test[:1, :1], test[:1, :4]):             # few rows: another bfloat16 kernel
             exact = model(part)[0]
             assert (again(part)[0].float() - exact).abs().max() < (0.05 if dtype == torch.float32 else 0.1) * exact.abs().max()
 
@@ -3880,12 +3880,12 @@ def test_sample_packed_weights_give_the_same_logits():
         assert model(x)[0].dtype == torch.bfloat16 and (model(x)[0].float() - want).abs().max() < 0.15 * want.abs().max()
         if shape.get("pos") != "learned": assert model.table.dtype == torch.float32
     linear, x = torch.nn.Linear(5, 7), torch.randn(3, 5)
-    want, linear.__class__ = linear(x), sample.SplitLinear                  # what a compiled step on a GPU makes of it
+    want, linear.__class__ = linear(x), sample.SplitLinear                  # what compiled steps use on a GPU
     torch.testing.assert_close(linear(x), want)
 
 
 def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):
-    """n_head/n_kv_head times less with grouped queries; at most 9 tokens of a prompt, and a context of 64."""
+    """Grouped queries need n_head / n_kv_head times less; prompts have at most 9 tokens, the context is 64."""
     caches, new_cache = [], sample.new_cache
     monkeypatch.setattr(sample, "new_cache", lambda *args: caches.append(new_cache(*args)) or caches[-1])
     for kv, new in ((4, 20), (1, 20), (1, 90)):
@@ -3902,7 +3902,7 @@ def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):
 def test_sample_only_ids_of_the_tokenizer_are_drawn():
     model = sample_gpt()
     with torch.no_grad(): model.lm_head.weight[250:] *= 0
-    model.lm_head.weight[280:] += 5 * model.lm_head.weight[:1]            # what it would love to say is the vocabulary's padding
+    model.lm_head.weight[280:] += 5 * model.lm_head.weight[:1]            # make padding of the vocabulary the likeliest
     assert all(t < 260 for r in sample_rows(model, SAMPLE_PROMPTS, limit=260, max_new_tokens=40) for t in r.tokens)
 
 
@@ -3932,7 +3932,7 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
 
 def test_sample_json_lines_are_not_lost_when_a_later_batch_is_interrupted(tmp_path, capsys, monkeypatch):
     sample_checkpoint(tmp_path)
-    (tmp_path / "p.txt").write_bytes("the cat\r\nv\ru\r\non the mat\r\n".encode())        # as Windows writes it
+    (tmp_path / "p.txt").write_bytes("the cat\r\nv\ru\r\non the mat\r\n".encode())        # line ends as on Windows
     argv = [f"--out_dir={tmp_path}", f"--prompts={tmp_path}/p.txt", "--max_new_tokens=5"]
     decode, calls = sample.decode, itertools.count(1)
     whole = sample_json(capsys, *argv)
@@ -3979,7 +3979,7 @@ def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsy
     assert text == sample_main(capsys, *args) and text.count("---------------") == 2
     lines = sample_json(capsys, *args, "--logprobs")
     assert text == "\n---------------\n".join("the cat" + line["text"] for line in lines) + "\n"
-    shown = []                                      # as it is written, whatever the batches
+    shown = []                                      # what is printed, piece by piece
     with monkeypatch.context() as m:
         write = lambda text, end="\n", file=None, flush=False: file or shown.append(text + end)
         m.setattr(sample, "print", write, raising=False)
@@ -3993,7 +3993,7 @@ def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsy
 
 
 def test_sample_of_the_smallest_contexts_and_of_a_file(tmp_path, capsys):
-    """Contexts too short for the sinks that are the default have fewer."""
+    """Contexts too short for the default number of sinks get fewer."""
     for size in (2, 3, 8, 9):
         path = sample_checkpoint(tmp_path, block_size=size)
         out = sample_json(capsys, f"--out_dir={path}", "--logprobs", "--max_new_tokens=20", "--temperature=1")
@@ -4001,7 +4001,7 @@ def test_sample_of_the_smallest_contexts_and_of_a_file(tmp_path, capsys):
 
 
 def test_sample_begins_with_what_training_has_seen(tmp_path):
-    """Nothing follows an end-of-text token in a dataset that is one text: its model begins with a line end."""
+    """In a dataset of a single text nothing ever follows an end-of-text token, so its model starts from a newline instead."""
     eot, path = sample_TOK.special_tokens["<|endoftext|>"], sample_checkpoint(tmp_path)
     for documents, first in ((1, sample_TOK.encode("\n")), (2, [eot]), (None, [eot])):
         checkpoint = torch.load(path, weights_only=True)
@@ -4010,7 +4010,7 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
         tok = sample.load(config.Config(out_dir=str(tmp_path)))[1]
         assert sample.read_prompts(config.Config(), tok, 64) == ([first], [""])
         assert sample.read_prompts(config.Config(start="<|endoftext|>a"), tok, 64)[0] == [[eot, *tok.encode("a")]]
-    sample_checkpoint(tmp_path, tokenizer=Tokenizer([], special_tokens=()).to_dict())      # and one without such a token
+    sample_checkpoint(tmp_path, tokenizer=Tokenizer([], special_tokens=()).to_dict())      # no end-of-text token
     assert sample.load(config.Config(out_dir=str(tmp_path)))[1].first == [10]
 
 
@@ -4054,18 +4054,18 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
     sample_checkpoint(tmp_path)
     past_the_context = "on the rat sat\n" * 5 + "Ratatouille, Ratatouille\n"
     monkeypatch.setattr(sys, "stdin", None)
-    assert sample_main(capsys, f"--out_dir={tmp_path}/ckpt.pt", "--interactive") == ""        # closed: nothing is typed
+    assert sample_main(capsys, f"--out_dir={tmp_path}/ckpt.pt", "--interactive") == ""        # stdin closed: no input
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\n" + past_the_context))
     fed, hidden = [], model_py.GPT.hidden
     spy = lambda self, idx, cache=None: fed.append(idx[0].tolist()) or hidden(self, idx, cache)
     monkeypatch.setattr(model_py.GPT, "hidden", spy)
     sample_main(capsys, f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0")
     eot, at = sample_TOK.special_tokens["<|endoftext|>"], [i for i, ids in enumerate(fed) if len(ids) > 1]
-    first, second = sample_TOK.encode("the cat\n"), sample_TOK.encode("the mat\n")    # the first step feeds the last id of each
+    first, second = sample_TOK.encode("the cat\n"), sample_TOK.encode("the mat\n")    # the first step feeds their last ids
     assert fed[at[0]] == [eot] + first[:-1] and fed[at[0] + 1] == first[-1:] and len(at) == 8
-    assert fed[at[1]][1:] == second[:-1] and fed[at[1] + 1] == second[-1:]          # and no id twice
+    assert fed[at[1]][1:] == second[:-1] and fed[at[1] + 1] == second[-1:]          # no id is fed twice
     model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:at[1] + 2], [])
-    after = fed[at[1] + 2][0]                       # the first token of the second answer: what the whole text so far calls for
+    after = fed[at[1] + 2][0]                       # the second answer begins with the argmax after the whole text so far
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
 
 
@@ -4086,13 +4086,13 @@ def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(
 
 
 def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monkeypatch, capsys):
-    """Ctrl-C while a line is read, and in the middle of an answer: the next answer follows from all of the text."""
+    """Ctrl-C during the prefill of a line, and in the middle of an answer: the next answer still follows from the whole text."""
     sample_checkpoint(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\non the rat\n"))
     rows, Row, hidden, calls = [], sample.Row, model_py.GPT.hidden, itertools.count(1)
     def interrupted(self, idx, cache=None):
         x = hidden(self, idx, cache)
-        if next(calls) in (1, 5): raise KeyboardInterrupt           # the first line's prefill, the second answer's third step
+        if next(calls) in (1, 5): raise KeyboardInterrupt           # prefill of line 1; step 3 of answer 2
         return x
     monkeypatch.setattr(model_py.GPT, "hidden", interrupted)
     monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
@@ -4122,7 +4122,7 @@ def test_sample_visualize_is_one_page_with_attention_that_sums_to_one(tmp_path, 
     assert (maps[0].tril(-3) == 0).all() and (maps[1].tril(-3) > 0).any()           # the first layer has a window of 3
     model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sample_TOK.encode("</script> the cat")
     p = model(torch.tensor([ids]))[0][0, :, :sample_TOK.vocab_size].softmax(-1)
-    for i, (title, text) in enumerate(spans[1:len(ids)]):       # the token itself, then the likeliest, each with its probability
+    for i, (title, text) in enumerate(spans[1:len(ids)]):       # title: the token, then the likeliest, with probabilities
         own, *likely = [(float(line.split("%")[0]), line.split("% ", 1)[1]) for line in title.split("\n")]
         assert own == (pytest.approx(100 * p[i, ids[i + 1]].item(), abs=0.06), repr(text)) and len(likely) == 8
         assert likely[0] == (pytest.approx(100 * p[i].max().item(), abs=0.06), repr(sample_TOK.decode([p[i].argmax().item()])))
@@ -4136,10 +4136,10 @@ def test_sample_rope_scaling_at_sampling_time_extends_the_context(tmp_path):
         model = sample.load(cfg)[0]
         assert model.config.block_size == 128 and model(torch.randint(280, (1, 128)))[0].isfinite().all()
     sample_checkpoint(tmp_path, rope_scaling="llama3", rope_factor=4.0, rope_trained=20)
-    assert sample.load(cfg)[0].config.block_size == 40                  # from what it was trained at first
+    assert sample.load(cfg)[0].config.block_size == 40                  # 2 x rope_trained, not 2 x block_size
 
 
-# ---- models of others: in by init_from, out by --export
+# ---- other people's models: loaded by init_from, written by --export
 
 HF_TEXTS = ["the cat", " déjà vu — 🙂\n\n  x", "'s 12345 ", "क्षि 한국어 \u200d", "\t\r\n \u00a0"]
 
@@ -4153,7 +4153,7 @@ def hf_tokens_equal(ours, theirs):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3"])
 def test_sample_from_a_folder_is_transformers_greedy_text_peer(name, tmp_path, capsys):
-    """sample.py's own path, through its prefill and ragged cache, 50 tokens of two prompts."""
+    """50 tokens of two prompts through sample.py itself, with its prefill and ragged cache, equal transformers' generate."""
     theirs = hf_made(name, vocab_size=280)
     theirs.save_pretrained(tmp_path)
     sample_TOK.to_hf(str(tmp_path / "tokenizer.json"))
@@ -4205,7 +4205,7 @@ def test_sample_llama3_texts_begin_with_its_token():
 
 
 def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_path, capsys):
-    """A model trained here, in transformers, and fine-tuned from there: data already prepared with its own tokenizer serves."""
+    """Train, export, load in transformers, fine-tune the export: data prepared with the same tokenizer can be used again."""
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     trained = train_here(monkeypatch, train_dir, tmp_path, max_iters=10)
     folder = str(tmp_path / "hf")
@@ -4220,22 +4220,22 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
     start = ["--start=module", "--max_new_tokens=30", "--seed=3"]
     text = sample_main(capsys, f"--out_dir={tmp_path}/run", "--dtype=float32", *start)
     assert sample_main(capsys, f"--init_from={folder}", *start) == text
-    # the shape is the folder's, only a smaller block_size and dropout are the config's
+    # The folder decides the shape; the config only a smaller block_size and dropout
     still = dict(learning_rate=0, matrix_lr=0, embedding_lr=0, unembedding_lr=0)
     other = dict(still, n_layer=4, n_head=4, n_embd=64, vocab_size=999, max_iters=2, block_size=8)
     tuned = train_here(monkeypatch, train_dir, tmp_path, out="tuned", init_from=folder, **other)
     said = capsys.readouterr().out.split("sets: ")[1].split("\n")[0]
     assert "n_layer 4 -> 2" in said and "vocab_size 999 -> 300" in said and "block_size" not in said
     assert tuned["config"]["n_layer"] == 2 and tuned["config"]["block_size"] == 8 and tuned["tokenizer"]["hash"] == tok.hash
-    for name, p in trained["model"].items(): assert torch.equal(tuned["model"][name], p), name      # every rate was zero
-    # a run so begun goes on with the same words, though the config file's shape is another
+    for name, p in trained["model"].items(): assert torch.equal(tuned["model"][name], p), name      # every learning rate was 0
+    # Such a run resumes with the same command line, though the shape in it is another
     on = dict(other, init_from="resume", max_iters=4, learning_rate=1e-2)
     resumed = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **on)
     assert resumed["step"] == 4 and resumed["config"]["n_layer"] == 2 and resumed["config"]["init_from"] == folder
     again = train_here(monkeypatch, train_dir, tmp_path, out="tuned", **{**other, "init_from": "resume", "max_iters": 5})
     assert again["step"] == 5 and not equal_states(again, trained)
     sample_main(capsys, f"--out_dir={tmp_path}/tuned", "--max_new_tokens=5", "--sinks=1")
-    # data of another tokenizer is refused; missing data is prepared with the model's
+    # Data of another tokenizer is refused; missing data is prepared with the model's tokenizer
     bpe.Tokenizer.train(["other text"], 300).to_hf(os.path.join(folder, "tokenizer.json"))
     with pytest.raises(ValueError, match="data/tiny was prepared with tokenizer='bpe', not '.*tokenizer.json'"):
         train_here(monkeypatch, train_dir, tmp_path, out="none", init_from=folder, **other)
@@ -4250,7 +4250,7 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
 
 
 def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):
-    """From a hub on 127.0.0.1: broken off and resumed, hash verified; then from the disk; a gated one is refused in a line."""
+    """From a hub on 127.0.0.1: cut off, resumed, verified by hash; then read from disk; a gated model is a one-line error."""
     pytest.importorskip("transformers", reason="not installed: pip install transformers")
     (tmp_path / "source").mkdir()
     bpe.Tokenizer.train(["ab"], 257).to_hf(str(tmp_path / "source" / "tokenizer.json"))
@@ -4293,7 +4293,7 @@ def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):
     server.shutdown(); server.server_close()
 
 
-# ============================================================================ bench.py
+# ======================================================== bench.py: tables and evaluations by plain computation
 
 def test_bench_fit_law_recovers_a_law():
     compute = np.array([1e12, 3e12, 1e13, 4e13, 2e14])
@@ -4308,7 +4308,7 @@ def test_bench_size_counts_what_the_model_has(capsys):
     run, = re.findall(r"this run: .* a parameter, (\S+) FLOP", out)
     assert re.search(rf"^H100  +{float(run) / 0.4 / 989e12 / 3600:,.1f}", out, re.M)
     bench.main(["size", os.path.join(HERE, "config", "gpt2_124m_classic.py"), "--lora_rank=8", "--init_from=gpt2"])
-    lora = 12 * 4 * 2 * 8 * 768                     # layers, matrices, A and B, rank, width: of 4 bytes each
+    lora = 12 * 4 * 2 * 8 * 768                     # layers, matrices, A and B, rank, width
     assert re.search(rf"^gradients +{lora * 4 / 2 ** 20:.2f}\n", capsys.readouterr().out, re.M)
 
 
@@ -4319,7 +4319,7 @@ def test_bench_takes_turns_and_the_median_counts():
 
 
 def test_bench_train_reports_both_recipes(capsys, monkeypatch):
-    monkeypatch.setattr(bench.torch, "compile", lambda model: model)        # what is tested here is the table, not the compiler
+    monkeypatch.setattr(bench.torch, "compile", lambda model: model)        # only the table is tested
     monkeypatch.setattr(bench, "take_turns", lambda steps, rounds: dict.fromkeys(steps, 1e-6))
     shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16)
     bench.main(["train", "--batch_size=2", "--device=cpu", *(f"--{k}={v}" for k, v in shape.items())])
@@ -4327,7 +4327,7 @@ def test_bench_train_reports_both_recipes(capsys, monkeypatch):
     rows, flops = re.findall(row, capsys.readouterr().out, re.M), model_py.GPT(config.GPTConfig(**shape)).estimate_flops()
     assert [r[0] for r in rows] == ["classic", "classic", "modern", "modern"]
     assert float(rows[-1][1]) == pytest.approx(flops * 32 / 1e-6 / 1e12, abs=0.01)
-    assert float(rows[-1][2]) == pytest.approx(100 * flops * 32 / (2 * 2048 ** 3), abs=0.1)      # of a product that takes as long
+    assert float(rows[-1][2]) == pytest.approx(100 * flops * 32 / (2 * 2048 ** 3), abs=0.1)      # of that product's rate
 
 
 def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
@@ -4342,7 +4342,7 @@ def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
     bench.main(["scaling", *(str(tmp_path / str(i)) for i in range(3))])
     out, compute = capsys.readouterr().out, model_py.GPT(config.GPTConfig(**shape)).estimate_flops() * 16000
     assert "bits per byte = " in out and re.search(rf"{re.escape(f'{compute:.3g}')} +2.0000 ", out)
-    with open(tmp_path / "2" / "log.jsonl", "a") as f: f.write('{"step": 10, "lo\n{"st')        # what a crash leaves
+    with open(tmp_path / "2" / "log.jsonl", "a") as f: f.write('{"step": 10, "lo\n{"st')        # as after a crash
     assert [r["step"] for r in bench.read_run(tmp_path / "2")[1]] == [9]
     os.makedirs(tmp_path / "bad")
     (tmp_path / "bad" / "config.json").write_text("{")
@@ -4397,10 +4397,10 @@ def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T,
         done.append(torch.cat([t.float().flatten() for t in (y if isinstance(y, tuple) else (y,))]))
         return float(len(done))
     found = bench.attention_case(B, H, K, T, S, 16, mask, torch.device("cpu"), measure)
-    first = done[:len(found)]                                       # in turns: the first round has each once
+    first = done[:len(found)]                                       # by turns: the first round has each once
     assert len(done) == 3 * len(found) and found["forward", "ours"][1] == "-"
     names = [name for name in ("ours", *bench.BACKENDS) if ("forward", name) in found]
-    assert names[0] == "ours" and names[-1] == "MATH" and "CUDNN_ATTENTION" not in names      # which refuses a CPU
+    assert names[0] == "ours" and names[-1] == "MATH" and "CUDNN_ATTENTION" not in names      # cuDNN refuses a CPU
     passes = ["forward", "backward"] if T > 1 else ["forward"]
     assert list(found) == [(which, name) for name in names for which in passes]
     for key, value in zip(found, first):
@@ -4408,7 +4408,7 @@ def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T,
 
 
 def test_bench_attention_writes_its_tables(tmp_path, monkeypatch, capsys):
-    """The GPU's part with a pretended GPU: everything but the measuring."""
+    """The part that needs a GPU, with a pretended one: everything but the measuring."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -4469,10 +4469,10 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
                   for which in (r"([\d,.]+) ", "(.*)"))
     texts = torch.tensor(np.stack([data[i:i + n + 1] for i in np.linspace(0, 29, 24).astype(int)]).astype(np.int64))
     logp = model(texts[:, :-1])[0].log_softmax(-1).gather(2, texts[:, 1:, None])[:, n // 2:]
-    assert len(set(full.values())) == 7                             # past the context each of them is another
+    assert len(set(full.values())) == 7                             # past the context all differ
     inside = [float(x.replace(",", "")) for x in rows.values()]
     assert inside == pytest.approx(7 * [math.exp(-logp.mean())], rel=1e-3)
-    scaled = sample_gpt(block_size=16, rope_scaling="yarn", rope_factor=2.0)        # trained at 8: none is none
+    scaled = sample_gpt(block_size=16, rope_scaling="yarn", rope_factor=2.0)        # trained at 8: row none is unscaled
     scaled.load_state_dict(model.state_dict())
     sample_checkpoint("out/x", scaled)
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
@@ -4483,12 +4483,12 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])
     sample_checkpoint("out/x", sample_gpt(block_size=3))
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
-    assert "window, sinks=1" in capsys.readouterr().out             # four would leave no room
+    assert "window, sinks=1" in capsys.readouterr().out             # 4 sinks would leave no room
     sample_checkpoint("out/x", sample_gpt(block_size=1))
     with pytest.raises(ValueError, match="block_size=1 is too short"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
 
 
-EVAL_LINES = [      # as HellaSwag, ARC in its two forms and MMLU publish their questions
+EVAL_LINES = [      # questions in the published formats: HellaSwag, ARC in two forms, MMLU
     {"activity_label": "Roof", "ctx_a": "A man [substeps] sits.", "ctx_b": "he", "ctx": "unused",
      "endings": ["runs [x] off.", "is", "jumps  up [title] End"], "label": 1},
     {"ctx": "A longer context, of which the first words do not fit, " * 3 + "so", "endings": ["it is cut", "not"], "label": "0"},
@@ -4498,7 +4498,7 @@ EVAL_LINES = [      # as HellaSwag, ARC in its two forms and MMLU publish their 
     {"question": " 1+1? ", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "high_school_sums"},
     {"question": "q", "choices": ["1", "2"], "answer": "B"},
     {"ctx": "x", "endings": ["y", "z and more"], "label": 0}]
-EVAL_READ = [       # what is read of each: the context, the endings, which is right
+EVAL_READ = [       # each as read: (context, endings, index of the right one)
     ("Roof: A man sits. He", ["runs off.", "is", "jumps up. End"], 1),
     (EVAL_LINES[1]["ctx"], ["it is cut", "not"], 0),
     ("Question: Why?\nAnswer:", ["Because", "So"], 1),
@@ -4514,7 +4514,7 @@ def eval_read(task, tok, size):
 
 
 def eval_plain(model, tok, context, ending):
-    """One text at a time, the whole of it through the model, no cache, no padding."""
+    """The ending's log-probability after the context, from one pass over the whole text: no cache, no padding."""
     ending = tok.encode(" " + ending)
     ids = tok.encode(context) + ending
     logp = model(torch.tensor([ids[:-1]]))[0][0].double().log_softmax(-1)
@@ -4533,7 +4533,7 @@ def test_bench_eval_choices_equal_a_plain_computation(tmp_path, shape):
         scores = [s for i in range(0, 7, batch) for s in bench.score(model, questions[i:i + batch])]
         for found, values in zip(scores, expected, strict=True): assert found == pytest.approx(values, abs=1e-4)
     assert [right for *_, right in questions] == [label for *_, label in EVAL_READ]
-    cut, endings = questions[1][:2]                 # the context that does not fit keeps its end, as much as there is room for
+    cut, endings = questions[1][:2]                 # a context too long keeps as much of its end as fits
     assert len(cut) + max(map(len, endings)) == 129 and EVAL_READ[1][0].endswith(sample_TOK.decode(cut))
 
 
@@ -4542,16 +4542,16 @@ def test_bench_eval_text_scores_every_token_once_with_enough_context(stride, n):
     model, text = sample_gpt(), "".join(random.Random(0).choices("abc \u00fc\n", k=n))
     begin = sample_TOK.special_tokens["<|endoftext|>"]
     ids, want = [begin] + sample_TOK.encode(text), 0.0
-    for i in range(1, len(ids)):            # token by token: the window that scores i ends at the first end that is not before it
+    for i in range(1, len(ids)):            # the window that scores token i is the first that ends at or after i
         end = 64 if i <= 64 else min(64 + stride * -(-(i - 64) // stride), len(ids) - 1)
         start = max(0, end - 64) if len(ids) - 1 >= 64 else 0
         assert i <= 64 or i - start > 64 - stride
         want -= model(torch.tensor([ids[start:i]]))[0][0, -1].double().log_softmax(-1)[ids[i]].item()
     tok = bpe.Tokenizer.from_dict(sample_TOK.to_dict())
-    tok.first = [begin]                                     # as sample.load finds it
+    tok.first = [begin]                                     # as sample.load sets it
     nats, tokens, size = bench.text_loss(model, tok, text, 3, stride)
     assert nats == pytest.approx(want, rel=1e-5) and tokens == len(ids) - 1 and size == len(text.encode())
-    plain = bpe.Tokenizer(sample_TOK.merges)                # no end-of-text to begin with: every token is scored all the same
+    plain = bpe.Tokenizer(sample_TOK.merges)                # without an end-of-text to begin with, every token is still scored
     plain.first = plain.encode("\n")
     nats, tokens, size = bench.text_loss(model, plain, "abcabc", 2, stride)
     assert tokens == len(plain.encode("abcabc")) and size == 6
@@ -4571,7 +4571,7 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
     monkeypatch.setattr(bench, "score", counting)
     with pytest.raises(KeyboardInterrupt): bench.main(argv)
     kept, = glob.glob("out/bench/eval_q_*.jsonl")
-    with open(kept, "a") as f: f.write("\n[-1.25, -3")                          # the line that a crash cut short
+    with open(kept, "a") as f: f.write("\n[-1.25, -3")                          # as if a crash cut the line
     scored.clear()
     scored += [0] * 4
     bench.main(argv + [f"--input={tmp_path / 't.txt'}", "--stride=128"])
@@ -4626,7 +4626,7 @@ def test_bench_eval_user_errors(tmp_path, monkeypatch):
 
 
 def test_bench_eval_unpacks_the_published_files(tmp_path, monkeypatch):
-    """Archives built as the real ones are, in place of the downloads."""
+    """Archives laid out like the published ones, in place of the downloads."""
     monkeypatch.chdir(tmp_path)
     arc = json.dumps(EVAL_LINES[2]) + "\n"
     questions = {"Easy-Train": 4, "Easy-Test": 2, "Challenge-Train": 3, "Challenge-Test": 1}

@@ -4,7 +4,7 @@ FlashAttention in one file: exact attention, forward and backward, without ever 
     from flash_attn import flash_attention
     y = flash_attention(q, k, v, causal=True)       # replaces F.scaled_dot_product_attention on NVIDIA GPUs from Ampere on
     $ python flash_attn.py                          # compile every shipped configuration, no GPU needed, and print what it uses
-    $ TRITON_INTERPRET=1 python your_script.py      # run the same kernels on CPU tensors: slow, but print and breakpoints work
+    $ TRITON_INTERPRET=1 python your_script.py      # run the same kernels on CPU tensors: slow, but print and breakpoints work in them
 
 Notation, here and in the code:
 
@@ -252,7 +252,7 @@ def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_str
     zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for EDGE in tl.static_range(1, -1, -1):
         number = edges if EDGE else full
-        # subtle: with i // number the compiler may assume number > 0, and prefetches for a first iteration that may never come
+        # subtle: from i // number the compiler infers number > 0, and would prefetch for an iteration that may never come
         each = tl.where(number > 0, number, 1)
         for i in tl.range(0, G * number, disable_licm=True):            # (head of the group, block) in one loop: two would spill
             h, m = kv * G + i // each, block(i % each, EDGE, start, before, full) * BLOCK_M
@@ -351,8 +351,8 @@ def combine_kernel(Part, LSE, Out, o_strides, H, T, splits, D: tl.constexpr, WID
     tl.store(Out + at, out.to(Out.dtype.element_ty), mask=d < D)
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Launches: lists of (kernel, number of programs, arguments, options). Building one is not running it, so that the report at the
-# end of this file can compile exactly what is shipped on a machine that cannot run it.
+# Launches: lists of (kernel, number of programs, arguments, options). They are built and run separately, so that the report at
+# the end of this file can compile exactly what is shipped on a machine that cannot run it.
 
 # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and WIDTH. 80: loads by pointers, for any GPU and any tensor; 90, 100:
 # copy engine and wgmma (compute capability 9.0) or tcgen05 (10.x). At 90, WIDTH 128 and the backward's 64 are the fastest of
@@ -501,7 +501,7 @@ forward_op.register_autograd(backward, setup_context=save_for_backward)
 # What people call
 
 def why_not(q, k, v, dropout_p=0.0):
-    """None if the kernels can run on such tensors, else a line saying why. Does not synchronise or break a compiled graph."""
+    """None if the kernels can run on such tensors, else one line saying why not. Does not synchronise or break a graph."""
     if triton is None: return "Triton is not installed: pip install triton (Linux only)"
     if dropout_p > 0: return f"attention dropout is {dropout_p}, which the kernels do not support"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not q.dtype == k.dtype == v.dtype:

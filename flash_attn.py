@@ -4,7 +4,7 @@ FlashAttention in one file: exact attention, forward and backward, without ever 
     from flash_attn import flash_attention
     y = flash_attention(q, k, v, causal=True)       # replaces F.scaled_dot_product_attention on NVIDIA GPUs from Ampere on
     $ python flash_attn.py                          # compile every shipped configuration, no GPU needed, and print what it uses
-    $ TRITON_INTERPRET=1 python your_script.py      # run the same kernels on CPU tensors: slow, but print and breakpoints work in them
+    $ TRITON_INTERPRET=1 python your_script.py      # run the same kernels on CPU tensors: slow, but print and breakpoints work
 
 Notation, here and in the code:
 

@@ -71,6 +71,7 @@ class SplitLinear(nn.Linear):
 def place(model, device, dtype, quantize="none", pack=False):
     """Make the model ready to sample: its weights rounded or packed, in dtype, on the device; position tables stay float32."""
     pack = pack and device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()
+    pack = pack and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     int8 = quantize == "int8"
     if int8 or pack:
         for name, m in list(model.named_modules()):         # linear layers alone: embeddings are looked up, never multiplied

@@ -340,6 +340,29 @@ def test_model_optimizers_cover_every_parameter_once(kw, optimizer):
     else: assert set(rate.values()) == {cfg.learning_rate}
 
 
+def test_model_muon_multiplies_in_float32_where_bfloat16_is_emulated(monkeypatch):
+    """One step of both kinds against Newton-Schulz in float64: bfloat16 is off by per cents, float32 is not. Gradients stay."""
+    for emulated in (True, False):
+        monkeypatch.setattr(model_py, "has_bfloat16", lambda device: not emulated)
+        model = model_py.GPT(tiny(zero_init=False))
+        muon = model.configure_optimizers(config.Config(matrix_lr=1.0))[1]
+        assert type(muon) is (model_py.Float32Muon if emulated else torch.optim.Muon)
+        for p in model.parameters(): p.grad = torch.randn_like(p)
+        grads, before = [p.grad.clone() for p in model.parameters()], {p: p.clone() for p in muon.param_groups[0]["params"]}
+        muon.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+        for p, old in before.items():
+            x = p.grad.double() * (0.05 * 0.95 + 0.05)          # Nesterov momentum 0.95, from zero
+            x = x.T if p.shape[0] > p.shape[1] else x
+            x = x / x.norm()
+            for _ in range(5):
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            x = (x.T if p.shape[0] > p.shape[1] else x) * max(1, p.shape[0] / p.shape[1]) ** 0.5
+            error = ((old - p) - x).norm().item() / x.norm().item()
+            assert error < 1e-4 if emulated else 1e-3 < error < 0.1
+
+
 def test_model_flops_against_torch_counter():
     """The FLOP estimate is torch's own count outside attention; there it counts the whole T x T matrix, as PaLM does."""
     model = model_py.GPT(tiny(block_size=32, n_embd=32, vocab_size=64)).train()
@@ -3217,6 +3240,13 @@ def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
     assert train.Machine(config.Config(device="cpu")).peak == peak
 
 
+def test_train_in_bfloat16_only_where_the_cpu_has_instructions_for_it(monkeypatch):
+    for has, want in (({}, torch.float32), ({"avx512_bw": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16),
+                      ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        assert train.Machine(config.Config(device="cpu")).dtype == want
+
+
 def test_train_memory_estimate_counts_optimizer_state():
     """The estimate equals what the optimizers really hold after a step."""
     for optimizer, rank in (("muon", 0), ("adamw", 0), ("muon", 4)):
@@ -3882,6 +3912,20 @@ def test_sample_packed_weights_give_the_same_logits():
     linear, x = torch.nn.Linear(5, 7), torch.randn(3, 5)
     want, linear.__class__ = linear(x), sample.SplitLinear                  # what compiled steps use on a GPU
     torch.testing.assert_close(linear(x), want)
+
+
+def test_sample_in_bfloat16_on_a_cpu_that_has_no_avx512():
+    """oneDNN packs no bfloat16 there: the weights stay as they are. In a process of its own, where oneDNN is told of no AVX-512."""
+    code = """
+import torch, config, model, sample
+gpt = model.GPT(config.GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=300, block_size=16))
+gpt = sample.place(gpt, torch.device("cpu"), torch.bfloat16, pack=True)
+assert gpt(torch.zeros(1, 3, dtype=torch.long))[0].isfinite().all()
+print(sum(isinstance(m, sample.PackedLinear) for m in gpt.modules()), torch.ops.mkldnn._is_mkldnn_bf16_supported())"""
+    for isa in ("AVX2", "DEFAULT"):
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": HERE, "ONEDNN_MAX_CPU_ISA": isa},
+                              capture_output=True, text=True)
+        assert done.stdout.split() in (["0", "False"], ["7", "True"]), done.stderr
 
 
 def test_sample_decoding_allocates_no_more_than_its_texts_need(monkeypatch):

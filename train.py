@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import config, prepare
 from config import require
-from model import GPT, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint
+from model import GPT, has_bfloat16, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint
 
 # dense bf16 peak in FLOP/s (V100: fp16) by data sheet, for the first key found as whole words in the device's name. None: no MFU
 PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12,
@@ -178,9 +178,8 @@ class Machine:
 
 def pick_dtype(name, device):
     if name != "auto": return getattr(torch, name)
-    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    instructions = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}   # torch 2.12+
-    return torch.bfloat16 if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else torch.float32
+    if has_bfloat16(device): return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 # ---------------------------------------------------------------------------- before the first step
 

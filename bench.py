@@ -27,7 +27,7 @@ if "tokenizer" not in sys.argv[1:2]:        # its seconds and memory count from 
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import flash_attn, prepare, sample as sampler, train as trainer
-    from model import GPT, pick_device
+    from model import GPT, pick_device, why_not_compile
 
 # ---------------------------------------------------------------------------- tools
 
@@ -219,7 +219,7 @@ def bench_tokenizer(argv):
             Path(path).write_text("".join(source.read_text("utf-8", "replace") for source in sources), "utf-8")
         size, own, vocab = os.path.getsize(path), cfg.tokenizer == "bpe", f"{folder}/tok.json"
         if not own: (bpe.Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else bpe.Tokenizer.load(cfg.tokenizer)).save(vocab)
-        print(f"{path}: {size / 1e6:.1f} MB, median of 3, {os.cpu_count()} cores (encoding: one)")
+        print(f"{path}: {size / 1e6:.1f} MB, median of 3, {bpe.cores()} cores (encoding: one)")
         for job, names in (("train", ("rustbpe", "tokenizers")), ("encode", ("tiktoken", "tokenizers"))):
             if job == "train" and not own: continue
             runs, rows = {name: [] for name in ("bpe", *filter(peer, names))}, []
@@ -347,7 +347,8 @@ def bench_train(argv):
         return raw.backend, raw.estimate_flops() * x.numel(), step
 
     backends = (True, False) if machine.device.type == "cuda" else (True,)
-    for recipe, compiled, sdpa in itertools.product(recipes, (False, True), backends):
+    if cannot := why_not_compile(machine.device): print(f"compiled steps are left out: {cannot}")
+    for recipe, compiled, sdpa in itertools.product(recipes, (False,) if cannot else (False, True), backends):
         (backend, flops, step), mib = memory_of(partial(contestant, recipes[recipe], compiled, sdpa))
         name = f"{recipe}, {backend}" + (", compiled" if compiled else "")
         steps[name], facts[name] = step, (flops, mib)

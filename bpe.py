@@ -216,6 +216,10 @@ class Words(dict):
             numbers[winners] = self.numbers_in[slot[winners]]
         return numbers
 
+def cores():
+    """How many cores this process may use, of all that there are: batch systems and containers give out a part."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 def work(function, pipe):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker at once; the parent reports it
     import multiprocessing
@@ -447,7 +451,7 @@ class Tokenizer:
                 for text in texts: yield from cut(text)
         n_merges, words = max(0, vocab_size - 256 - len(plain.special_tokens)), collections.Counter()
         add, count = show("MB counted", n_bytes, 1e6), functools.partial(count_words, pattern=plain.pattern)
-        for counts in in_order(count, groups(pieces() if n_merges else (), BATCH), workers or os.cpu_count()):
+        for counts in in_order(count, groups(pieces() if n_merges else (), BATCH), workers or cores()):
             words.update(counts)
             add(sum(len(word) * n for word, n in counts.items()))
         merges = learn_merges(words, n_merges, show("merges", n_merges))

@@ -40,8 +40,11 @@ documents. A query that sees no key yields zeros and passes no gradient: its L i
 no query of the tile sees are skipped; only those crossed by an edge of the mask ("edge" blocks, not "full") are masked.
 """
 import math
+import os
 import re
+import shutil
 import subprocess
+import sysconfig
 
 import torch
 from torch import Tensor
@@ -500,6 +503,16 @@ forward_op.register_autograd(backward, setup_context=save_for_backward)
 # ------------------------------------------------------------------------------------------------------------------------------
 # What people call
 
+def missing_tool():
+    """What Triton lacks here to build what launches its kernels on a GPU, in one line, or None."""
+    if triton is None: return "Triton is not installed: pip install triton (Linux only)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler: install gcc, or set CC"
+    header = os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    return None if os.path.exists(header) else f"Triton needs {header}: install Python's headers (python3-dev)"
+
+MISSING = missing_tool()        # once, because why_not runs in every call
+
 def why_not(q, k, v, dropout_p=0.0):
     """None if the kernels can run on such tensors, else one line saying why not. Does not synchronise or break a graph."""
     if triton is None: return "Triton is not installed: pip install triton (Linux only)"
@@ -512,6 +525,7 @@ def why_not(q, k, v, dropout_p=0.0):
     if q.device.type == "cpu" and INTERPRET: return None
     if q.device.type != "cuda" or torch.version.hip:
         return f"the tensors are on {q.device.type}, the kernels need an NVIDIA GPU (or the CPU with TRITON_INTERPRET=1)"
+    if MISSING: return MISSING
     gpu = torch.cuda.get_device_properties(q.device)
     return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, the kernels need 8.0 or newer" if gpu.major < 8 else None
 

@@ -19,7 +19,7 @@ A GPT in one file: a modern one by default, exactly GPT-2 with other settings of
 Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = n_embd (H*D unless
 head_size says otherwise), V vocab_size.
 """
-import contextlib, glob, json, math, os, re, textwrap
+import contextlib, glob, json, math, os, re, shutil, sys, textwrap
 from dataclasses import replace
 
 import torch
@@ -598,6 +598,12 @@ def has_bfloat16(device):
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
+
+def why_not_compile(device):
+    """None if torch.compile can work for the device, else one line about what it lacks: it calls a compiler itself."""
+    if device.type == "cuda": return flash_attn.MISSING
+    compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    return None if shutil.which(compiler) else f"torch.compile finds no C++ compiler: install {compiler}, or set CXX"
 
 def save_checkpoint(path, checkpoint):
     """torch.save that leaves either the old file or the new one, never half a file. OSError says what to do."""

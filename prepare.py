@@ -387,7 +387,7 @@ def main(cfg):
     size, n_files = sum(span.stop - span.start for span in spans), len({span.path for span in spans})
     def every(label, function, jobs):                       # function(job) for each job, in order, on all cores
         add = progress(label, size * len(jobs) / len(units))
-        for result in bpe.in_order(function, jobs, cfg.workers or os.cpu_count()):
+        for result in bpe.in_order(function, jobs, cfg.workers or bpe.cores()):
             add(size / len(units))
             yield result
     unit_rows, forms = zip(*every("read", read_unit, units))

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 
 import bpe, config, prepare
-from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf
+from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf, why_not_compile
 
 ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # BEGIN: Llama 3 expects it at the start of every text
 ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # GPT-2 and ours; Llama 3; chat turns of Llama 3 and Qwen
@@ -314,6 +314,7 @@ def decode(model, rows, cfg, limit, stats, cache=None):
         picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
         return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)] + ([logits] if beams else [])
     if static and cfg.compile:
+        config.require(not (cannot := why_not_compile(device)), f"--compile: {cannot}, or leave it out")
         # on a GPU, coordinate descent turns a one-row product into a kernel that reads weights at full bandwidth, int8 as int8,
         # with the norm before it fused in
         for module in model.modules() if gpu else ():

@@ -1647,6 +1647,14 @@ def test_bpe_command_line(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "empty.txt", "tok.json", "tok4.json"]
 
 
+def test_bpe_takes_the_cores_that_it_may_use(monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 5, 7}, raising=False)
+    monkeypatch.setattr(bpe, "in_order", lambda function, jobs, workers: asked.append(workers) or map(function, jobs))
+    for workers in (None, 2): bpe.Tokenizer.train("some text", 260, workers=workers)
+    assert asked == [3, 2]
+
+
 def test_bpe_pickles():
     import pickle
     tok = Tokenizer.train(["the cat sat on the mat"], 262)
@@ -2619,6 +2627,31 @@ except ValueError as e: print(e)
     assert "Triton is not installed: pip install triton" in out, error
 
 
+def test_flash_says_what_triton_lacks_to_build_its_launchers(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C compiler: install gcc" in flash_attn.missing_tool()
+    (tmp_path / "gcc").touch(0o755)
+    monkeypatch.setattr(flash_attn.sysconfig, "get_path", lambda *args: str(tmp_path))
+    assert f"needs {tmp_path / 'Python.h'}: install Python's headers" in flash_attn.missing_tool()
+    (tmp_path / "Python.h").touch()
+    assert flash_attn.missing_tool() is None
+    (tmp_path / "gcc").unlink()
+    monkeypatch.setenv("CC", "cc")
+    assert flash_attn.missing_tool() is None
+    # on a GPU, the model then takes SDPA, and says so
+    model = model_py.GPT(tiny())
+    monkeypatch.setattr(flash_attn, "MISSING", "Triton lacks X")
+    weight = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(model.transformer.wte, "forward", None)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kw: types.SimpleNamespace(
+        dtype=torch.bfloat16, shape=shape, device=torch.device("cuda")))
+    monkeypatch.setitem(model.transformer.wte._parameters, "weight", weight)
+    assert model.set_backend() == "torch SDPA (Triton lacks X)" and model.backend == "sdpa"
+    assert model_py.why_not_compile(torch.device("cuda")) == "Triton lacks X"
+
+
+
 FLASH_AHEAD = r"""
 import json, pathlib, re, subprocess, sys, tempfile
 import torch, triton, flash_attn
@@ -3245,6 +3278,18 @@ def test_train_in_bfloat16_only_where_the_cpu_has_instructions_for_it(monkeypatc
                       ({"amx_bf16": True}, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
         assert train.Machine(config.Config(device="cpu")).dtype == want
+
+
+def test_train_and_sample_without_a_compiler(monkeypatch, tmp_path):
+    """torch.compile calls one: what was asked for by name is refused, what is only the default is left out."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not train.Machine(config.Config(device="cpu")).compile
+    with pytest.raises(ValueError, match=r"--compile: torch.compile finds no C\+\+ compiler"):
+        train.Machine(config.Config(device="cpu", compile=True))
+    model, cfg = tiny_gpt(), config.Config(compile=True, max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"--compile: torch.compile finds no C\+\+ compiler"):
+        next(sample.decode(model, [sample.Row([1, 2], 0, None, cfg)], cfg, 61, Counter()))
 
 
 def test_train_memory_estimate_counts_optimizer_state():

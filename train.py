@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import config, prepare
 from config import require
-from model import GPT, has_bfloat16, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint
+from model import GPT, has_bfloat16, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint, why_not_compile
 
 # dense bf16 peak in FLOP/s (V100: fp16) by data sheet, for the first key found as whole words in the device's name. None: no MFU
 PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12,
@@ -154,7 +154,9 @@ class Machine:
             self.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-        self.compile = gpu if cfg.compile is None else cfg.compile
+        cannot = why_not_compile(self.device)
+        require(not (cfg.compile and cannot), f"--compile: {cannot}, or leave it out")
+        self.compile = gpu and not cannot if cfg.compile is None else cfg.compile
         self.name = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {torch.get_num_threads()} threads"
         self.peak = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", self.name)), None)
 

@@ -507,7 +507,7 @@ def evaluate_task(model, tok, task, lines, batch_size):
     """A row of the table. Scores go, one line per question, to a file named after task, weights and questions, to resume from."""
     name, questions = os.path.basename(task).removesuffix(".jsonl"), read_task(task, lines, tok, model.config.block_size)
     questions.sort(key=lambda q: -len(q[0]))        # batches of similar lengths
-    weights = [p.double().sum().item() for p in model.state_dict().values()]
+    weights = [p.float().sum().item() for p in model.state_dict().values()]
     digest = hashlib.sha256(repr((model.config, tok.hash, weights, questions)).encode()).hexdigest()
     os.makedirs("out/bench", exist_ok=True)
     with open(f"out/bench/eval_{name}_{digest[:12]}.jsonl", "a+", encoding="utf-8") as f:

@@ -152,7 +152,8 @@ class Machine:
             dist.init_process_group("nccl" if gpu else "gloo")
             # a second group, on the CPU, for waits of many minutes (preparing data) and for flags, which must not stall the GPU
             self.cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
-        self.dtype = pick_dtype(cfg.dtype, self.device)
+        auto = torch.bfloat16 if has_bfloat16(self.device) else torch.float16 if gpu else torch.float32
+        self.dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         self.autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
         cannot = why_not_compile(self.device)
         require(not (cfg.compile and cannot), f"--compile: {cannot}, or leave it out")
@@ -177,11 +178,6 @@ class Machine:
             except (ValueError, OSError) as e: error = e
             if self.any(error): raise error or SystemExit(1)
         return result
-
-def pick_dtype(name, device):
-    if name != "auto": return getattr(torch, name)
-    if has_bfloat16(device): return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else torch.float32
 
 # ---------------------------------------------------------------------------- before the first step
 
@@ -227,10 +223,9 @@ def prepare_data(cfg, run, old):
     return batches, val_batches, meta, json.loads(own.read_bytes()) if own.exists() else meta["tokenizer"]
 
 def estimate_memory(cfg, model, world=1):
-    """{part: bytes} of one training process. Weights and gradients are float32, plus a 16-bit copy of the weights for autocast
-    and a second copy of the gradients in DDP's buckets. AdamW keeps two more numbers per weight, Muon one. Activations for the
-    backward pass: per layer and token, 18*C bytes outside the MLP and 4 times its width in it, which is the 34*C of Korthikanti
-    et al. 2022, arXiv:2205.05198, without the attention matrix. Logits: 4096 rows, as on a GPU, and the head's gradient."""
+    """{part: bytes} of one training process. Weights and gradients are float32, plus 16-bit weights for autocast, a copy of the
+    gradients in DDP's buckets; AdamW keeps two numbers per weight, Muon one. Activations per layer and token: 18*C bytes, and 4
+    times the MLP's width, the 34*C of Korthikanti et al. 2022 (arXiv:2205.05198) without attention. Logits: 4096 rows."""
     full, n, rows = cfg.dtype == "float32", model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
@@ -301,8 +296,7 @@ class Log:
         """Wait for the device and report the steps since the last line. factor, norm: of the last step."""
         if self.run.world > 1: dist.all_reduce(self.sums)
         total, good = (self.sums / self.run.world).tolist()
-        loss, norm = total / good if good else math.nan, norm.item()
-        skipped = step - self.step - round(good)
+        loss, skipped, norm = total / good if good else math.nan, step - self.step - round(good), norm.item()
         seconds = time.perf_counter() - self.began
         rate = (step - self.step) * self.tokens_per_step / (seconds - self.seconds)
         mfu = self.flops * rate / self.run.world / self.run.peak if self.run.peak else None
@@ -363,16 +357,14 @@ def train(cfg, run):
     step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)
     del old
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    attention = raw_model.set_backend()
-
-    run.say(f"{plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)}, attention: {attention}\n")
+    about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)
+    run.say(f"{about}, attention: {raw_model.set_backend()}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
     signals = []        # SIGINT or SIGTERM: finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: signals.append(number))
 
     def save(*names):
-        if cfg.shard_optimizer:
-            for optimizer in optimizers: optimizer.consolidate_state_dict(to=0)
+        for optimizer in optimizers if cfg.shard_optimizer else (): optimizer.consolidate_state_dict(to=0)
         if run.rank > 0: return
         state = dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                      reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
@@ -404,7 +396,6 @@ def train(cfg, run):
         log.add(total, bad)
         step += 1
         if profiler: profiler.step()
-
         # on a GPU, all of the above is only queued (except with dpo); what follows waits for it, but only if a report is due
         stopping = run.any(signals) and step < cfg.max_iters
         sampling = cfg.sample_interval and step % cfg.sample_interval == 0 and step < cfg.max_iters

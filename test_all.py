@@ -3797,6 +3797,8 @@ def test_sample_static_shapes_give_the_same_text(monkeypatch):
     model = sample_gpt(window_pattern="SL", window=6)
     sample_rows(model, [[7, 8, 9, 7, 8]], static=True, max_new_tokens=12, speculate=3)
     assert shapes == {(1, 4)}       # up to the last token: each new shape would be compiled
+    sample_rows(model, [[7, 8, 9, 7, 8]], static=True, max_new_tokens=150, speculate=3)
+    assert shapes == {(1, 4), (1, 1)}       # past the context of 64: no draft where a whole one does not fit
     for speculate in (0, 3):
         for prompts in (SAMPLE_PROMPTS, SAMPLE_PROMPTS[1:2]):
             kw = dict(max_new_tokens=80, speculate=speculate, ends={7, 8, 9})

@@ -515,7 +515,7 @@ MISSING = missing_tool()        # once, because why_not runs in every call
 
 def why_not(q, k, v, dropout_p=0.0):
     """None if the kernels can run on such tensors, else one line saying why not. Does not synchronise or break a graph."""
-    if triton is None: return "Triton is not installed: pip install triton (Linux only)"
+    if triton is None: return MISSING
     if dropout_p > 0: return f"attention dropout is {dropout_p}, which the kernels do not support"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not q.dtype == k.dtype == v.dtype:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: all must be one of float16, bfloat16, float32"

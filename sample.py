@@ -329,7 +329,7 @@ def decode(model, rows, cfg, limit, stats, cache=None):
         clock, before = time.perf_counter(), written()
         align(model, cache, live, 1, cfg)
         room = min(cfg.speculate, cache.max_len - max(row.length for row in live) - 1)
-        if static and room < cfg.speculate: room = 0            # one shape less for each number in between to compile
+        if static and room < cfg.speculate: room = 0            # two shapes to compile, not one per length of a draft
         drafts = [row.draft(min(room, row.limit - len(row.logprobs) - 1)) for row in live]
         T = 1 + (room if static else max(map(len, drafts)))
         inputs = feed(live, drafts, T, limit, cfg)

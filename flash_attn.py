@@ -479,7 +479,8 @@ def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse:
     run(backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window, scale, doc_start, arch), q)
     return dq, dk, dv
 
-@torch.library.custom_op("flash_attn_py::decode", mutates_args=())
+# flexible_layout: any strides will do. Otherwise the compiler copies `lengths` anew in every layer, a kernel each
+@torch.library.custom_op("flash_attn_py::decode", mutates_args=(), tags=[torch.Tag.flexible_layout])
 def decode_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int, scale: float) -> Tensor:
     out, cuda = empty_like(q), q.device.type == "cuda"
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if cuda else 8

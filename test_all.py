@@ -474,16 +474,19 @@ def test_model_flops_of_windows():
     assert flops() == flops(window_pattern="SL", window=99)
 
 
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("cap", [0.0, 2.0])
-def test_model_fused_loss_against_plain_cross_entropy(cap):
-    """Loss and both gradients in float64, with a chunk size that does not divide the rows and some targets ignored."""
+def test_model_fused_loss_against_plain_cross_entropy(cap, padding):
+    """Loss and both gradients in float64, with a chunk size that does not divide the rows, some targets ignored, and a padded
+    head, as on a GPU if vocab_size is no multiple of 64."""
     x, w = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (23, 11))
     targets = torch.randint(11, (23,))
     targets[[0, 7, 22]] = -1
     logits = x @ w.T
     expected = torch.nn.functional.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, ignore_index=-1)
     grads = torch.autograd.grad(3 * expected, (x, w))
-    def loss(x, w): return model_py.LinearCrossEntropy.apply(x, w, targets, cap, 5)
+    def loss(x, w):
+        return model_py.LinearCrossEntropy.apply(x, torch.nn.functional.pad(w, (0, 0, 0, padding)), targets, 11, cap, 5)
     for work in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):       # compiled, it takes another path
         ours = work(x, w)
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
@@ -495,7 +498,7 @@ def test_model_fused_loss_in_float16_keeps_the_gradients_of_many_rows():
     x, w = (torch.randn(n, 8, requires_grad=True) for n in (20000, 512))
     targets = torch.randint(512, (20000,))
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ w.T, targets), (x, w))
-    with torch.autocast("cpu", torch.float16): loss = model_py.LinearCrossEntropy.apply(x, w, targets, 0.0)
+    with torch.autocast("cpu", torch.float16): loss = model_py.LinearCrossEntropy.apply(x, w, targets, 512, 0.0)
     for a, b in zip(torch.autograd.grad(65536 * loss, (x, w)), exact): assert (a / 65536 - b).norm() < 0.01 * b.norm()
 
 

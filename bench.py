@@ -27,7 +27,7 @@ if "tokenizer" not in sys.argv[1:2]:        # its seconds and memory count from 
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import flash_attn, prepare, sample as sampler, train as trainer
-    from model import GPT, pick_device, why_not_compile
+    from model import GPT, hf_config, pick_device, why_not_compile
 
 # ---------------------------------------------------------------------------- tools
 
@@ -239,6 +239,8 @@ def bench_sample(argv):
     Hugging Face's generate, and with sample.py in float32, bfloat16 and int8 at several batch sizes and prompt lengths. Options:
     --max_new_tokens, --device, --compile (takes minutes: each shape is compiled anew)."""
     files = [] if any(word.endswith(".py") for word in argv) else [f"{config.__path__[0]}/gpt2_124m_classic.py"]
+    if any(word.startswith(("--out_dir", "--init_from")) for word in argv):
+        raise ValueError("bench.py sample measures random weights of a config's size: leave out --out_dir and --init_from")
     cfg = replace(config.load(files + argv), temperature=1.0, top_k=200, num_beams=1, best_of=1)
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
     tok.decode_bytes = lambda ids: b"."                 # random weights draw random ids, which this tokenizer lacks
@@ -366,6 +368,9 @@ def bench_train(argv):
 
 def bench_size(argv):
     cfg, count = config.load(argv), Counter()
+    if folder := prepare.pretrained(cfg.init_from, ["config.json"]):
+        theirs = hf_config(folder)[1]
+        cfg = replace(cfg, **vars(theirs) | dict(block_size=min(theirs.block_size, cfg.block_size)))
     with torch.device("meta"): model = GPT(cfg.model())
     if cfg.lora_rank: model.add_lora(cfg.lora_rank)
     n, flops, memory = model.num_params(), model.estimate_flops(), trainer.estimate_memory(cfg, model)
@@ -379,7 +384,7 @@ def bench_size(argv):
     table(["memory, one device", "MiB"], [[part, v / 2 ** 20] for part, v in [*memory.items(), ("all", sum(memory.values()))]])
     print(f"\n{flops / 1e6:,.1f} MFLOP a token; this run: {run:,} tokens, {run / n:.1f} a parameter, {flops * run:.3g} FLOP\n"
           f"Chinchilla's 20 a parameter (arXiv:2203.15556): {optimal:,} tokens, {flops * optimal:.3g} FLOP\n")
-    hours = {name: flops / (0.4 * peak) / 3600 for name, peak in trainer.PEAK_FLOPS.items()}        # per token
+    hours = {name: flops / (0.4 * peak) / 3600 for name, peak in trainer.PEAK_FLOPS.items() if peak}    # per token
     show = lambda h: f"{h:,.1f}" if h > 1 else f"{h:.1g}"
     table(["one GPU at 40% of its dense bf16 peak", "this run, hours", "20 tokens a parameter, hours"],
           [[name, show(run * each), show(optimal * each)] for name, each in hours.items()])
@@ -546,6 +551,7 @@ def bench_eval(argv):
     """A checkpoint (--out_dir), or published weights (--init_from), on texts (--input) and multiple-choice tasks (--task)."""
     cfg, rows = config.load(argv), []
     if not (cfg.input or cfg.task): raise ValueError("say what to evaluate on: --input=FILE, --task=hellaswag or FILE.jsonl")
+    if ".jsonl" in cfg.input: raise ValueError("--input is scored as plain text: name .txt or other text files, not .jsonl")
     tasks = {task: task_lines(task) for task in filter(None, cfg.task.split(","))}
     model, tok, about = sampler.load(cfg)
     context = model.config.block_size

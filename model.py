@@ -53,6 +53,12 @@ def position_table(config):
     sharpen = 0.1 * math.log(s) + 1 if scaling == "yarn" else 1.0
     return (sharpen * torch.stack((angle.cos(), angle.sin()))).float()
 
+def stretched(config, scaling, factor):
+    """config with a context of `factor` times the trained length by RoPE scaling, see position_table."""
+    trained = config.trained_length
+    return replace(config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
+                   block_size=int(trained * factor))
+
 def apply_rope(x, cos, sin):
     """Rotate the pairs (x[d], x[d + D/2]) of x (B, T, H, D), the complex product (x1 + i x2)(cos + i sin), so that q.k depends
     only on the distance. cos, sin: (T, 1, D/2), or (B, T, 1, D/2) if rows are at different positions. subtle: Llama's published
@@ -136,6 +142,7 @@ class RMSNorm(nn.RMSNorm):
 def norm(config, width, kind="rmsnorm"):
     """LayerNorm has a gain; RMSNorm only with norm_gain (without, the next matrix absorbs it, except after QK-norm)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
+    assert kind == "rmsnorm"
     return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
 class LoRALinear(nn.Linear):
@@ -303,10 +310,8 @@ class GPT(nn.Module):
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.attn.c_proj): LoRALinear.adapt(linear, rank)
 
     def stretch(self, scaling, factor):
-        """Extend the context to `factor` times the trained length by RoPE scaling (see position_table) alone, no training."""
-        trained = self.config.trained_length
-        self.config = replace(self.config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
-                              block_size=int(trained * factor))
+        """Extend the context to `factor` times the trained length by RoPE scaling alone, no training."""
+        self.config = stretched(self.config, scaling, factor)
         self.table = position_table(self.config).to(self.table.device)
 
     def forward(self, idx, targets=None, cache=None, by_row=False):
@@ -327,11 +332,13 @@ class GPT(nn.Module):
         past = cache.span if cache is not None and not cache.static else 0
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit block_size={self.config.block_size}: shorten the text")
+        assert cache is None or len(cache.lengths) == len(idx), f"a cache for {len(cache.lengths)} rows, but {len(idx)} are given"
         pos, S = cache.grow(T) if cache is not None else (torch.arange(T, device=idx.device), T)        # pos (T,) or (B, T)
         x, rope, doc_start = self.transformer.wte(idx), None, None                              # x (B, T, C)
         if self.config.pos == "learned": x = x + self.transformer.wpe(pos)
         elif self.config.pos == "rope": rope = self.table[:, pos].unsqueeze(-2).unbind()        # (T, 1, D/2) or (B, T, 1, D/2)
-        else: x = x + self.table[:, pos].flip(0).movedim(0, -1).flatten(-2).type_as(x)  # sines in even columns, cosines in odd
+        elif self.config.pos == "sinusoidal":       # sines in even columns, cosines in odd ones
+            x = x + self.table[:, pos].flip(0).movedim(0, -1).flatten(-2).type_as(x)
         x = F.dropout(x, self.config.dropout, self.training)
         device = x.device.type      # the stream in bfloat16, too: half the bytes for norms and sums, saves 5% of a step on a CPU
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16: x = x.bfloat16()
@@ -367,8 +374,9 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, cfg):
         """cfg: a config.Config -> list of optimizers, with each trained parameter in exactly one group. adamw: weight decay on
-        matrices, not on gains and biases (as in GPT-1, Radford et al. 2018). muon: Muon for the blocks' matrices, AdamW for
-        embedding, head and the rest. With LoRA, only its own matrices are trained, by AdamW."""
+        matrices, not on gains and biases (as in GPT-1, Radford et al. 2018). muon: Muon for the blocks' matrices, AdamW for the
+        rest: the head and all other matrices outside the blocks have rates of their own. With LoRA, only its own matrices are
+        trained, by AdamW."""
         def make(kind, groups, **kw):
             if not cfg.shard_optimizer: return kind(groups, **kw)
             from torch.distributed.optim import ZeroRedundancyOptimizer     # here: importing it takes a second
@@ -407,7 +415,8 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """The model of a checkpoint file (with LoRA merged) or of a Hugging Face folder, in evaluation mode."""
+        """The model of a checkpoint file (with LoRA merged), a run's folder or a Hugging Face folder, in evaluation mode."""
+        if os.path.isfile(best := os.path.join(path, "best.pt")): path = best
         return load_hf(path, device) if os.path.isdir(path) else cls.from_checkpoint(load_checkpoint(path), path).to(device)
 
     @classmethod

@@ -28,7 +28,7 @@ TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/ma
 FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"      # the shards of modded-nanogpt
 HUB = "https://huggingface.co/openai-community/"
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-BUILT_IN = ("stdlib", "shakespeare", "tinystories", "fineweb")
+BUILT_IN = ("stdlib", "shakespeare", "tinystories", "fineweb")      # no _ in a name, see built_in
 STDLIB_SKIP = ("test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages")
 ENDINGS = (".txt", ".md", ".py", ".jsonl")
 UNIT = 2 << 20              # bytes of text per unit of work: enough to vectorise, little enough to spread evenly over the cores
@@ -93,17 +93,18 @@ def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
             time.sleep(min(wait * 2 ** (failures - 1), 60))
 
 # ---- models and tokenizers -----------------------------------------------------------------------------------------------
-def pretrained(init_from):
-    """The Hugging Face folder that init_from names; GPT-2's are downloaded to data/hf/<name>. "" for scratch and resume."""
+def pretrained(init_from, files=("config.json", "model.safetensors", "tokenizer.json")):
+    """The Hugging Face folder that init_from names; GPT-2's files are downloaded to data/hf/<name>. "" for scratch and resume."""
     if init_from in ("scratch", "resume"): return ""
     folder = join("data", "hf", init_from) if init_from in GPT2 else init_from
     if init_from in GPT2:                                                       # check before downloading 500 MB, not after
         require(importlib.util.find_spec("safetensors"), f"init_from={init_from!r} needs safetensors: pip install safetensors")
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        for name in files:
             fetch(f"{HUB}{init_from}/resolve/main/{name}", join(folder, name))
-    require(os.path.isdir(folder), f"init_from={init_from!r} is none of scratch, resume, {', '.join(GPT2)}, and not a folder")
-    require(exists(join(folder, "tokenizer.json")),
-            f"{folder} is not a Hugging Face folder: it has no tokenizer.json (sample.py --export=FOLDER makes one from a run)")
+    make = "sample.py --export=FOLDER makes one from a run, hf download NAME --local-dir=FOLDER gets one"
+    names = f"none of scratch, resume, {', '.join(GPT2)}, and no folder"
+    require(os.path.isdir(folder), f"init_from={init_from!r} is {names} ({make})")
+    require(exists(join(folder, files[-1])), f"{folder} is not a Hugging Face folder: it has no {files[-1]} ({make})")
     return folder
 
 def own_tokenizer(cfg):
@@ -200,6 +201,10 @@ def parse(item):
     if not parts: raise ValueError("no turn is the assistant's")
     return "pairs" if "chosen" in item else "answers", parts
 
+def prompt_of(text):
+    """A user's text as the template has it: "Hi" -> "User: Hi\n\nAssistant:"."""
+    return parse(dict(prompt=text, response=""))[1][0][0]
+
 def to_bytes(text):
     try: return text.encode("utf-8", "surrogateescape")                         # bytes that were not UTF-8 come back unchanged
     except UnicodeEncodeError: return text.encode("utf-8", "surrogatepass")     # but not beside a lone surrogate such as \ud83d
@@ -246,20 +251,23 @@ def read_unit(unit):
 
 def choose(rows, val_fraction):
     """-> TRAIN, VAL or DROP for each row; number of duplicates; number of empty documents. A document's split depends only on its
-    own key, so adding others does not move it; but the smallest key is always in VAL, the largest in TRAIN. A long document's
-    key is the sum of its parts' keys. Among n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
+    own key, so adding others does not move it; but the smallest key is always in VAL, the largest in TRAIN, and the two splits
+    change places if VAL has more text, as may happen with few documents. A long document's key is the sum of its parts' keys.
+    Among n documents, two different ones pass for duplicates with probability n^2 / 2^65."""
     ends = np.flatnonzero(rows["last"])
     starts, fate = np.append(0, ends[:-1] + 1), rows["fate"][ends]
-    keys, empty = np.add.reduceat(rows["key"], starts), np.add.reduceat(rows["size"], starts) == 0
-    duplicate = ~empty
+    keys, sizes = np.add.reduceat(rows["key"], starts), np.add.reduceat(rows["size"], starts)
+    duplicate = sizes > 0
     duplicate[np.unique(keys, return_index=True)[1]] = False        # the first document with its key
-    fate[duplicate | empty] = DROP
+    fate[duplicate | (sizes == 0)] = DROP
     if (free := fate == FREE).any():
         limit = np.clip(np.uint64(val_fraction * 2 ** 64), keys[free].min() + np.uint64(1), keys[free].max())
         fate[free] = np.where(keys[free] < limit, VAL, TRAIN)
+        if val_fraction < 0.5 and sizes[free & (fate == VAL)].sum() > sizes[free & (fate == TRAIN)].sum():
+            fate[free] = TRAIN + VAL - fate[free]
     if not {TRAIN, VAL} <= set(fate.tolist()):
         raise ValueError(f"one document does not make two splits: give more, or one text file long enough for {val_fraction=}")
-    return np.repeat(fate, ends + 1 - starts), int(duplicate.sum()), int(empty.sum())
+    return np.repeat(fate, ends + 1 - starts), int(duplicate.sum()), int((sizes == 0).sum())
 
 def read_again(unit, rows):
     docs = list(documents(unit))
@@ -326,6 +334,11 @@ def knobs(cfg):
 
 def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 
+def outdated(cfg):
+    """True if a file of --input is newer than the prepared dataset. False if --input is gone: the dataset is used without it."""
+    made = os.path.getmtime(join("data", cfg.dataset, "meta.json")) if prepared(cfg) and cfg.input else 0
+    with contextlib.suppress(ValueError): return made > 0 and any(os.path.getmtime(s.path) > made for s in sources(cfg))
+
 def verify(cfg):
     """-> the contents of meta.json. Raises FileNotFoundError if the dataset is not prepared; ValueError, with the remedy, if it
     was prepared with knobs other than cfg's or its files are not whole."""
@@ -355,7 +368,7 @@ def train_tokenizer(cfg, jobs):
     """A tokenizer trained on the training split."""
     docs = (doc for unit, rows in jobs for doc, fate in zip(read_again(unit, rows), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
-    pattern = bpe.GPT4_SPLIT if cfg.split_pattern == "gpt4" else bpe.GPT2_SPLIT
+    pattern = dict(gpt2=bpe.GPT2_SPLIT, gpt4=bpe.GPT4_SPLIT)[cfg.split_pattern]
     special = (ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256: the bytes and nothing else
     return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, verbose=True)
 

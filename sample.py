@@ -7,6 +7,7 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8: draw eight, keep the likeliest
     python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts; --compile for long runs
     python sample.py --interactive                                  # a conversation that stays in the cache, after --start
+    python sample.py --prompts=questions.jsonl                       # prompts of several lines: {"prompt": "..."} on each line
     python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder: Llama 3, Qwen3
     python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 
@@ -95,8 +96,9 @@ def first_token(tok):
 
 def load(cfg, pack=False):
     """(model, tokenizer, a line about them) from out_dir, from the newest run, or, with init_from and no out_dir, from a Hugging
-    Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with without a prompt."""
-    device, documents, int8 = pick_device(cfg.device), 0, cfg.quantize == "int8"
+    Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with without a prompt;
+    tokenizer.chat: whether the model was fine-tuned on chats."""
+    device, meta, int8 = pick_device(cfg.device), {}, cfg.quantize == "int8"
     auto = torch.float32 if device.type == "cpu" and not int8 else torch.bfloat16       # the CPU's int8 kernel needs bfloat16
     dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
@@ -104,16 +106,19 @@ def load(cfg, pack=False):
     else:
         path = find_checkpoint(cfg)
         checkpoint = load_checkpoint(path)
-        tok, documents = checkpoint.get("tokenizer"), checkpoint.get("meta", {}).get("documents", {}).get("train", 0)
+        tok, meta = checkpoint.get("tokenizer"), checkpoint.get("meta", {})
         if not tok: raise ValueError(f"{path} holds no tokenizer, so its ids cannot become text: train again with train.py")
         tok = bpe.Tokenizer.gpt2() if tok == "gpt2" else bpe.Tokenizer.from_dict(tok)
         model = GPT.from_checkpoint(checkpoint, path)
+        if unknown := [f"{k}={v!r}" for k, v in checkpoint["config"].items() if k not in config.KINDS]:
+            say(f"WARNING: {path} has knobs that this version ignores: {', '.join(unknown)}")
     if cfg.rope_scaling != "none": model.stretch(cfg.rope_scaling, cfg.rope_factor)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, but its model only {model.config.vocab_size}: "
                          "use the tokenizer that the model was trained with")
     # a model trained on a single document has never seen what follows an end-of-text token: it begins with a line end instead
-    tok.first = (first_token(tok) if documents != 1 else []) or tok.encode("\n")
+    tok.first = (first_token(tok) if meta.get("documents", {}).get("train") != 1 else []) or tok.encode("\n")
+    tok.chat = "form" in meta           # trained on the answers in prepare.py's template
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' if int8 else ''}"
     return place(model, device, dtype, cfg.quantize, pack), tok, about
 
@@ -130,7 +135,7 @@ def export(cfg):
         os.mkdir(whole := os.path.join(work, "whole"))
         family = save_hf(model, whole, getattr(torch, dtype), tok.special_tokens.get(begin), tok.special_tokens.get(end))
         tok.to_hf(os.path.join(whole, "tokenizer.json"))
-        about_tok = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end,
+        about_tok = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end, pad_token=end,
                          model_max_length=model.config.block_size, clean_up_tokenization_spaces=False)
         Path(whole, "tokenizer_config.json").write_text(json.dumps(about_tok, indent=1), encoding="utf-8")
         os.rename(whole, folder)
@@ -180,7 +185,8 @@ def draw(logits, u, cfg):
     [0, 1), or argmax at temperature 0. One number per token, so a row's draws depend on its own seed and logits alone."""
     if cfg.temperature == 0: return logits.argmax(-1)
     if 0 < cfg.top_k < logits.shape[-1]:        # draw from k columns instead of V
-        top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values      # in order of id: rounding may swap two logits
+        # the other filters then see these columns alone. In order of id: rounding may swap two logits
+        top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values
         return top.gather(1, draw(logits.gather(1, top), u, cfg)[:, None])[:, 0]
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
     # subtle: right=True never picks a token with p = 0, even at u = 0
@@ -362,6 +368,9 @@ def read_prompts(cfg, tok, size):
     path = cfg.prompts or (cfg.start.removeprefix("FILE:") if cfg.start.startswith("FILE:") else "")
     texts = [read_file(path) if path else cfg.start]
     if cfg.prompts: texts = re.split("\r?\n", re.sub(r"\r?\n\Z", "", texts[0]))     # after the last line end there is no prompt
+    if cfg.prompts.endswith(".jsonl"):
+        try: texts = ["" + json.loads(text)["prompt"] for text in texts]
+        except (ValueError, LookupError, TypeError): raise ValueError(f'{path}: want {{"prompt": "..."}} on each line') from None
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")
     begin = tok.first if BEGIN in tok.special_tokens else []
     prompts = [begin + tok.encode(text, "all") if text else tok.first for text in texts]
@@ -393,12 +402,18 @@ def report(stats, device):
     say(f"\n{prefilled}decode {written:,} at {written / stats['seconds']:,.1f} tok/s, {written / stats['steps']:.2f} per pass | "
         f"weights and cache read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
+def turn(tok, ids, line):
+    """The ids of a line typed after the text `ids`: with its line end; or, for a chat model, as a user's turn of the template."""
+    if not tok.chat: return tok.encode(line + "\n", "all")
+    end = [tok.special_tokens[ENDOFTEXT]]       # after every answer, even one that was cut short
+    return (end if ids[-1:] != end else []) + tok.encode(prepare.prompt_of(line), "all")
+
 def interact(model, tok, cfg, begin, ends, stops):
-    """A conversation that starts with the ids `begin`: each line typed goes, line end included, to the cache and is continued."""
+    """A conversation that starts with the ids `begin`: each line typed (see turn) goes to the cache and is continued."""
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say("each line continues the text; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
-        try: line = tok.encode(input("> ") + "\n", "all")
+        try: line = turn(tok, row.ids, input("> "))
         except (EOFError, RuntimeError): return             # RuntimeError: stdin is closed
         before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops, row.read, row.length)
         try:
@@ -416,7 +431,7 @@ def visualize(model, row, path):
     """Write one self-contained HTML page: each token's probability, its likeliest alternatives, what each head attended to."""
     c, maps, name = model.config, [], lambda t: row.tok.decode([t])
     ids = row.ids[:min(c.block_size, math.isqrt(2 ** 24 // (c.n_layer * c.n_head)))]    # maps: T*T bytes per head, at most 16 MiB
-    def look(attn, args):
+    def look(attn, args):       # attention of model.py once more, which gives away no weights
         q, k, _ = attn.qkv(*args[:2])                                                   # (1, H, T, D), (1, K, T, D)
         s = q.float() @ k.float().repeat_interleave(c.n_head // c.kv_heads, 1).mT / math.sqrt(c.head_dim)
         seen = torch.ones_like(s, dtype=torch.bool).tril().triu(1 - (attn.window or len(ids)))

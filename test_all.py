@@ -110,7 +110,7 @@ def test_config_every_knob_is_used():
     """No dead options: every knob is read by a script or checked in config itself."""
     source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in ("prepare", "train", "sample", "bench", "model"))
     source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
-    assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"(cfg|config|self)\.{f.name}\b", source)]
+    assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"\b(cfg|config|self|c)\.{f.name}\b", source)]
 
 
 def test_config_files_load(capsys):
@@ -606,6 +606,11 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no checkpoint at"): model_py.load_checkpoint(path)
     model = tiny_gpt()
     model_py.save_checkpoint(path, dict(model=model.state_dict(), config=dataclasses.asdict(model.config)))
+    model_py.save_checkpoint(str(tmp_path / "best.pt"), model_py.load_checkpoint(path))
+    assert model_py.GPT.load(str(tmp_path)).config == model.config          # a run's folder: its best.pt
+    with pytest.raises(AssertionError, match="a cache for 2 rows, but 1 are given"):
+        model(torch.zeros(1, 3, dtype=torch.long), cache=model_py.KVCache(model.config, 2, 8, sample_CPU, torch.float32))
+    os.remove(tmp_path / "best.pt")
     again = model_py.GPT.load(path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with monkeypatch.context() as m:
@@ -753,7 +758,7 @@ def hf_only_one_shard(path):
 
 
 HF_BAD = {      # name: (changes to config.json, or a file and what is done to it, what the error must say)
-    "architecture": (dict(model_type="mistral"), "model_type='mistral', not in ('gpt2', 'llama', 'qwen3')"),
+    "architecture": (dict(model_type="bloom"), "model_type='bloom', not in ('gpt2', 'llama', 'qwen3')"),
     "no architecture": (dict(model_type=None), "has no entry 'model_type'"),
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
@@ -1825,6 +1830,7 @@ def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch):
         for val_fraction in (0.1, 0.99):
             meta = prepare_run(input=f"in{seed}", dataset=f"d{seed}", val_fraction=val_fraction)
             assert meta["documents"] == {"train": 1, "val": 1}
+            assert (meta["bytes"]["train"] > meta["bytes"]["val"]) or val_fraction > 0.5        # not trained on the small one
 
 
 PREPARE_KILLED = """
@@ -2896,7 +2902,7 @@ def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
         e = min(s + 32, n)
         losses.append(torch.nn.functional.cross_entropy(model(data[None, s:e])[0][0], data[s + 1:e + 1], reduction="sum").item())
     state = torch.get_rng_state()
-    loss = train.evaluate(model.train(), train.Batches(tmp_path / "v.bin", 32, 0), cfg, run)
+    loss, _ = train.evaluate(model.train(), train.Batches(tmp_path / "v.bin", 32, 0), cfg, run)
     assert loss == pytest.approx(sum(losses) / n, rel=1e-5)
     assert torch.equal(state, torch.get_rng_state()) and model.training         # no dropout inside, training mode after
 
@@ -2935,7 +2941,7 @@ def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(m
     losses, starts, ticks = iter((3.0, 2.0, 2.5)), [], itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) + 1000 * len(starts))        # as if an evaluation took 1000 s
     monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.doc_mask) or next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.doc_mask) or (next(losses), 0.0))
     last = train_here(monkeypatch, train_dir, tmp_path, max_iters=3, eval_interval=1, doc_mask=True)
     best = model_py.load_checkpoint(str(tmp_path / "run" / "best.pt"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 3, 2.0) and starts == [last["meta"]["eot"]] * 3
@@ -2945,9 +2951,10 @@ def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(m
 def test_train_plan_warns_of_what_cannot_fit(monkeypatch):
     cfg, gpu = config.load(train_words()), dict(world=1, peak=1e12, device=torch.device("cuda"), name="a GPU")
     gpu |= dict(dtype=torch.float32, compile=True)
-    for free, warned in ((2 ** 20, True), (2 ** 40, False)):
+    for free, val, warning in ((2 ** 20, 100, "lower --batch_size"), (2 ** 40, 100, ""), (2 ** 40, 10 ** 6, "--eval_tokens=")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 ** 40))
-        assert ("WARNING" in train.plan(cfg, model_py.GPT(cfg.model()), types.SimpleNamespace(**gpu), 64, 6400)) == warned
+        lines = train.plan(cfg, model_py.GPT(cfg.model()), types.SimpleNamespace(**gpu), 64, 6400, val)
+        assert warning in lines and lines.count("WARNING") == bool(warning)
 
 
 def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch, train_dir, tmp_path, capsys):
@@ -3128,8 +3135,10 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     model_py.save_checkpoint(str(path), {"model": {}, "model_args": {}, "iter_num": 5})     # like nanoGPT's
     with pytest.raises(ValueError, match="lacks asked, config"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
-    older = {key: {k: v for k, v in data[key].items() if k != "rope_trained"} for key in ("asked", "config")}     # a later knob
-    model_py.save_checkpoint(str(path), data | older)
+    older = {key: {k: v for k, v in data[key].items() if k not in ("rope_trained", "bias")} for key in ("asked", "config")}
+    model_py.save_checkpoint(str(path), data | older)                       # its knobs came later
+    with pytest.raises(ValueError, match="differs: bias False -> True; give the run's config files"):
+        train_here(monkeypatch, train_dir, tmp_path, init_from="resume", bias=True)
     with pytest.raises(ValueError, match="was prepared with tokenizer='bpe', not 'gpt2'"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume", tokenizer="gpt2")
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3, seed=5)
@@ -3145,9 +3154,15 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
         f.write(b'{"step": 1, "lo\n{"step": 1, "a": {"step": 2}\n\0\xff\n3\n{"step": 2, "lo')
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3)
     assert "resuming on other text" in capsys.readouterr().out
+    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=2)
+    assert "has its 3 steps already: to go on, raise --max_iters" in capsys.readouterr().out
     assert [r["step"] for r in train_log(tmp_path / "run") if "loss" in r] == [1, 2, 3]
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, tokens_per_step=192)
     assert {r["step"]: r["tokens"] for r in train_log(tmp_path / "run")} == {1: 64, 2: 128, 3: 192, 4: 384, 5: 576}
+    last = model_py.load_checkpoint(str(path))
+    model_py.save_checkpoint(str(path), last | dict(best=0.5))              # the best loss counts on the same text alone
+    assert train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=6)["best"] == 0.5
+    assert train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=7, eval_tokens=64)["best"] > 0.5
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged.*best.pt[^\n]*$"):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume")
@@ -3260,7 +3275,10 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: asked.append(kw) or wandb_run))
     train_here(monkeypatch, train_dir, tmp_path, out="wandb", wandb_log=True, max_iters=2)
     assert seen == [(1, True), (2, True), (2, False)] and (asked[0]["project"], asked[0]["name"]) == ("gpt", "wandb")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.chdir(tmp_path)
     if importlib.util.find_spec("wandb") is None:
+        monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))        # the folder wandb/ of a former run
         with pytest.raises(ValueError, match="pip install wandb"):
             train_here(monkeypatch, train_dir, tmp_path, out="w", wandb_log=True)
     with pytest.raises(ValueError, match="start with torchrun"):
@@ -3268,7 +3286,7 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
 
 
 @pytest.mark.parametrize("name, peak", [
-    ("NVIDIA L4", 121e12), ("NVIDIA L40", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("Tesla P4", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA A100-SXM4-80GB", 312e12)])
 def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
@@ -3349,6 +3367,14 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
     resumed = tune_here(monkeypatch, tune_dir, tmp_path, kind, out="half", init_from="resume")
     assert resumed["step"] == 20 and equal_states(whole, resumed) and (whole["reference"] is None) == (kind == "answers")
     log = [r["val_loss"] for r in train_log(tmp_path / "whole") if "val_loss" in r]
+    before = [r["step"] for r in train_log(tmp_path / "whole")][0] == 0
+    assert before == (kind == "answers")            # dpo's loss before training is log 2 whatever the data
+    if kind == "answers":
+        run = train.Machine(config.Config(device="cpu", dtype="float32"))
+        monkeypatch.chdir(tune_dir)
+        val, cfg = train.Batches("data/answers/val.bin", 32, 0), config.Config(batch_size=4)
+        assert log[0] == pytest.approx(train.evaluate(model_py.GPT.load("base"), val, cfg, run)[0], rel=1e-4)
+    else: assert train_log(tmp_path / "whole")[-1]["val_right"] > 0.5
     assert log[-1] < log[0] and log[-1:] == [r["val_loss"] for r in train_log(tmp_path / "half") if "val_loss" in r][-1:]
     if kind != "answers":
         losses = [r["loss"] for r in train_log(tmp_path / "whole") if "loss" in r]
@@ -3372,6 +3398,18 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
     capsys.readouterr()
     sample.main(config.load([f"--out_dir={tmp_path / 'whole'}", "--start=User:", "--max_new_tokens=5"]))       # with LoRA merged
     assert capsys.readouterr().out.startswith("User:")
+
+
+def test_train_fine_tuning_at_a_longer_context_peer(monkeypatch, tune_dir, tmp_path, capsys):
+    base = tiny_gpt(vocab_size=300, block_size=16)
+    sample_checkpoint(tmp_path / "short", base, json.load(open(tune_dir / "data" / "tiny" / "tokenizer.json")))
+    sample.main(config.load([f"--out_dir={tmp_path / 'short'}", f"--export={tmp_path / 'folder'}"]))
+    knobs = dict(init_from=tmp_path / "folder", rope_scaling="yarn", rope_factor=4.0, block_size=48, max_iters=2, eval_tokens=0)
+    last = train_here(monkeypatch, tune_dir, tmp_path, **knobs, tokenizer=tmp_path / "folder" / "tokenizer.json", dataset="longer")
+    shape = last["config"]
+    assert (shape["block_size"], shape["rope_scaling"], shape["rope_factor"], shape["rope_trained"]) == (48, "yarn", 4.0, 16)
+    assert "WARNING: Muon's rates are for new weights" in capsys.readouterr().out
+    assert model_py.load_checkpoint(str(tmp_path / "run" / "best.pt"))["step"] in (0, 1, 2)
 
 
 @pytest.mark.parametrize("kind", ["answers", "lora_pairs"])
@@ -3407,7 +3445,7 @@ def test_train_masked_batches_and_evaluation_peer(tune_dir, monkeypatch):
         logp = model(data[None, s:min(s + 32, len(ids) - 1)])[0][0].log_softmax(-1)
         for j, row in enumerate(logp):
             if mask[s + j + 1]: total, n = total - row[data[s + j + 1]].item(), n + 1
-    assert train.evaluate(model, batches, cfg, run) == pytest.approx(total / n, rel=1e-5)
+    assert train.evaluate(model, batches, cfg, run)[0] == pytest.approx(total / n, rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -3440,8 +3478,13 @@ def test_train_dpo_equals_a_reference_written_out_in_float64_peer(tune_dir, monk
         total = total - torch.log(1 / (1 + torch.exp(-beta * (log_prob(policy, a, b) - log_prob(policy, c, d) - ref)))) / 4
     total.backward()
     x, y = pairs.read(pairs.spans(0, 8))
-    loss = train.objective(model, x, y, cfg, start)
+    losses = train.objective(model, x, y, cfg, start)
+    loss = losses.mean()
     loss.backward()
+    run = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
+    margins = -torch.log(torch.exp(losses) - 1)         # the loss of each pair is log(1 + exp(-beta * margin))
+    pairs.windows = lambda tokens: pairs.spans(0, 8)
+    assert train.evaluate(model, pairs, cfg, run, start) == pytest.approx([loss.item(), (margins > 0).double().mean().item()])
     assert loss.item() == pytest.approx(total.item(), rel=1e-6) and loss.item() != pytest.approx(math.log(2), abs=1e-3)
     compared = 0
     for p, q in zip(model.parameters(), policy.parameters()):
@@ -3477,6 +3520,32 @@ def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train
     out = train_run(tmp_path, *train_words(max_iters=2, batch_size=2, tokens_per_step=64), processes=2, sampling=True)
     assert out.count("preparing it first") == 1 and "more: python sample.py --out_dir=out/tiny" in out and "Traceback" not in out
     assert (tmp_path / "out" / "tiny" / "ckpt.pt").exists()
+
+
+def test_train_uses_changed_input_but_not_when_it_resumes(monkeypatch, train_dir, tmp_path, capsys):
+    shutil.copytree(train_dir / "notes", tmp_path / "notes")
+    first = train_here(monkeypatch, tmp_path, tmp_path, max_iters=2)
+    data, meta = tmp_path / "data" / "tiny", lambda: json.loads((tmp_path / "data" / "tiny" / "meta.json").read_text())
+    files, made = meta()["documents"], os.path.getmtime(data / "meta.json")
+    (tmp_path / "notes" / "new.txt").write_text("a new file " * 300)
+    os.utime(tmp_path / "notes" / "new.txt", (made + 5, made + 5))
+    train_here(monkeypatch, tmp_path, tmp_path, max_iters=3, init_from="resume")
+    assert "notes is newer than data/tiny: run prepare.py" in capsys.readouterr().out and meta()["documents"] == files
+    train_here(monkeypatch, tmp_path, tmp_path, max_iters=2, out="again")
+    assert sum(meta()["documents"].values()) == sum(files.values()) + 1 and "preparing again" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "notes")               # the dataset alone suffices
+    assert train_here(monkeypatch, tmp_path, tmp_path, max_iters=2, out="last")["step"] == first["step"]
+
+
+def test_train_divides_by_the_targets_that_a_mask_of_ones_own_counts(monkeypatch, train_dir, tmp_path):
+    shutil.copytree(train_dir / "data", tmp_path / "data")
+    losses = []
+    for mask in (None, np.arange(10 ** 6, dtype=np.uint8) % 4 == 0):
+        for split in ("train", "val") if mask is not None else ():
+            mask[:os.path.getsize(tmp_path / "data" / "tiny" / f"{split}.bin") // 2].tofile(tmp_path / f"data/tiny/{split}.mask")
+        train_here(monkeypatch, tmp_path, tmp_path, max_iters=1, out=f"run{len(losses)}", input="")
+        losses.append(train_log(tmp_path / f"run{len(losses)}")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)          # of an untrained model: not a quarter
 
 
 def test_train_what_goes_wrong_on_one_rank_ends_the_others_in_silence():
@@ -4022,6 +4091,12 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
         alone = sample_main(capsys, *out, f"--seed={l['seed']}", f"--start={l['prompt']}")
         assert alone == l["prompt"] + l["text"] + "\n"
     assert [l["text"] for l in sample_json(capsys, *args, "--batch_size=1")] == [l["text"] for l in lines]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(prompt=text + "\n\nvu", sample=1)) + "\n" for text in texts))
+    lines = sample_json(capsys, *args[:-3], f"--prompts={tmp_path}/p.jsonl")
+    assert [l["prompt"] for l in lines] == [text + "\n\nvu" for text in texts]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(ValueError, match='p.jsonl: want {"prompt": "..."} on each line'):
+        sample.main(config.load([*out, f"--prompts={tmp_path}/p.jsonl"]))
 
 
 def test_sample_json_lines_are_not_lost_when_a_later_batch_is_interrupted(tmp_path, capsys, monkeypatch):
@@ -4161,6 +4236,22 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
     model, ids = sample.load(config.Config(out_dir=str(tmp_path)))[0], sum(fed[:at[1] + 2], [])
     after = fed[at[1] + 2][0]                       # the second answer begins with the argmax after the whole text so far
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
+
+
+def test_sample_interactive_speaks_the_template_of_a_chat_model(tmp_path, monkeypatch, capsys):
+    sample_checkpoint(tmp_path)
+    path = str(tmp_path / "ckpt.pt")
+    checkpoint = model_py.load_checkpoint(path)
+    model_py.save_checkpoint(path, checkpoint | dict(meta=dict(form="answers"), config=checkpoint["config"] | dict(alien=3)))
+    rows, Row, eot = [], sample.Row, [sample_TOK.special_tokens["<|endoftext|>"]]
+    monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nvu\n"))
+    sample.main(config.load([f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0"]))
+    assert "knobs that this version ignores: alien=3" in capsys.readouterr().err
+    _, first, second = rows
+    assert first.prompt == eot + sample_TOK.encode("User: the cat\n\nAssistant:")
+    ended = first.ids if first.finish == "end" else first.ids + eot
+    assert second.prompt == ended + sample_TOK.encode("User: vu\n\nAssistant:")
 
 
 def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(tmp_path, monkeypatch, capsys):
@@ -4395,13 +4486,15 @@ def test_bench_fit_law_recovers_a_law():
     assert E == pytest.approx(1.7, abs=0.02) and a == pytest.approx(0.14, abs=0.01) and A == pytest.approx(40, rel=0.2)
 
 
-def test_bench_size_counts_what_the_model_has(capsys):
+def test_bench_size_counts_what_the_model_has(capsys, tmp_path):
     bench.main(["size", os.path.join(HERE, "config", "gpt2_124m_classic.py")])
     out = capsys.readouterr().out
     assert re.search(r"^all +124,439,808 +100.0%", out, re.M) and re.search(r"^positions +786,432", out, re.M)
     run, = re.findall(r"this run: .* a parameter, (\S+) FLOP", out)
     assert re.search(rf"^H100  +{float(run) / 0.4 / 989e12 / 3600:,.1f}", out, re.M)
-    bench.main(["size", os.path.join(HERE, "config", "gpt2_124m_classic.py"), "--lora_rank=8", "--init_from=gpt2"])
+    published = dict(model_type="gpt2", n_positions=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
+    (tmp_path / "config.json").write_text(json.dumps(published | dict(layer_norm_epsilon=1e-5)))
+    bench.main(["size", f"--init_from={tmp_path}", "--lora_rank=8", "--n_layer=3"])         # the folder's shape, not the config's
     lora = 12 * 4 * 2 * 8 * 768                     # layers, matrices, A and B, rank, width
     assert re.search(rf"^gradients +{lora * 4 / 2 ** 20:.2f}\n", capsys.readouterr().out, re.M)
 
@@ -4543,6 +4636,7 @@ def test_bench_sample_has_a_row_for_each_way(capsys):
     for kind in ("float32", "bfloat16", "bfloat16, int8 weights"):
         shapes = [tuple(map(int, row[1:4])) for row in rows if row[0] == f"sample.py, {kind}"]
         assert shapes == [(1, 1, 12), (4, 16, 32), (16, 16, 32), (64, 16, 16)]
+    with pytest.raises(ValueError, match="random weights of a config's size"): bench.main(["sample", "--out_dir=out/x"])
 
 
 def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkeypatch, capsys):
@@ -4714,7 +4808,7 @@ def test_bench_eval_user_errors(tmp_path, monkeypatch):
     (tmp_path / "one.jsonl").write_text("\n")
     for words, message in (([], "say what to evaluate"), (["--task=nope"], "nor one of hellaswag"),
                            (["--task=one.jsonl"], "has no questions"), (["--input=nope.txt"], "no file 'nope.txt'"),
-                           (["--input=empty.txt"], "nothing to score"),
+                           (["--input=empty.txt"], "nothing to score"), (["--input=one.jsonl"], "scored as plain text"),
                            (["--input=empty.txt", "--stride=65"], "stride=65 is longer")):
         with pytest.raises(ValueError, match=message): bench.main(["eval", "--device=cpu", *words])
 

@@ -6,7 +6,7 @@ Train a GPT: one process or many, from a config to a checkpoint and a first samp
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py        # DDP: NCCL on GPUs, gloo on CPUs
     python train.py config/stdlib.py --init_from=resume             # continue from out_dir/ckpt.pt, exactly
     python train.py config/finetune_shakespeare.py --lora_rank=8    # fine-tune GPT-2, learning only 0.5% as many weights
-    python train.py --init_from=FOLDER --dataset=notes --input=..   # fine-tune a Hugging Face folder on your own text
+    python train.py --init_from=FOLDER --dataset=notes --input=.. --optimizer=adamw --learning_rate=3e-5    # or other weights
     python train.py --dataset=prefs --objective=dpo ..              # learn which answers people preferred, see prepare.py
 
 A step is tokens_per_step tokens, however many devices share them. Batches are a pure function of (seed, step, position), so one
@@ -24,11 +24,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import config, prepare
 from config import require
-from model import GPT, has_bfloat16, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint, why_not_compile
+from model import (GPT, has_bfloat16, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint, stretched,
+                   why_not_compile)
 
-# dense bf16 peak in FLOP/s (V100: fp16) by data sheet, for the first key found as whole words in the device's name. None: no MFU
-PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12,
-              "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12}
+# dense bf16 peak in FLOP/s (V100, T4: fp16) by data sheet, for the first key found as whole words in the device's name, else no
+# MFU; a laptop's "4090" is another chip
+PEAK_FLOPS = {"Laptop": None, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+              "B200": 2250e12, "A100": 312e12, "A40": 150e12, "A10": 125e12, "A10G": 70e12, "A6000": 155e12, "L40S": 362e12,
+              "L40": 181e12, "L4": 121e12, "5090": 210e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
 
 # ---------------------------------------------------------------------------- data
 
@@ -40,7 +43,8 @@ class Batches:
     def __init__(self, path, block_size, seed, eot=None):
         self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
         mask = os.path.splitext(path)[0] + ".mask"
-        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if os.path.exists(mask) else np.broadcast_to(True, len(self.data))
+        self.masked = os.path.exists(mask)
+        self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if self.masked else np.broadcast_to(True, len(self.data))
         self.n, self.pairs = len(self.data) // block_size, None
         if eot is not None:
             stop = np.flatnonzero(self.data == eot) + 1
@@ -93,30 +97,32 @@ class Batches:
 # ---------------------------------------------------------------------------- the step
 
 def objective(model, x, y, cfg, reference=None):
-    """The loss of a batch: nats per token; or for preference pairs -log sigmoid(beta * margin), with margin how many nats more
-    the model prefers the chosen answer than the reference does: DPO, Rafailov et al. 2023, arXiv:2305.18290, eq. 7."""
+    """The loss of a batch: nats per token, or for each of its preference pairs, (B/2,), -log sigmoid(beta * margin), with margin
+    how many nats more the model prefers the chosen answer than the reference does: DPO, Rafailov et al. 2023, arXiv:2305.18290,
+    eq. 7."""
     if cfg.objective == "tokens": return model(x, y)[1]
     chosen, rejected = (model(x, y, by_row=True)[1] - reference(x, y, by_row=True)[1]).view(-1, 2).T    # (B/2,) each
-    return -F.logsigmoid(cfg.dpo_beta * (chosen - rejected)).mean()
+    return -F.logsigmoid(cfg.dpo_beta * (chosen - rejected))
 
 @torch.no_grad()
 def evaluate(model, batches, cfg, run, reference=None):
-    """The mean loss over the batches' windows (the first eval_tokens), which the ranks share."""
-    total = torch.zeros(2, dtype=torch.float64)
+    """[mean loss, share of the preference pairs that are right] over the batches' windows (the first eval_tokens), which the
+    ranks share. A pair is right if its margin is positive, its loss below log 2."""
+    total = torch.zeros(3, dtype=torch.float64)
     model.eval()
     for x, y, weight in batches.share(batches.windows(cfg.eval_tokens), cfg.batch_size, run):
         with run.autocast: loss = objective(model, x, y, cfg, reference)
-        total += weight * torch.tensor([loss.item(), 1]).double()
+        total += weight * torch.stack((loss.mean(), (loss < math.log(2)).float().mean(), loss.new_ones(()))).double().cpu()
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
-    return (total[0] / total[1]).item()
+    return (total[:2] / total[2]).tolist()
 
 def lr_factor(step, cfg):
     """A step's learning rate as a fraction of the peak: warm-up, constant, then decay to min_lr_frac over the last decay_frac."""
     if step < cfg.warmup_iters: return (step + 1) / (cfg.warmup_iters + 1)
     begin = max(cfg.warmup_iters, round(cfg.max_iters * (1 - cfg.decay_frac)))
     done = min(max(step - begin, 0) / max(cfg.max_iters - begin, 1), 1)
-    left = 0.5 * (1 + math.cos(math.pi * done)) if cfg.lr_schedule == "cosine" else 1 - done
+    left = dict(linear=1 - done, cosine=0.5 * (1 + math.cos(math.pi * done)))[cfg.lr_schedule]
     return cfg.min_lr_frac + (1 - cfg.min_lr_frac) * left
 
 @torch.no_grad()
@@ -186,9 +192,12 @@ def as_saved(cfg, run, old):
     now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
     lacks = [key for key in "asked config meta optimizers scaler reference step best seconds".split() if key not in old]
     require(not lacks, f"the checkpoint is of another program or version, it lacks {', '.join(lacks)}: choose another --out_dir")
-    changed = {k: f"{k} {was!r} -> {now[k]!r}" for k, was in old["asked"].items() if k != "init_from" and now.get(k, was) != was}
+    asked = vars(config.Config()) | old["asked"]            # a knob newer than the checkpoint had its default value
+    changed = {k: f"{k} {asked[k]!r} -> {v!r}" for k, v in now.items() if k != "init_from" and v != asked[k]}
     fatal = ", ".join(changed[k] for k in (*shape, "lora_rank", "objective", "optimizer") if k in changed)
-    require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; use its values or another --out_dir")
+    require(not fatal, f"cannot resume, the checkpoint differs: {fatal}; give the run's config files and knobs again, or "
+            "choose another --out_dir")
+    if old["step"] >= cfg.max_iters: run.say(f"the run has its {old['step']} steps already: to go on, raise --max_iters")
     run.say(f"resuming at step {old['step']} of {cfg.max_iters}, knobs changed: {', '.join(changed.values()) or 'none'}")
     keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # prepare_data checks a changed one's hash
     return dataclasses.replace(cfg, **{k: v for k, v in old["config"].items() if k in keep})
@@ -196,15 +205,19 @@ def as_saved(cfg, run, old):
 def as_pretrained(cfg, run, folder):
     """cfg with the shape and the tokenizer of the Hugging Face model in `folder`; dropout and a smaller block_size stay."""
     theirs, tokenizer = hf_config(folder)[1], prepare.own_tokenizer(cfg).tokenizer
+    if cfg.rope_scaling != "none": theirs = stretched(theirs, cfg.rope_scaling, cfg.rope_factor)
     new = vars(theirs) | dict(block_size=min(theirs.block_size, cfg.block_size), dropout=cfg.dropout, tokenizer=tokenizer)
     changed = ", ".join(f"{k} {getattr(cfg, k)!r} -> {v!r}" for k, v in new.items() if v != getattr(cfg, k))
     run.say(f"the model in {folder} sets: {changed}\n")
+    if cfg.optimizer == "muon" and not cfg.lora_rank:
+        run.say("WARNING: Muon's rates are for new weights; for trained ones use --optimizer=adamw --learning_rate=3e-5\n")
     return dataclasses.replace(cfg, **new)
 
 def prepare_data(cfg, run, old):
     """Training and validation batches, meta.json's contents, tokenizer; prepares a missing dataset. old: a checkpoint or {}."""
     if not prepare.prepared(cfg): run.say(f"data/{cfg.dataset} is not there yet: preparing it first")
-    run.in_turn(lambda: prepare.prepared(cfg) or prepare.main(cfg))
+    elif prepare.outdated(cfg) and old: run.say(f"{cfg.input} is newer than data/{cfg.dataset}: run prepare.py to use it")
+    run.in_turn(lambda: prepare.prepared(cfg) and (old or not prepare.outdated(cfg)) or prepare.main(cfg))
     meta, folder = prepare.verify(cfg), Path("data", cfg.dataset)
     pairs = meta.get("form") == "pairs"
     require(pairs == (cfg.objective == "dpo"), f"{cfg.dataset} has {'' if pairs else 'no '}preference pairs, see prepare.py: "
@@ -236,8 +249,8 @@ def estimate_memory(cfg, model, world=1):
             "activations": cfg.n_layer * per_layer * rows * (2 if full else 1),
             "logits": (12 * min(4096, rows) + 4 * cfg.n_embd) * cfg.vocab_size}
 
-def plan(cfg, model, run, tokens, epoch):
-    """A few lines about the run ahead, with a warning if it cannot fit. tokens: in a step; epoch: tokens in an epoch."""
+def plan(cfg, model, run, tokens, epoch, val):
+    """A few lines about the run ahead, with warnings. tokens: in a step; epoch: tokens in an epoch; val: in an evaluation."""
     flops, n, total = model.estimate_flops(), model.num_params(), cfg.max_iters * tokens
     cfg = dataclasses.replace(cfg, dtype=str(run.dtype).removeprefix("torch."))
     needed = sum(estimate_memory(cfg, model, run.world).values())
@@ -245,8 +258,11 @@ def plan(cfg, model, run, tokens, epoch):
     if run.device.type == "cuda": room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()   # plus our weights
     hours = f", {flops * total / (0.4 * run.peak * run.world) / 3600:,.2f} hours at 40% of peak" if run.peak else ""
     note = f", but only {room / 2 ** 20:,.0f} fit: WARNING, lower --batch_size or use --grad_checkpoint" if needed > room else ""
+    between = min(cfg.eval_interval, cfg.max_iters) * tokens
+    slow = f": WARNING, --eval_tokens={between // 4} would be faster" if val > between else ""
     return (f"\n{n:,} parameters, {flops / 1e6:,.1f} MFLOP a token; the whole run {flops * total:.3g} FLOP{hours}\n"
             f"{tokens:,} tokens a step on {run.world} device(s), {epoch / tokens:,.1f} steps an epoch, {total:,} tokens in all\n"
+            f"{val:,} validation tokens every {cfg.eval_interval} steps, for {between:,} of training{slow}\n"
             f"{total / n:.2f} tokens a parameter (Chinchilla's optimum is about 20); about {needed >> 20:,} MiB a device{note}\n"
             f"device {run.name}, {cfg.dtype}, compile {'on' if run.compile else 'off'}")
 
@@ -271,9 +287,9 @@ class Log:
         self.lock = prepare.lock(os.path.join(out_dir, ".lock"))        # held until the process ends
         require(self.lock, f"{out_dir} belongs to a run that has not ended: choose another --out_dir, or end that one first")
         if cfg.wandb_log:
-            try: import wandb
+            try: from wandb import init         # without wandb installed, a folder wandb/ that it left is an empty module
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
-            self.wandb = wandb.init(project=cfg.wandb_project, name=os.path.basename(os.path.normpath(out_dir)), config=values)
+            self.wandb = init(project=cfg.wandb_project, name=os.path.basename(os.path.normpath(out_dir)), config=values)
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
@@ -307,9 +323,10 @@ class Log:
         self.write(step, text, loss=loss, lr=factor, norm=norm, skipped=skipped, tok_per_s=rate, mfu=mfu)
         self.sums.zero_()
 
-def show_sample(out_dir, device):
-    """Run sample.py in a separate process, as a reader would: it shows that the checkpoint suffices."""
-    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), f"--out_dir={out_dir}", f"--device={device}"])
+def show_sample(out_dir, device, chat):
+    """Run sample.py in a separate process, as a reader would: it shows that the checkpoint suffices. chat: answer a greeting."""
+    start = [f"--start={prepare.prompt_of('Hello!')}"] * chat
+    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), f"--out_dir={out_dir}", f"--device={device}", *start])
     print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"", flush=True)
 
 # ---------------------------------------------------------------------------- the run
@@ -355,13 +372,19 @@ def train(cfg, run):
     batches, val_batches, meta, tokenizer = prepare_data(cfg, run, old)
     raw_model, model, reference, optimizers, scaler = build(cfg, run, folder, old, meta["eot"])
     step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)
+    if old and (old["meta"]["sha256"]["val.bin"], old["config"]["eval_tokens"]) != (meta["sha256"]["val.bin"], cfg.eval_tokens):
+        best = math.inf         # that was on other text
     del old
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size)
+    val_tokens = int((np.diff(val_batches.windows(cfg.eval_tokens)) - 1).sum())
+    about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
     signals = []        # SIGINT or SIGTERM: finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: signals.append(number))
+    def on_signal(number, frame):
+        if not signals and run.rank == 0: os.write(2, b"\nstopping after this step or evaluation\n")      # print may be busy
+        signals.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, on_signal)
 
     def save(*names):
         for optimizer in optimizers if cfg.shard_optimizer else (): optimizer.consolidate_state_dict(to=0)
@@ -373,6 +396,18 @@ def train(cfg, run):
         kept = [path for path in Path(out_dir).iterdir() if re.fullmatch(r"ckpt_\d+\.pt", path.name)]
         for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()      # 0: [:0] deletes none
 
+    def validate():
+        nonlocal best
+        (val, right), size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
+        bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)      # bits per byte of the whole split
+        better, best = val < best, min(best, val)           # subtle: min(val, best) would let a NaN in
+        if reference: record, unit = dict(val_right=right), f", {right:.1%} of pairs right"
+        else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
+        log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
+        save(*(["best"] if better else []), "ckpt", *([f"ckpt_{step:06d}"] if cfg.keep_checkpoints else []))
+
+    if folder and not reference: validate()         # the loss to beat
+    log.began = time.perf_counter() - log.seconds
     profiler = cfg.profile and run.rank == 0 and run.at_end.enter_context(torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
         on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json"))))
@@ -381,10 +416,10 @@ def train(cfg, run):
         for group, peak in peaks: group["lr"] = peak * factor
         if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)  # the same after a resume
         spans, total = batches.spans(step * rows, rows), 0
-        whole = max(batches.weigh(batches.read(spans)), 1) if "form" in meta else tokens_per_step   # plain text: all count
+        whole = max(batches.weigh(batches.read(spans)), 1) if batches.masked else tokens_per_step   # plain text: all count
         for micro, (x, y, weight) in enumerate(batches.share(spans, cfg.batch_size, run), 1):
             if run.world > 1: model.require_backward_grad_sync = micro == accumulate        # one all-reduce per step
-            with run.autocast: loss = objective(model, x, y, cfg, reference) * (weight * run.world / whole)  # DDP averages
+            with run.autocast: loss = objective(model, x, y, cfg, reference).mean() * (weight * run.world / whole)  # DDP averages
             scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in optimizers: scaler.unscale_(optimizer)
@@ -407,18 +442,13 @@ def train(cfg, run):
                     f"{again} with a lower learning rate or --dtype=float32")
         if stopping: save("ckpt")               # before any evaluation: the process may be killed soon after the signal
         if evaluating:
-            val, size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
-            bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)  # bits per byte of the whole split
-            better, best = val < best, min(best, val)       # subtle: min(val, best) would let a NaN in
-            record, unit = ({}, "") if reference else (dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte")
-            log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
-            save(*(["best"] if better else []), "ckpt", *([f"ckpt_{step:06d}"] if cfg.keep_checkpoints else []))
-            if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device)
+            validate()
+            if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device, "form" in meta)
             log.began = time.perf_counter() - log.seconds       # leave out evaluation
         if stopping: return run.say(f"stopped by a signal, saved {last}: give the same command with --init_from=resume to go on")
     spent = datetime.timedelta(seconds=round(log.seconds))
     run.say(f"\n{step} steps in {spent}, without evaluation; best validation loss {best:.4f}: {out_dir}/best.pt\n")
-    if run.rank == 0: show_sample(out_dir, run.device)
+    if run.rank == 0: show_sample(out_dir, run.device, "form" in meta)
 
 def main(cfg):
     run = Machine(cfg)

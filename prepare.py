@@ -337,7 +337,7 @@ def prepared(cfg): return exists(join("data", cfg.dataset, "meta.json"))
 def outdated(cfg):
     """True if a file of --input is newer than the prepared dataset. False if --input is gone: the dataset is used without it."""
     made = os.path.getmtime(join("data", cfg.dataset, "meta.json")) if prepared(cfg) and cfg.input else 0
-    with contextlib.suppress(ValueError): return made > 0 and any(os.path.getmtime(s.path) > made for s in sources(cfg))
+    with contextlib.suppress(ValueError, OSError): return made > 0 and any(os.path.getmtime(s.path) > made for s in sources(cfg))
 
 def verify(cfg):
     """-> the contents of meta.json. Raises FileNotFoundError if the dataset is not prepared; ValueError, with the remedy, if it
@@ -415,7 +415,9 @@ def main(cfg):
     locked = lock(join("data", f".{cfg.dataset}.lock"), f"{folder} is being prepared by another run: waiting for it")
     if prepared(cfg):
         try:
-            if verify(cfg).get("text_hash") == meta["text_hash"]: return print(f"{folder} is prepared already, nothing to do")
+            if verify(cfg).get("text_hash") == meta["text_hash"]:
+                with contextlib.suppress(OSError): os.utime(join(folder, "meta.json"))      # see outdated
+                return print(f"{folder} is prepared already, nothing to do")
             print(f"preparing again: the text has changed since {folder} was prepared")
         except ValueError as e: print(f"{e}: doing so")
 

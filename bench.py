@@ -213,7 +213,8 @@ def bench_tokenizer(argv):
     if argv[:1] == ["contender"]: return contender(*argv[1:])
     cfg = config.load(["--vocab_size=32000", *(word for word in argv if word.startswith("--"))])
     with tempfile.TemporaryDirectory() as folder:
-        path = next((word for word in argv if not word.startswith("--")), "")
+        path, *more = [word for word in argv if not word.startswith("--")] or [""]
+        config.require(not more and not os.path.isdir(path), f"{' '.join(more) or path}: name one file, and no folder")
         if not path:
             path, sources = f"{folder}/stdlib.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
             Path(path).write_text("".join(source.read_text("utf-8", "replace") for source in sources), "utf-8")
@@ -224,8 +225,7 @@ def bench_tokenizer(argv):
             if job == "train" and not own: continue
             runs, rows = {name: [] for name in ("bpe", *filter(peer, names))}, []
             for name, done in 3 * list(runs.items()):
-                if done and done[0]["seconds"] > 30: continue
-                done.append(contend(job, name, path, str(cfg.vocab_size), vocab))
+                if not done or done[0]["seconds"] <= 30: done.append(contend(job, name, path, str(cfg.vocab_size), vocab))
             for name, done in runs.items():
                 spent, tokens, digest = statistics.median(r["seconds"] for r in done), done[0]["tokens"], done[0]["digest"]
                 same = "not compared" if not digest else "same" if digest == runs["bpe"][0]["digest"] else "DIFFERENT"

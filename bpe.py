@@ -18,7 +18,8 @@ References: Sennrich, Haddow, Birch 2016 (arXiv:1508.07909); Radford et al. 2019
 tiktoken (GPT-4's pattern, rank files); minbpe and rustbpe, A. Karpathy (the plain algorithm; the tie rule).
 """
 # Notation: a word is one match of the split pattern; starts and lens are the words' offsets and lengths in bytes.
-import base64, codecs, collections, functools, hashlib, itertools, json, os, re, signal, sys, threading, time, unicodedata
+import base64, codecs, collections, functools, hashlib, itertools, json, operator, os, re, signal, sys, threading, time
+import unicodedata
 import numpy as np
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -39,6 +40,7 @@ CACHE = 1 << 20            # words whose ids the encoder remembers
 HOT = 1024                 # most frequent pairs, which the trainer tracks until they run out
 LONG = 64                  # bytes; longer words are rare: Python's hash makes their keys, tiktoken's engine merges them
 NONE = np.iinfo(np.int32).max   # in place of an id: these two do not merge
+TEXT = str, bytes, bytearray, memoryview    # what a text may be
 
 # ---- Text to words ------------------------------------------------------------------------------------------------------------
 
@@ -56,12 +58,13 @@ def classes(code):
         import tiktoken
         new = np.add.outer(np.unique(code[found == UNKNOWN] >> 10) << 10, np.arange(1 << 10, dtype="<u4"))   # in blocks
         new = new[CLASS[new] == UNKNOWN]
-        CLASS[new] = OTHER
+        table = np.full_like(CLASS, OTHER)      # not in CLASS itself, which other threads read meanwhile
         text, ranks = new.tobytes().decode("utf-32-le"), {bytes([i]): i for i in range(256)}
         for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
             plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
             matched = bytes(plain.encode_ordinary(text)).decode()    # what the regex does not match gives no tokens
-            CLASS[np.frombuffer(matched.encode("utf-32-le"), "<u4")] = cls
+            table[np.frombuffer(matched.encode("utf-32-le"), "<u4")] = cls
+        CLASS[new] = table[new]
         found = CLASS.take(code)
     return found
 
@@ -130,8 +133,7 @@ def as_bytes(text):
     except UnicodeEncodeError:   # lone surrogates
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-def nfc(text):
-    return unicodedata.normalize("NFC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+def nfc(text): return unicodedata.normalize("NFC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 def last_place(text):
     """bytes -> offset of the last place where a text that contains them may be cut, whatever stands around them; 0 if there is
@@ -248,7 +250,8 @@ def talk(transfer, *args):
     """transfer(*args), a pipe's send or recv: the worker at the other end may have died, even halfway through a message."""
     try: return transfer(*args)
     except (EOFError, OSError):
-        raise OSError("a worker process died, perhaps because memory ran out: run again with --workers=1") from None
+        raise OSError("a worker process died, perhaps because memory ran out, or, on macOS and Windows, because the calling "
+                      "script has no if __name__ == '__main__': run again with --workers=1") from None
 
 def in_order(function, jobs, workers):
     """Yield function(job) for each job, in order. `workers` processes hold one job each, so memory is bounded. OSError if one
@@ -256,9 +259,7 @@ def in_order(function, jobs, workers):
     jobs = iter(jobs)
     head = list(itertools.islice(jobs, 3))
     jobs, team, busy = itertools.chain(head, jobs), [], collections.deque()
-    if workers == 1 or len(head) < 3:    # starting processes would take longer
-        yield from map(function, jobs)
-        return
+    if workers == 1 or len(head) < 3: return (yield from map(function, jobs))     # starting processes would take longer
     import multiprocessing
     # fork where it is safe: a spawned worker imports the caller's script again, which for train.py means all of torch
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -297,8 +298,7 @@ class Pairs:
 
     The words are linked lists (sym, nxt, prv) with a separator -1 around each. pid[pos] is the pair that now starts at pos, so
     one comparison shows whether a stored position still holds its pair. A merge removes one symbol and stores at most two
-    positions: three times the text is enough room, and what is not used costs nothing.
-    """
+    positions: three times the text is enough room, and what is not used costs nothing."""
 
     def __init__(self, words):
         lens, counts = (np.fromiter(numbers, np.int64, len(words)) for numbers in (map(len, words), words.values()))
@@ -358,8 +358,7 @@ def learn_merges(words, n_merges, add=lambda n: None):
     old one would, too, and the old one touches p1. Hence: walk down the order and stop at the first pair that touches an earlier
     one (l == b or r == a) or is (a, a), which overlaps itself and goes alone. What was passed is what one merge at a time takes.
 
-    A batch may end sooner: only `hot` pairs are considered, all those up to a last one, and only the first of them are sorted.
-    """
+    A batch may end sooner: only `hot` pairs are considered, all those up to a last one, and only the first of them are sorted."""
     pairs, merges, hot = Pairs(words), [], []
     def first(count, key, n):   # indices of the first n pairs, in order
         limit = np.partition(count, -n)[-n] if len(count) > n else 1
@@ -389,14 +388,13 @@ def learn_merges(words, n_merges, add=lambda n: None):
 # ---- The tokenizer ------------------------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """256 bytes, merges in the order learned, special tokens. Not thread-safe (encode keeps a cache).
+    """256 bytes, merges in the order learned, special tokens. Threads may share a tokenizer.
 
     merges: list of (left id, right id); merge i makes token 256 + i. tokens: instead of merges, dict bytes -> id, a vocabulary
     made elsewhere; then, as in tiktoken, any two neighbours that together are a token may merge, lowest id first, and a word that
     is a token becomes that token. special_tokens: dict text -> id, or a list of texts, whose ids come last. normalizer: None, or
     "NFC", which encoding applies to the text first. Further attributes: vocab_size, the number of ids a model needs, special
-    tokens included; vocab, dict id -> bytes of every token; hash, of tokens, ids, special tokens, pattern and normalizer.
-    """
+    tokens included; vocab, dict id -> bytes of every token; hash, of tokens, ids, special tokens, pattern and normalizer."""
 
     def __init__(self, merges, pattern=GPT2_SPLIT, special_tokens=(), tokens=None, normalizer=None):
         self.pattern, self.normalizer = SAME_SPLIT.get(pattern, pattern), normalizer
@@ -420,7 +418,6 @@ class Tokenizer:
         twice = self._own and len(tokens) < len(vocab) or len(self.vocab) < len(tokens) + len(special_tokens)   # token; id
         if twice or min(self.vocab) < 0 or "" in special_tokens or not all(bytes([b]) in tokens for b in range(256)):
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
-        self._cache = None
 
     @functools.cached_property
     def merges(self):
@@ -431,23 +428,25 @@ class Tokenizer:
 
     @classmethod
     def train(cls, docs, vocab_size, pattern=GPT2_SPLIT, special_tokens=(ENDOFTEXT,), workers=None, verbose=False, n_bytes=0):
-        """Learn merges from documents; only the distinct words are held in memory.
+        """Learn merges from documents; only the distinct words are held in memory, in about 50 times their size. Text without
+        spaces (Chinese, proteins) is nearly all distinct words: take a sample that fits.
 
         docs: an iterable of documents, each a str, bytes, or an iterable of parts (of a file too large for memory, say). A
         special token in a str or bytes document is not text: it separates, as the end of a document does. vocab_size: the number
         of ids, bytes and special tokens included; 256 is the plain byte tokenizer, with the special tokens on top. If the text
         has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count words; None: one
         per core. verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError for
-        too small a vocab_size or an unknown pattern, OSError if a worker dies.
-        """
+        too small a vocab_size or an unknown pattern, OSError if a worker dies."""
         if (workers or 0) < 0: raise ValueError(f"workers is {workers}: give a number of processes, or 0 for one per core")
+        if not hasattr(vocab_size, "__index__"): raise ValueError(f"vocab_size is {vocab_size!r}: give an int")
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
         if vocab_size < plain.vocab_size and vocab_size != 256:
             raise ValueError(f"vocab_size is {vocab_size}: bytes need 256, bytes and special tokens need {plain.vocab_size}")
         def pieces():
-            for doc in [docs] if isinstance(docs, (str, bytes)) else docs:
+            for doc in [docs] if isinstance(docs, (*TEXT, dict)) else docs:
+                if isinstance(doc, dict): raise ValueError("a document is a str or bytes, not a dict: pass row['text']")
                 texts = [doc]           # each a list of its parts
-                if isinstance(doc, (str, bytes)): texts = [[text] for text in plain._parts(doc, plain.special_tokens)[::2]]
+                if isinstance(doc, TEXT): texts = [[text] for text in plain._parts(doc, plain.special_tokens)[::2]]
                 for text in texts: yield from cut(text)
         n_merges, words = max(0, vocab_size - 256 - len(plain.special_tokens)), collections.Counter()
         add, count = show("MB counted", n_bytes, 1e6), functools.partial(count_words, pattern=plain.pattern)
@@ -486,11 +485,9 @@ class Tokenizer:
         return ids, self._makes(ids[:, None], ids)
 
     def _merge(self, words):
-        """
-        list of words -> (their ids end to end, how many each has): [b"aaa", b"a"] -> [256 97 97], [2 1] if merge 0 is (97, 97).
+        """words -> (their ids end to end, how many each has): [b"aaa", b"a"] -> [256 97 97], [2 1] if merge 0 is (97, 97).
         A word that is a token becomes that token. The others merge together: in each round, every word merges its pair that makes
-        the lowest id, the leftmost if there are several, until none of its pairs is a token.
-        """
+        the lowest id, the leftmost if there are several, until none of its pairs is a token."""
         ready, rest = [], []
         for i, word in enumerate(words):
             if (token := self._tokens.get(word)) is not None: ready.append((i, token))
@@ -521,12 +518,11 @@ class Tokenizer:
         """Yield an array of ids for each piece of text, in order.
 
         The cache is (words, start, ids): word i has ids[start[i]:start[i + 1]]. A batch takes it away and puts it back complete:
-        an interrupt loses it instead of damaging it, and another text encoded between two yields does not spoil this one.
-        """
+        an interrupt loses it instead of damaging it, and a text encoded between two yields or by another thread has its own."""
         for batch in groups(map(nfc, pieces) if self.normalizer else pieces, 32 * CHUNK):
             narrow = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-            words, start, ids = self._cache or (Words(), np.zeros(1, np.int64), np.zeros(0, narrow))
-            self._cache, known, chunks = None, len(words), []
+            words, start, ids = vars(self).pop("_cache", None) or (Words(), np.zeros(1, np.int64), np.zeros(0, narrow))
+            known, chunks = len(words), []
             for group in groups(batch, CHUNK):
                 raw, starts, lens, ends = split(group, self.pattern)
                 chunks.append((words.number(raw, starts, lens), ends))
@@ -558,6 +554,7 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """Iterable of str or bytes -> list of arrays of ids, uint16 if the vocabulary fits, else uint32. No special tokens."""
+        if isinstance(texts, TEXT): raise ValueError(f"want a list of texts, not one ({texts[:20]!r}): encode takes one")
         sizes = []
         def pieces():
             for text in texts:
@@ -574,7 +571,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """ids (any iterable of int) -> bytes. Raises ValueError for an id that is not a token."""
-        try: return b"".join([self.vocab[i] for i in (ids.tolist() if hasattr(ids, "tolist") else ids)])
+        try: return b"".join([self.vocab[i] for i in (ids.tolist() if hasattr(ids, "tolist") else map(operator.index, ids))])
         except KeyError as e: raise ValueError(f"token id {e.args[0]} is not in the vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids):
@@ -608,13 +605,18 @@ class Tokenizer:
             raise ValueError(f"damaged tokenizer: its hash is {tok.hash[:12]}, not {str(d['hash'])[:12]} as recorded")
         return tok
 
+    def __reduce__(self): return type(self).from_dict, (self.to_dict(),)    # pickle and copy leave caches behind
     def save(self, path): write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path):
         """Read a file of `save` or a Hugging Face tokenizer.json. Raises ValueError if it is neither, or damaged."""
-        is_hf = read(path, lambda text: "model" in json.loads(text))
-        return cls.from_hf(path) if is_hf else read(path, lambda text: cls.from_dict(json.loads(text)))
+        def is_hf(text):
+            d = json.loads(text) if text.lstrip()[:1] == "{" else {}
+            if isinstance(d.get("model", d.get("special_tokens")), dict): return "model" in d
+            raise ValueError("want a file of Tokenizer.save or a Hugging Face tokenizer.json; GPT-2's merges.txt becomes one by "
+                             "Tokenizer.from_gpt2('merges.txt').save('gpt2.json')")
+        return cls.from_hf(path) if read(path, is_hf) else read(path, lambda text: cls.from_dict(json.loads(text)))
 
     def to_tiktoken(self):
         """-> tiktoken.Encoding with the same vocabulary, pattern and special tokens."""
@@ -626,8 +628,7 @@ class Tokenizer:
         """A tiktoken.Encoding, with its own pattern and special tokens, or the path of a rank file (base64 and rank per line)."""
         if hasattr(source, "_mergeable_ranks"): return cls([], source._pat_str, source._special_tokens, source._mergeable_ranks)
         return read(source, lambda text: cls([], pattern, special_tokens, {
-            base64.b64decode(token, validate=True): int(rank)
-            for token, rank in map(str.split, filter(str.strip, text.splitlines()))}))
+            base64.b64decode(token, validate=True): int(i) for token, i in map(str.split, filter(str.strip, text.splitlines()))}))
 
     @classmethod
     def gpt2(cls):
@@ -635,8 +636,8 @@ class Tokenizer:
         import tiktoken
         try: return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
         except OSError as e:    # what requests raises is an OSError
-            raise ValueError(f"cannot get GPT-2's vocabulary ({type(e).__name__}): go online once, or read its published files "
-                             "with Tokenizer.from_gpt2('merges.txt', 'vocab.json'), or train your own") from None
+            raise ValueError(f"cannot get GPT-2's vocabulary ({type(e).__name__}): go online once, train your own, or save its "
+                             "merges.txt for --tokenizer: Tokenizer.from_gpt2('merges.txt').save('gpt2.json')") from None
 
     @classmethod
     def from_merges(cls, vocab, merges, whole=False, pattern=GPT2_SPLIT, special_tokens=(), normalizer=None):
@@ -769,16 +770,21 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, help="processes that count words (default: one per core)")
     a = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # for file names it cannot encode
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # it is None when closed by 2>&-
     try:
         began, total = time.time(), sum(map(os.path.getsize, a.files))
+        for path in a.files:
+            if os.path.isdir(path): raise ValueError(f"{path} is a folder: name files")
+            with open(path, "rb") as f: utf16 = f.read(2) in (b"\xff\xfe", b"\xfe\xff")
+            if utf16 or path.lower().endswith((".jsonl", ".gz", ".parquet")):
+                raise ValueError(f"{path} is not UTF-8 text: convert it (.jsonl is for prepare.py --input, which trains, too)")
         if not total: raise ValueError(f"there is no text in {', '.join(a.files)}")
         if os.path.isdir(a.out or ".") or not os.path.isdir(os.path.dirname(a.out) or "."):
             raise ValueError(f"--out={a.out} must be a file in a folder that exists")
         def parts(path):
             with open(path, "rb") as f: yield from iter(functools.partial(f.read, CHUNK), b"")
-        docs = map(parts, a.files)
         pattern, special = GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT, [s for s in a.special.split(",") if s]
-        tok = Tokenizer.train(docs, a.vocab_size, pattern, special, a.workers, verbose=True, n_bytes=total)
+        tok = Tokenizer.train(map(parts, a.files), a.vocab_size, pattern, special, a.workers, verbose=True, n_bytes=total)
         tok.save(a.out)
         with open(a.files[0], "rb") as f: sample = f.read(1 << 20)
         ratio, seconds = len(sample) / max(1, len(tok.encode_batch([sample])[0])), time.time() - began

@@ -13,13 +13,15 @@ Files are cut into spans, and spans are grouped into units of about 2 MB, which 
 every document, to find duplicates and choose the validation split. The tokenizer learns from the training split. A second pass
 encodes one unit after another and appends it to the bins in data/<dataset>/.partial-<hash of text and knobs>, where state.json
 records how far they are, so that a killed run continues from there. The output depends only on the text and the knobs.
+A document is a file, or a line of .jsonl; <|endoftext|> in it is ordinary text. Of equal documents one is kept, so naming a file
+twice does not give it more weight.
 """
 import collections, contextlib, dataclasses, functools, glob, hashlib, importlib.util, itertools, json, os, re, shutil, \
     sys, sysconfig, time
 from os.path import basename, exists, join
 import numpy as np
 import bpe, config
-from bpe import ENDOFTEXT, progress, write
+from bpe import ENDOFTEXT, Tokenizer, progress, write
 from config import require
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -134,7 +136,7 @@ def walk(root, endings=ENDINGS, skip=()):
     def refuse(error): raise error      # by default os.walk skips a folder that it cannot read
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [d for d in folders if not d.startswith((".", "__pycache__")) and d not in skip]
-        found += [join(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
+        found += [join(folder, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
     return sorted(filter(os.path.isfile, found))        # no pipes, no broken links
 
 def built_in(cfg):
@@ -159,17 +161,18 @@ def sources(cfg):
     if name == "tinystories":                               # validation first: a story in both splits stays there
         files = ("TinyStoriesV2-GPT4-valid.txt", VAL), ("TinyStoriesV2-GPT4-train.txt", TRAIN)
         return [span(fetch(TINYSTORIES + file, join(folder, file)), "stories", fate) for file, fate in files]
-    require(name or cfg.input, f"dataset={cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read with --input=FILES")
+    items = [os.path.expanduser(item) for item in map(str.strip, cfg.input.split(",")) if item]
+    require(name or items, f"dataset={cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read with --input=FILES")
     paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if name == "stdlib" else []
     if name == "shakespeare": paths = [fetch(SHAKESPEARE, join(folder, "input.txt"), SHAKESPEARE_SHA)]
-    for item in map(str.strip, cfg.input.split(",") if cfg.input else ()):
-        if not exists(item): raise ValueError(f"--input: there is no file or folder {item!r}")
-        found = walk(item) if os.path.isdir(item) else [item] if item.endswith(ENDINGS) and os.path.isfile(item) else []
-        if not found: raise ValueError(f"--input: nothing to read in {item!r}, only {' '.join(ENDINGS)} files are read")
+    for item in items:
+        require(exists(item), f"--input: there is no file or folder {item!r}" + " (no patterns: name the folder)" * ("*" in item))
+        found = walk(item) if os.path.isdir(item) else [item] if item.lower().endswith(ENDINGS) and os.path.isfile(item) else []
+        require(found, f"nothing to read in {item!r}, only {' '.join(ENDINGS)}: write it as .jsonl, e.g. by datasets' to_json")
         paths += found
     require(paths, f"nothing to read: this Python's library, {sysconfig.get_path('stdlib')}, has no .py files: use --input=FILES")
-    if len(paths) > 1 or paths[0].endswith(".jsonl"):
-        return [span(path, "jsonl" if path.endswith(".jsonl") else "text") for path in paths]
+    kinds = ["jsonl" if path.lower().endswith(".jsonl") else "text" for path in paths]
+    if kinds != ["text"]: return list(map(span, paths, kinds))
     path, middle = paths[0], int(size_of(paths[0]) * (1 - cfg.val_fraction))    # a single text: its last part is for validation
     ahead = np.fromfile(path, np.uint8, 3, offset=middle).tobytes()
     middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))          # past UTF-8 continuation bytes: whole characters
@@ -188,12 +191,14 @@ def parse(item):
     end-of-text; the others are only context. What follows the last answer is left out. Only here is the template, plain text:
     {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
     def exchange(question, answer): return [("user", question), ("assistant", answer)]
+    if isinstance(item, list): item = {"messages": item}
     if "text" in item: return "text", [(item["text"], True)]
     if "chosen" in item: turns = exchange(item["prompt"], item["chosen"]) + exchange(item["prompt"], item["rejected"])
     elif "instruction" in item:
         turns = exchange(item["instruction"] + ("\n\n" + item["input"] if item.get("input") else ""), item["output"])
     elif "messages" in item: turns = [(m["role"], m["content"]) for m in item["messages"]]
-    else: turns = exchange(item["prompt"], item["response"])
+    elif answer := {"completion", "response"} & {*item}: turns = exchange(item["prompt"], item[max(answer)])
+    else: raise ValueError(f"it has {list(item)}")
     parts, context = [], ""
     for role, text in turns:
         if role == "assistant": parts, context = parts + [(context + "Assistant:", False), (" " + text, True)], ""
@@ -215,23 +220,24 @@ def documents(unit):
         with open(span.path, "rb") as f:
             f.seek(span.start)
             data = f.read(span.stop - span.start)
+        require(span.start or data[:2] not in (b"\xff\xfe", b"\xfe\xff"), f"{span.path} is UTF-16: convert it to UTF-8")
+        if not span.start: data = data.removeprefix(b"\xef\xbb\xbf")      # a byte order mark, which is not text
         if span.kind not in MANY: yield span, "text", [(data, True)]
         elif span.kind == "stories":
             stories = [s.strip(b"\r\n") for s in re.split(rb"(?m)^<\|endoftext\|>\r?$", data)]
             if not stories[-1]: stories.pop()               # nothing stands behind the last separator
             for story in stories: yield span, "text", [(story, True)]
         else:
-            for n, line in enumerate(data.split(b"\n"), 1):
+            for n, line in enumerate(data.split(b"\n"), 1):     # n: counted from the beginning of the span
                 if not line.strip(): continue
                 try:
                     form, parts = parse(json.loads(line.decode("utf-8-sig", "surrogateescape")))
                     parts = [(to_bytes(text), counts) for text, counts in parts]
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-                    with open(span.path, "rb") as f:        # count the lines before the span, too
-                        n += sum(1 for _ in itertools.takewhile(lambda _: f.tell() <= span.start, f))
-                    raise ValueError(f'{span.path}, line {n}: not a JSON object with "text", "messages", "prompt" and '
-                                     '"response", "instruction" and "output", or "prompt", "chosen" and "rejected", as strings '
-                                     f"({e!r:.99}): {line[:60]!r}") from None
+                    with open(span.path, "rb") as f: n += sum(1 for _ in itertools.takewhile(lambda _: f.tell() <= span.start, f))
+                    raise ValueError(f'{span.path}, line {n}: not a JSON object with "text", "messages", "prompt" and "response" '
+                                     '(or "completion"), "instruction" and "output", or "prompt", "chosen" and "rejected", as '
+                                     f"strings ({e!r:.99}): {line[:60]!r}") from None
                 yield span, form, parts
 
 # ---- documents -> splits -> token ids ------------------------------------------------------------------------------------
@@ -242,12 +248,13 @@ def key_of(span, parts):
     return int.from_bytes(digest.digest()[:8], "little")
 
 def read_unit(unit):
-    """-> a row for each document or part of one (size: its bytes; counts: those trained on), and the set of their forms."""
+    """-> a row for each document or part of one (size: its bytes; counts: those trained on); forms; files that hold ENDOFTEXT."""
     docs = list(documents(unit))
     rows = [(key_of(span, parts), sum(len(text) for text, _ in parts), sum(len(text) for text, counts in parts if counts),
              span.fate, span.last) for span, _, parts in docs]
     kinds = [("key", "<u8"), ("size", "<u8"), ("counts", "<u8"), ("fate", "u1"), ("last", "?")]
-    return np.array(rows, kinds), {form for _, form, _ in docs}
+    marked = {span.path for span, _, parts in docs if any(ENDOFTEXT.encode() in text for text, _ in parts)}
+    return np.array(rows, kinds), {form for _, form, _ in docs}, marked
 
 def choose(rows, val_fraction):
     """-> TRAIN, VAL or DROP for each row; number of duplicates; number of empty documents. A document's split depends only on its
@@ -278,8 +285,7 @@ def read_again(unit, rows):
 def encode_unit(tok, n_files, job):
     """(unit, rows of its documents) -> the bytes they add to each of the first n_files of FILES: the ids of each split, then for
     each split which ids count."""
-    unit, rows = job
-    docs = read_again(unit, rows)
+    (unit, rows), docs = job, read_again(*job)
     kept = [(text, counts, span, fate) for (span, _, parts), fate in zip(docs, rows["fate"]) if fate != DROP
             for text, counts in parts]
     texts = [text for text, *_ in kept]
@@ -350,13 +356,12 @@ def verify(cfg):
         if not {"tokens", "sha256", "vocab_size", "tokenizer", "tokenizer_hash"} <= {*meta}: raise LookupError
     except (ValueError, LookupError, TypeError): raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
-        found = made_with.get(key)
-        same = found == value
+        same = (found := made_with.get(key)) == value
         if not same and key == "tokenizer" and os.path.isfile(cfg.tokenizer):       # another file may hold the same tokenizer
-            same = bpe.Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]
+            same = Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]
         if not same: raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
-    try: whole = meta["tokenizer"] == "gpt2" or bpe.Tokenizer.load(join(folder, "tokenizer.json")).hash == meta["tokenizer_hash"]
+    try: whole = meta["tokenizer"] == "gpt2" or Tokenizer.load(join(folder, "tokenizer.json")).hash == meta["tokenizer_hash"]
     except (ValueError, OSError): whole = False
     if not whole: raise ValueError(f"{folder}/tokenizer.json is missing or damaged: {again}")
     for name in meta["sha256"]:
@@ -370,7 +375,7 @@ def train_tokenizer(cfg, jobs):
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = dict(gpt2=bpe.GPT2_SPLIT, gpt4=bpe.GPT4_SPLIT)[cfg.split_pattern]
     special = (ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256: the bytes and nothing else
-    return bpe.Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, verbose=True)
+    return Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, verbose=True)
 
 def lock(path, busy=""):
     """-> an open file that holds a lock until it is closed. If another process has the lock: None, or print `busy` and wait."""
@@ -388,23 +393,22 @@ def lock(path, busy=""):
 def main(cfg):
     start, cfg = time.time(), own_tokenizer(cfg)
     folder, meta = join("data", cfg.dataset), {"dataset": cfg.dataset, "source": cfg.input or built_in(cfg), "knobs": knobs(cfg)}
-    given = None            # a tokenizer that need not be trained
-    if cfg.tokenizer != "bpe": given = bpe.Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else bpe.Tokenizer.load(cfg.tokenizer)
+    given = None if cfg.tokenizer == "bpe" else Tokenizer.gpt2() if cfg.tokenizer == "gpt2" else Tokenizer.load(cfg.tokenizer)
     if given: check_vocab(cfg, given.vocab_size)
-    parts = itertools.chain(*map(cut, sources(cfg)))
-    units = list(bpe.groups(parts, UNIT, lambda span: span.stop - span.start))
+    spans = list(itertools.chain(*map(cut, sources(cfg))))
+    units = list(bpe.groups(spans, UNIT, lambda span: span.stop - span.start))
     has_eot = ENDOFTEXT in given.special_tokens if given else cfg.vocab_size > 256
     if not has_eot and units[0][0].kind != "single":
         raise ValueError(f"the tokenizer has no {ENDOFTEXT} to put between documents: for bpe set vocab_size to 257 or more")
-    spans = [span for unit in units for span in unit]
     size, n_files = sum(span.stop - span.start for span in spans), len({span.path for span in spans})
     def every(label, function, jobs):                       # function(job) for each job, in order, on all cores
         add = progress(label, size * len(jobs) / len(units))
         for result in bpe.in_order(function, jobs, cfg.workers or bpe.cores()):
             add(size / len(units))
             yield result
-    unit_rows, forms = zip(*every("read", read_unit, units))
-    rows, forms = np.concatenate(unit_rows), set().union(*forms)
+    unit_rows, *sets = zip(*every("read", read_unit, units))
+    rows, (forms, marked) = np.concatenate(unit_rows), (set().union(*found) for found in sets)
+    if marked: print(f"note: {ENDOFTEXT} in {min(marked)} is ordinary text: it does not end a document (a line of .jsonl does)")
     if not rows["size"].any(): raise ValueError(f"nothing to read: {meta['source']} has nothing but empty documents")
     if "pairs" in forms and len(forms) > 1: raise ValueError("preference pairs need a dataset of their own: leave out the rest")
     meta["text_hash"] = hashlib.sha256(rows).hexdigest()
@@ -428,7 +432,7 @@ def main(cfg):
     written = sum(size_of(join(work, name)) for name in names)
     need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - written)  # an id is two bytes; most tokens are two or more
     if not exists(tok_path): (given or train_tokenizer(cfg, jobs)).save(tok_path)
-    tok = given or bpe.Tokenizer.load(tok_path)
+    tok = given or Tokenizer.load(tok_path)
     write_bins(work, lambda jobs: every("encode", functools.partial(encode_unit, tok, len(names)), jobs), jobs, names)
     def count(key): return {name: int(rows[key][rows["fate"] == split].sum()) for split, name in enumerate(SPLITS)}
     meta |= {"tokens": {split: size_of(join(work, split + ".bin")) // 2 for split in SPLITS}, "documents": count("last"),

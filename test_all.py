@@ -62,6 +62,8 @@ def test_config_order_types_and_flags():
 
 @pytest.mark.parametrize("argv, message", [
     (["--max_iter=3"], "did you mean 'max_iters'"), (["nothing.py"], "no config file"),
+    (["--input", "bpe.py"], "--input: input wants str, not True: write --key=value, with the ="),
+    (["notes.txt"], "'notes.txt' is neither a config file (.py) nor a knob: write --key=value, with the ="),
     (["--min_lr=1e-4"], "did you mean 'min_lr_frac'"),          # nanoGPT's name; by spelling alone, min_p would be nearest
     # wrong type
     (["--max_iters=x"], "max_iters wants int, not 'x'"), (["--max_iters=1.5"], "wants int"),
@@ -91,6 +93,8 @@ def test_config_file_errors(tmp_path):
                           ("n_layers = 3", "did you mean 'n_layer'"), ("x = (", "SyntaxError")):
         (tmp_path / "bad.py").write_text(text)
         with pytest.raises(ValueError, match=re.escape(message)): config.load([str(tmp_path / "bad.py")])
+    (tmp_path / "bad.py").write_text("1 / 0")                               # is not run: a wrong flag is found first
+    with pytest.raises(ValueError, match="--input"): config.load([str(tmp_path / "bad.py"), "--input"])
 
 
 def test_config_run_turns_errors_into_a_line_and_a_code(capsys):
@@ -1143,10 +1147,35 @@ def test_bpe_cache_is_bounded(monkeypatch):
     expect = [tok.encode(t) for t in texts]
     monkeypatch.setattr(bpe, "CACHE", 130)
     for text, ids in zip(texts, expect):
-        assert tok.encode(text) == ids and len((tok._cache or [()])[0]) <= 130
+        assert tok.encode(text) == ids and len(vars(tok).get("_cache", [()])[0]) <= 130
     for i in range(60):                                     # few words, but of many ids each
         tok.encode(str(i) * 60)
-        assert len((tok._cache or [(), (), ()])[2]) <= 8 * 130
+        assert len(vars(tok).get("_cache", [(), (), ()])[2]) <= 8 * 130
+
+
+def test_bpe_threads_do_not_disturb_each_other(monkeypatch):
+    """What another thread may do in the middle of a step is done here by a call from inside of it."""
+    code, encode, inside = np.array([0xE9, 0x4E2D, 0x663, 0x3000, 0x2026]), tiktoken.Encoding.encode_ordinary, []
+    expect = bpe.classes(code).tolist()
+    monkeypatch.setattr(bpe, "CLASS", np.where(np.arange(len(bpe.CLASS)) < 128, bpe.CLASS, bpe.UNKNOWN).astype(np.uint8))
+    bpe.CLASS[0xD800:0xE000] = bpe.OTHER
+    def encode_ordinary(engine, text):
+        if not inside: inside.append("once") or inside.append(bpe.classes(code).tolist())   # the table is being filled
+        return encode(engine, text)
+    monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary", encode_ordinary)
+    assert [bpe.classes(code).tolist(), inside[1]] == [expect, expect]
+
+    tok, text, other = Tokenizer.train(["the cat sat on the mat " * 5], 268, workers=1), "a mat sat", "on the cat, the mat"
+    class Words(bpe.Words):
+        def __len__(self):
+            if armed: inside[:] = armed.pop(), tok.encode(other)            # the cache has just been read
+            return super().__len__()
+    monkeypatch.setattr(bpe, "Words", Words)
+    armed = []
+    expect = [Tokenizer(tok.merges).encode(t) for t in (text, other)]
+    tok.encode("the")                                                       # makes a cache
+    armed.append(None)
+    assert [tok.encode(text), inside[1]] == expect and not armed
 
 
 def test_bpe_cache_survives_interrupts_and_two_texts_at_once(monkeypatch):
@@ -1238,8 +1267,22 @@ def test_bpe_vocab_size_and_byte_tokenizer(capsys):
         Tokenizer.train(["hello"], 300, pattern=r"\w+")
     with pytest.raises(ValueError, match="need 259"): Tokenizer.train(["hello"], 257, special_tokens="a|b|c".split("|"))
     with pytest.raises(ValueError, match="workers is -1"): Tokenizer.train(["hello"], 300, workers=-1)
+    for size in ("400", 400.0):
+        with pytest.raises(ValueError, match=f"vocab_size is {size!r}: give an int"): Tokenizer.train(["hello"], size)
     assert tok.encode("") == [] and tok.decode([]) == "" and [len(a) for a in tok.encode_batch(["", "a", ""])] == [0, 1, 0]
     assert tok.encode_batch([]) == [] and tok.encode_batch(["a"])[0].dtype == np.uint16
+
+
+def test_bpe_kinds_of_text():
+    """bytearray and memoryview are texts, too; a row of a table, or one text where a list is wanted, is refused."""
+    text = b"the cat<|endoftext|>sat on the mat"
+    expect = Tokenizer.train([text], 265)
+    for kind in (bytes.decode, bytearray, memoryview):
+        assert Tokenizer.train([kind(text)], 265).hash == Tokenizer.train(kind(text), 265).hash == expect.hash
+        assert expect.encode(kind(text)) == expect.encode(text)
+        with pytest.raises(ValueError, match="want a list of texts, not one"): expect.encode_batch(kind(text))
+    for rows in ({"text": "the cat"}, [{"text": "the cat"}]):
+        with pytest.raises(ValueError, match=re.escape("not a dict: pass row['text']")): Tokenizer.train(rows, 300)
 
 
 def test_bpe_surrogates_and_unknown_ids():
@@ -1249,6 +1292,8 @@ def test_bpe_surrogates_and_unknown_ids():
     for bad in ([5000], [-1], np.array([70000])):
         with pytest.raises(ValueError, match="not in the vocabulary"):
             tok.decode(bad)
+    for ids in (torch.tensor([97, 98]), list(torch.tensor([97, 98])), list(np.array([97, 98]))): assert tok.decode(ids) == "ab"
+    with pytest.raises(TypeError, match="'list' object cannot be interpreted as an integer"): tok.decode([[97, 98]])
 
 
 def test_bpe_stream_never_breaks_a_character():
@@ -1446,6 +1491,10 @@ def test_bpe_gpt2_files_made_here(tmp_path):
     path = tmp_path / "merges.txt"
     path.write_text("#version: 0.2\n" + "".join(f"{name(a)} {name(b)}\n" for a, b in tok.merges), encoding="utf-8")
     gpt2 = Tokenizer.from_gpt2(str(path))
+    (tmp_path / "names.json").write_text('{"model": 1, "hash": 2, "merges": 3}')    # a vocab.json: these are tokens of GPT-2
+    for wrong in (path, tmp_path / "names.json"):
+        with pytest.raises(ValueError, match=re.escape(wrong.name) + ": want a file of Tokenizer.save .*from_gpt2.*save"):
+            Tokenizer.load(wrong)
     assert gpt2.encode("!") == [0] and gpt2.special_tokens == {"<|endoftext|>": tok.vocab_size} and gpt2.hash != tok.hash
     for t in ("the cat", "中é\n", "<|endoftext|>"):
         assert [gpt2.vocab[i] for i in gpt2.encode(t)] == [tok.vocab[i] for i in tok.encode(t)]
@@ -1473,7 +1522,7 @@ def test_bpe_tiktoken_files(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot read .*x.tiktoken: "):
             Tokenizer.from_tiktoken(str(path))
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
-    with pytest.raises(ValueError, match="from_gpt2"):
+    with pytest.raises(ValueError, match="--tokenizer: Tokenizer.from_gpt2.*save"):
         Tokenizer.gpt2()
 
 
@@ -1574,7 +1623,7 @@ if __name__ == '__main__':
     try: print([time.sleep(1) or len(result) for result in bpe.in_order(job, range(8), 2)])
     except OSError as e: print(e)
 """).communicate(timeout=60)
-    assert out.startswith("a worker process died"), err
+    assert out.startswith("a worker process died") and "has no if __name__ == '__main__'" in out, err
 
 
 def test_bpe_interrupted_training_ends_at_once(tmp_path):
@@ -1649,10 +1698,17 @@ def test_bpe_command_line(tmp_path):
     r = run("a.txt", "--vocab_size=270", "--pattern=gpt4", "--special=<|a|>,<|b|>", "--out=tok4.json")
     tok = Tokenizer.load(tmp_path / "tok4.json")
     assert tok.pattern == GPT4_SPLIT and list(tok.special_tokens) == ["<|a|>", "<|b|>"] and tok.vocab_size == 270
-    for args in (["absent.txt"], ["empty.txt"], ["a.txt", "--vocab_size=100"], ["a.txt", "--out=no/such/folder.json"]):
+    os.mkdir(tmp_path / "folder")
+    for name in ("utf16.txt", "A.JSONL", "a.txt.gz"): (tmp_path / name).write_bytes("the cat".encode("utf-16") * 9)
+    for message, *args in (("absent.txt", "absent.txt"), ("no text", "empty.txt"), ("256", "a.txt", "--vocab_size=100"),
+                           ("a folder that exists", "a.txt", "--out=no/such/folder.json"), ("name files", "a.txt", "folder"),
+                           *[("is not UTF-8 text", "a.txt", name) for name in ("utf16.txt", "A.JSONL", "a.txt.gz")]):
         r = run(*args)
-        assert r.returncode and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1, r.stderr
-    assert sorted(os.listdir(tmp_path)) == ["a.txt", "empty.txt", "tok.json", "tok4.json"]
+        assert r.returncode and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1 and message in r.stderr, r.stderr
+    assert sorted(os.listdir(tmp_path)) == sorted("a.txt empty.txt folder utf16.txt A.JSONL a.txt.gz tok.json tok4.json".split())
+    words = [sys.executable, os.path.join(HERE, "bpe.py"), "a.txt", "--vocab_size=280", "--out=closed.json"]
+    assert subprocess.run(["sh", "-c", 'exec "$0" "$@" 2>&-', *words], cwd=tmp_path, stdout=subprocess.PIPE).returncode == 0
+    assert Tokenizer.load(tmp_path / "closed.json").hash == expect.hash
 
 
 def test_bpe_takes_the_cores_that_it_may_use(monkeypatch):
@@ -1664,10 +1720,14 @@ def test_bpe_takes_the_cores_that_it_may_use(monkeypatch):
 
 
 def test_bpe_pickles():
+    """Small and the same whether it was used or not."""
     import pickle
-    tok = Tokenizer.train(["the cat sat on the mat"], 262)
-    back = pickle.loads(pickle.dumps(tok))
-    assert back.hash == tok.hash and back.encode("the mat") == tok.encode("the mat")
+    for tok in Tokenizer.train(["the cat sat on the mat"], 262), Tokenizer([], tokens=BPE_BYTES | {b"at": 300}, normalizer="NFC"):
+        before = pickle.dumps(tok)
+        for back in (pickle.loads(before), copy.copy(tok), copy.deepcopy(tok)):
+            assert back.to_dict() == tok.to_dict() and back.encode("the mat") == tok.encode("the mat")
+        for back in (pickle.loads(pickle.dumps(tok)), copy.deepcopy(tok)): assert back.to_dict() == tok.to_dict()
+        assert len(before) < 10_000 and pickle.dumps(tok) == before
 
 
 # ======================================================== prepare.py: the bins hold every document once, whatever happens
@@ -1910,11 +1970,15 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("kw, files, message", [
     (dict(input="nowhere"), {}, "no file or folder 'nowhere'"),
     (dict(input="in/a.txt,gone.txt"), {"a.txt": "x"}, "no file or folder 'gone.txt'"),
+    (dict(input="in/*.txt"), {"a.txt": "x"}, "no file or folder 'in/*.txt' (no patterns: name the folder)"),
     (dict(), {"a.bin": "x"}, "nothing to read in 'in'"),
-    (dict(input="in/a.bin"), {"a.bin": "x"}, "nothing to read in 'in/a.bin'"),
+    (dict(input="in/a.bin"), {"a.bin": "x"}, "nothing to read in 'in/a.bin', only .txt .md .py .jsonl: write it as .jsonl"),
+    (dict(), {"a.txt": "x", "b.txt": "no UTF-8".encode("utf-16-le")}, None),                # nothing marks it
+    (dict(), {"a.txt": "x", "b.txt": "no UTF-8".encode("utf-16")}, "in/b.txt is UTF-16: convert it to UTF-8"),
+    (dict(), {"b.jsonl": b"\xfe\xff" + '{"text": "x"}'.encode("utf-16-be")}, "in/b.jsonl is UTF-16: convert it to UTF-8"),
     (dict(), {"a.txt": ""}, "nothing to read: in has nothing but empty documents"),
     (dict(), {"a.txt": "", "b.md": ""}, "nothing to read"),
-    (dict(input=""), {}, "say what to read"),
+    (dict(input=""), {}, "say what to read"), (dict(input=" , "), {}, "say what to read"),
     (dict(dataset="stdlib"), {"a.txt": "x"}, "NAME of its own"), (dict(dataset="stdlib_x"), {"a.txt": "x"}, "NAME of its own"),
     (dict(dataset="../up"), {"a.txt": "x"}, "not a plain name"),
     (dict(vocab_size=255), {"a.txt": "x"}, "between 256"),
@@ -1962,10 +2026,12 @@ def says(role, text): return {"role": role, "content": text}
 
 CHAT = [{"messages": [says("system", "Be brief."), says("user", "Hi\n\nthere"), says("assistant", "Hello"),
                       says("user", "Bye"), says("assistant", "So long \u00fc"), says("user", "?")]},
-        {"prompt": "1+1", "response": "2"}, {"instruction": "Add", "input": "2 3", "output": "5"},
+        {"prompt": "1+1", "response": "2"}, {"prompt": "1+2", "completion": "3"},
+        [says("user", "Plain"), says("assistant", "list")], {"instruction": "Add", "input": "2 3", "output": "5"},
         {"instruction": "Sing", "output": "La"}, {"text": "All of it."}]
 CHAT_TEXT = ["System: Be brief.\n\nUser: Hi\n\nthere\n\nAssistant:[ Hello~]User: Bye\n\nAssistant:[ So long \u00fc~]",
-             "User: 1+1\n\nAssistant:[ 2~]", "User: Add\n\n2 3\n\nAssistant:[ 5~]", "User: Sing\n\nAssistant:[ La~]",
+             "User: 1+1\n\nAssistant:[ 2~]", "User: 1+2\n\nAssistant:[ 3~]", "User: Plain\n\nAssistant:[ list~]",
+             "User: Add\n\n2 3\n\nAssistant:[ 5~]", "User: Sing\n\nAssistant:[ La~]",
              "[All of it.~]"]
 
 
@@ -2022,6 +2088,8 @@ def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
     prepare_files("in", {"a.jsonl": '{"prompt": "x", "response": "y"}\n' + json.dumps(line)})
     with pytest.raises(ValueError, match='in/a.jsonl, line 2: not a JSON object with "text", "mess') as e: prepare_run()
     assert "\n" not in str(e.value)
+    prepare_files("in", {"a.jsonl": '{"id": 1, "conversations": [{"from": "human", "value": "x"}]}'})
+    with pytest.raises(ValueError, match=re.escape("it has ['id', 'conversations']")): prepare_run()
 
 
 def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
@@ -2036,16 +2104,21 @@ def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
         assert not prepare.prepared(prepare_cfg()) and not glob.glob("data/mine/.partial-*/tokenizer.json")     # its text is gone
 
 
-def test_prepare_odd_files(tmp_path, monkeypatch):
-    """JSON after a byte order mark and names with bad UTF-8 or a newline are read; pipes and broken or circular links are not."""
+def test_prepare_odd_files(tmp_path, monkeypatch, capsys):
+    """Byte order marks are dropped; endings in capitals and names with bad UTF-8 or a newline are read; pipes and broken or
+    circular links are not. ~ is the home folder, and a comma too many does not matter."""
     monkeypatch.chdir(tmp_path)
-    prepare_files("in", {"a.jsonl": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n',
-                         "two\nlines.txt": "x", os.fsdecode(b"\xff.md"): "y"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepare_files("in", {"a.JSONL": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n',
+                         "two\nlines.txt": b"\xef\xbb\xbfx", os.fsdecode(b"\xff.md"): "y"})
+    prepare_files("more", {"UP.TXT": "z <|endoftext|>"})
     os.mkfifo("in/pipe.txt")
     os.symlink("nowhere", "in/link.txt")
     os.symlink(".", "in/loop")
-    meta = prepare_run()
-    assert sorted(prepare_documents(meta, "train")[0] + prepare_documents(meta, "val")[0]) == [b"marked", b"next", b"x", b"y"]
+    meta = prepare_run(input="in, ~/more/UP.TXT,")
+    assert sorted(prepare_documents(meta, "train")[0] + prepare_documents(meta, "val")[0]) == [
+        b"marked", b"next", b"x", b"y", b"z <|endoftext|>"]
+    assert f"note: <|endoftext|> in {tmp_path}/more/UP.TXT is ordinary text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [
@@ -4626,6 +4699,8 @@ def test_bench_tokenizer_compares_what_is_installed(tmp_path):
     assert "DIFFERENT" not in run.stdout
     run = subprocess.run([*command, "nothing"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and "nothing" in run.stderr
+    for words in (["a.txt", "b.txt"], [str(tmp_path)]):
+        with pytest.raises(ValueError, match=f"{words[-1]}: name one file, and no folder"): bench.bench_tokenizer(words)
 
 
 def test_bench_sample_has_a_row_for_each_way(capsys):

@@ -195,7 +195,8 @@ def coerce(key, value, word=False):
 
 def read(path):
     """{knob: value} of a config file."""
-    require(os.path.isfile(path), f"no config file {path!r} (knobs are written --key=value; config files end in .py)")
+    require(path.endswith(".py"), f"{path!r} is neither a config file (.py) nor a knob: write --key=value, with the =")
+    require(os.path.isfile(path), f"no config file {path!r}")
     try: scope = runpy.run_path(path)
     except Exception as e: raise ValueError(f"{path}: not a config file of plain assignments: {type(e).__name__}: {e}") from None
     return {key: value for key, value in scope.items() if not key.startswith("_") and not isinstance(value, types.ModuleType)}
@@ -203,8 +204,8 @@ def read(path):
 def load(argv):
     """Config from command-line words: config files, --key=value, --key, --no_key. Raises ValueError for anything wrong."""
     if {"--help", "-h"} & set(argv): sys.exit(print(usage()))       # print returns None: exit code 0
-    values = {}
-    for word in sorted(argv, key=lambda word: word.startswith("--")):       # files first, so that flags win in any order
+    files, flags = {}, {}
+    for word in sorted(argv, key=lambda word: not word.startswith("--")):   # if a flag is wrong, no file is run
         name, equals, text = word.partition("=") if word.startswith("--") else (word, "", "")
         if not word.startswith("--"): given = read(word)
         elif equals: given = {name[2:]: text}
@@ -214,9 +215,10 @@ def load(argv):
             near = [NANOGPT[key]] if key in NANOGPT else difflib.get_close_matches(key, KINDS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             require(key in KINDS, f"{name}: unknown knob {key!r}{hint} (--help lists all)")
-            try: values[key] = coerce(key, value, word=bool(equals))
-            except ValueError as e: raise ValueError(f"{name}: {e}") from None
-    return Config(**values)
+            try: (flags if word.startswith("--") else files)[key] = coerce(key, value, word=bool(equals))
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}" + ": write --key=value, with the =" * (word == "--" + key)) from None
+    return Config(**files | flags)
 
 def usage():
     """Every knob with its default and comment, read from the two classes above."""

@@ -380,9 +380,11 @@ def train(cfg, run):
     about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
-    signals = []        # SIGINT or SIGTERM: finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
+    # SIGINT or SIGTERM: finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C. subtle: the handler lives
+    # until the process ends; if it held `run`, with its process group, that would crash
+    signals, leads = [], run.rank == 0
     def on_signal(number, frame):
-        if not signals and run.rank == 0: os.write(2, b"\nstopping after this step or evaluation\n")      # print may be busy
+        if leads and not signals: os.write(2, b"\nstopping after this step or evaluation\n")      # print may be busy
         signals.append(number)
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, on_signal)
 

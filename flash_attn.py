@@ -1,9 +1,10 @@
 """
 FlashAttention in one file: exact attention, forward and backward, without ever storing the T x S matrix of scores.
 
-    from flash_attn import flash_attention
-    y = flash_attention(q, k, v, causal=True)       # replaces F.scaled_dot_product_attention on NVIDIA GPUs from Ampere on
-    $ python flash_attn.py                          # compile every shipped configuration, no GPU needed, and print what it uses
+    from flash_attn import flash_attention          # rename this file where Dao's flash_attn package is installed
+    y = flash_attention(q, k, v, causal=True)       # for F.scaled_dot_product_attention (not quite the same: see its docstring)
+    y = flash_decode(q, k, v, lengths)              # the newest tokens against a cache; both on NVIDIA GPUs from Ampere on
+    $ python flash_attn.py                          # compile the main configurations, no GPU needed, and print what they use
     $ TRITON_INTERPRET=1 python your_script.py      # run the same kernels on CPU tensors: slow, but print and breakpoints work
 
 Notation, here and in the code:
@@ -20,11 +21,12 @@ a = sum_j exp(s_ij - m) v_j. The next block of keys may raise the maximum to m':
 
     alpha = exp(m - m')        l <- alpha l + sum_j exp(s_ij - m')        a <- alpha a + sum_j exp(s_ij - m') v_j        m <- m'
 
-At the end o = a / l. Also stored is the log-sum-exp L = m + log l, one number per query, from which the backward recomputes any
-weight: p_ij = exp(s_ij - L_i). The code works in base 2, because the hardware has exp2: s, m and L carry a factor log2(e).
+At the end o = a / l. Also stored is the log-sum-exp L = m + log l, one number instead of two. From it the backward recomputes any
+weight without a division, and without overflow, as L_i >= every s_ij seen: p_ij = exp(s_ij - L_i). The hardware computes exp(x)
+as exp2(x log2(e)). The code puts log2(e) into scale, once, not into each score: m and L are in base 2.
 
-Backward (FlashAttention-2, Dao 2023). do_i is the gradient of the loss with respect to o_i; likewise dv, dp, ds, dq and dk. The
-chain rule, first through o_i = sum_j p_ij v_j, then through the softmax, then through the scores:
+Backward (FlashAttention-2, Dao 2023). do_i is the loss's gradient with respect to o_i; likewise dv, dp, ds, dq and dk. The chain
+rule, through o_i = sum_j p_ij v_j, then the softmax (the derivative of p_ij by s_ik is p_ij ([j = k] - p_ik)), then the scores:
 
     dv_j = sum_i p_ij do_i                     dp_ij = do_i.v_j
     ds_ij = p_ij (dp_ij - delta_i)             delta_i = sum_j p_ij dp_ij = do_i.(sum_j p_ij v_j) = do_i.o_i
@@ -32,19 +34,15 @@ chain rule, first through o_i = sum_j p_ij v_j, then through the softmax, then t
 
 delta_i, a sum over all keys, is thus a product of two rows already in memory: a small kernel computes it first. A second kernel
 owns a tile of keys and sums its dk and dv over queries; a third owns a tile of queries and sums its dq over keys. Both recompute
-the scores; in return no two programs add to the same gradient, so there are no atomics and every run gives the same bits.
+s and dp (7 products instead of 5); in return no two programs add to the same gradient: no atomics, every run gives the same bits.
 
-The mask. Query i is at position pos = i + (S - T), so that the last query is level with the last key, and sees the keys
-first <= j < end. end is pos + 1 if causal, else S; first is 0, or more: pos - window + 1 with a window, doc_start[b, i] with
-documents. A query that sees no key yields zeros and passes no gradient: its L is +inf, which makes every p_ij zero. Blocks that
-no query of the tile sees are skipped; only those crossed by an edge of the mask ("edge" blocks, not "full") are masked.
+The mask. Query i is at position pos = i + (S - T), so that the last query is level with the last key (T = 2, S = 5: 11110 and
+11111), and sees the keys first <= j < end. end is pos + 1 if causal, else S; first is 0, or more: pos - window + 1 with a window,
+doc_start[b, i] with documents. A query that sees no key yields zeros and passes no gradient: its L is +inf, which makes every
+p_ij zero. Blocks that no query of the tile sees are skipped; only those crossed by an edge of the mask ("edge" blocks, not
+"full") are masked. T = S = 4 blocks, causal:  E . . . / F E . . / F F E . / F F F E  (F full, E edge, . skipped).
 """
-import math
-import os
-import re
-import shutil
-import subprocess
-import sysconfig
+import math, os, re, shutil, subprocess, sysconfig
 
 import torch
 from torch import Tensor
@@ -57,13 +55,13 @@ try:
 except ImportError:                                     # no Triton on this platform: attention_ref still works
     triton, jit, INTERPRET, tl = None, lambda kernel: kernel, False, type("tl", (), dict(constexpr=None))
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# The specification
+# ---------------------------------------------------------------------------- the specification
 
 def attention_ref(q, k, v, causal=True, window=0, scale=None, doc_start=None):
     """What flash_attention computes, in plain PyTorch with the T x S matrix in memory. Same arguments; any device and float type.
 
-    q: (B, H, T, D); k, v: (B, K, S, D), H a multiple of K -> (B, H, T, D)"""
+    q: (B, H, T, D); k, v: (B, K, S, D), H a multiple of K -> (B, H, T, D). It rounds, too: to judge 16-bit results, compare
+    them, and those of attention_ref, with attention_ref of the same tensors in float64."""
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)                                     # (B, H, S, D)
     pos, j = torch.arange(T, device=q.device)[:, None] + (S - T), torch.arange(S, device=q.device)  # (T, 1), (S,)
@@ -73,15 +71,15 @@ def attention_ref(q, k, v, causal=True, window=0, scale=None, doc_start=None):
     s = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     return s.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0) @ v        # a softmax over no keys is NaN: 0
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# What the kernels share. A kernel runs as many programs; program_id numbers them by tile, then by head, then by batch. Code that
-# reads like NumPy works on a whole tile in registers, (ROWS, WIDTH), where WIDTH is D rounded up to a power of two. A constexpr
-# is known at compile time: an if on one costs nothing; static_range, and comprehensions over tuples, are unrolled.
+# ---------------------------------------------------------------------------- what the kernels share
+# A kernel runs as many programs; program_id numbers them by tile, then by head, then by batch. Code that reads like NumPy works
+# on a whole tile in registers, (ROWS, WIDTH), where WIDTH is D rounded up to a power of two. A constexpr is known at compile
+# time: an if on one costs nothing; static_range, and comprehensions over tuples, are unrolled.
 
 @jit
 def dot(a, b, c):
     """c + a @ b on the matrix units; float32 in full precision, not TF32."""
-    if INTERPRET:                                       # the interpreter multiplies the bits of bfloat16 as integers
+    if INTERPRET:       # the interpreter multiplies the bits of bfloat16 as integers; casting to bfloat16, it truncates
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, c, input_precision="ieee")
 
@@ -145,8 +143,7 @@ def block(i, EDGE: tl.constexpr, first, before, full):
     """Index of the i-th edge block (EDGE) or the i-th full block; first, before and full come from split."""
     return first + (tl.where(i < before, i, i + full) if EDGE else before + i)
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Forward
+# ---------------------------------------------------------------------------- forward
 
 @jit
 def empty_state(ROWS: tl.constexpr, WIDTH: tl.constexpr):
@@ -212,8 +209,8 @@ def forward_kernel(Q, K, V, Out, LSE, Doc, q_strides, k_strides, v_strides, o_st
         store(Out, o_strides, b, h, m_start + t * BLOCK_M, T, out, D, BLOCK_M, WIDTH)
         tl.store(lse + rows[t], L, mask=rows[t] < T)
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Backward. From here on m is the first query of a tile or block, as n is its first key: they go with BLOCK_M and BLOCK_N.
+# ---------------------------------------------------------------------------- backward
+# From here on m is the first query of a tile or block, as n is its first key: they go with BLOCK_M and BLOCK_N.
 
 @jit
 def delta_kernel(Out, dOut, Delta, o_strides, do_strides, H, T, T_pad, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -303,9 +300,9 @@ def dq_kernel(Q, K, V, dOut, LSE, Delta, dQ, Doc, q_strides, k_strides, v_stride
             dq = dot(ds.to(k.dtype), k, dq)
     store(dQ, dq_strides, b, h, m, T, dq * scale, D, BLOCK_M, WIDTH)
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Decode: few queries against a long cache. To fill the GPU, several programs split the keys (Flash-Decoding, Dao et al. 2023) and
-# a second kernel combines their outputs, weighted by log-sum-exp. To fill a tile, the query heads of a group share one.
+# ---------------------------------------------------------------------------- decode: few queries against a long cache
+# One program per tile of queries would leave most of the GPU idle, so several share its keys (Flash-Decoding, Dao et al. 2023);
+# o = sum_n w_n o_n / sum_n w_n, w_n = exp(L_n), joins their parts. To fill a tile, the query heads of a group share one.
 
 @jit
 def decode_kernel(Q, K, V, Lengths, Part, LSE, q_strides, k_strides, v_strides, p_strides, H, G, T, S, splits, window, scale,
@@ -353,9 +350,8 @@ def combine_kernel(Part, LSE, Out, o_strides, H, T, splits, D: tl.constexpr, WID
     at = b * o_strides[0] + h * o_strides[1] + t * o_strides[2] + d * o_strides[3]
     tl.store(Out + at, out.to(Out.dtype.element_ty), mask=d < D)
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Launches: lists of (kernel, number of programs, arguments, options). They are built and run separately, so that the report at
-# the end of this file can compile exactly what is shipped on a machine that cannot run it.
+# ---------------------------------------------------------------------------- launches
+# Lists of (kernel, number of programs, arguments, options), built apart from run: the report compiles the same without a GPU.
 
 # (BLOCK_M, BLOCK_N, warps, stages) by kernel, architecture and WIDTH. 80: loads by pointers, for any GPU and any tensor; 90, 100:
 # copy engine and wgmma (compute capability 9.0) or tcgen05 (10.x). At 90, WIDTH 128 and the backward's 64 are the fastest of
@@ -448,8 +444,8 @@ def run(launches, x):
             if programs > 0:
                 kernel[(programs,)](*args, **options)
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# The operators PyTorch sees. torch.compile does not look inside: a fake of each tells it the shapes of the outputs.
+# ---------------------------------------------------------------------------- the operators PyTorch sees
+# torch.compile does not look inside: a fake of each tells it the shapes of the outputs.
 
 def empty_like(x):
     """Shape (B, H, T, D), laid out as (B, T, H, D), so that a transformer can concatenate its heads without a copy."""
@@ -501,8 +497,7 @@ def backward(ctx, dout, dlse):                              # lse stays inside f
 
 forward_op.register_autograd(backward, setup_context=save_for_backward)
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# What people call
+# ---------------------------------------------------------------------------- what people call
 
 def missing_tool():
     """What Triton lacks here to build what launches its kernels on a GPU, in one line, or None."""
@@ -513,52 +508,61 @@ def missing_tool():
     return None if os.path.exists(header) else f"Triton needs {header}: install Python's headers (python3-dev)"
 
 MISSING = missing_tool()        # once, because why_not runs in every call
+TYPES = torch.float16, torch.bfloat16, torch.float32
 
 def why_not(q, k, v, dropout_p=0.0):
     """None if the kernels can run on such tensors, else one line saying why not. Does not synchronise or break a graph."""
     if triton is None: return MISSING
     if dropout_p > 0: return f"attention dropout is {dropout_p}, which the kernels do not support"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: all must be one of float16, bfloat16, float32"
     if not 1 <= q.shape[-1] <= 256: return f"head dim is {q.shape[-1]}, the kernels support 1 to 256"
-    if not q.device == k.device == v.device:
-        return f"q, k, v are on {q.device}, {k.device}, {v.device}: all must be on one device"
+    if not q.device == k.device == v.device: return f"q, k, v are on {q.device}, {k.device}, {v.device}: must be on one device"
     if q.device.type == "cpu" and INTERPRET: return None
     if q.device.type != "cuda" or torch.version.hip:
-        return f"the tensors are on {q.device.type}, the kernels need an NVIDIA GPU (or the CPU with TRITON_INTERPRET=1)"
+        return f"q, k, v are on {q.device.type}, not an NVIDIA GPU (or the CPU with TRITON_INTERPRET=1, set before Python starts)"
     if MISSING: return MISSING
     gpu = torch.cuda.get_device_properties(q.device)
     return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, the kernels need 8.0 or newer" if gpu.major < 8 else None
 
 def check(q, k, v, window, scale):
-    """-> q, k, v and scale as the kernels need them: near, and scale > 0. ValueError for what they cannot take."""
+    """-> q, k, v and scale as the kernels need them: of autocast's type, near; scale > 0. Raises for what they cannot take."""
+    if torch.is_autocast_enabled(device := "cuda" if q.is_cuda else "cpu"):             # as torch SDPA: all but float64
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) if x.dtype in TYPES else x for x in (q, k, v))
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):        # it would silently be zero
+        raise NotImplementedError("the kernels have no forward-mode derivative (jvp): use attention_ref")
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or \
             0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "q must be (B, H, T, D), k and v (B, K, S, D), H a multiple of K")
-    if window < 0:
+    if not isinstance(window, (int, torch.SymInt)) or window < 0:
         raise ValueError(f"window is {window}: give the number of keys a query may see, or 0 for all")
-    if reason := why_not(q, k, v):
-        raise ValueError(f"{reason}; or use attention_ref or torch SDPA, on tensors of one type and device")
+    if isinstance(scale, Tensor): raise ValueError("scale is a tensor: give a number, or multiply q by it")
+    if reason := why_not(q, k, v): raise ValueError(f"{reason}; or use attention_ref or torch SDPA, with one type and device")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if scale <= 0:                                      # subtle: max(s * scale) is max(s) * scale only if scale > 0
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     return near(q), near(k), near(v), scale
 
 def flash_attention(q, k, v, causal=True, window=0, scale=None, doc_start=None):
-    """softmax(scale * q k^T + mask) v. q: (B, H, T, D); k, v: (B, K, S, D), H a multiple of K: query head h reads kv head
-    h // (H / K). float16, bfloat16 or float32; D up to 256; any lengths and strides -> (B, H, T, D). Differentiable once.
+    """softmax(scale * q k^T + mask) v. q: (B, H, T, D) (in Dao's flash_attn (B, T, H, D): transpose(1, 2)); k, v: (B, K, S, D), H
+    a multiple of K: query head h reads kv head h // (H / K). float16, bfloat16 or float32 (autocast: its type); D up to 256; any
+    lengths and strides -> (B, H, T, D). Differentiable once, by backward(); torch.func.grad and jvp are not supported, vmap is.
 
-    causal: query i sees keys up to its own position, pos = i + (S - T), so that the last query sees the last key
-    window: if > 0, it sees only keys after pos - window: if causal, the last `window` keys, its own included
+    causal: query i sees keys up to its own position, pos = i + (S - T), so that the last query sees the last key. Torch SDPA is
+        not causal by default, and its is_causal has the first query see the first key only, which differs if T != S
+    window: if > 0, query i sees only keys > pos - window: if causal, the last `window`, its own included; if not, all later, too
     scale: None for 1 / sqrt(D)
-    doc_start: integers (B, T); query i of batch row b sees no key before doc_start[b, i]
-    A query that may see nothing yields zeros. ValueError if shapes do not fit or the kernels cannot run here (see why_not)."""
+    doc_start: integers (B, T); query i of batch row b sees no key before doc_start[b, i]. If causal, it serves
+        sequences packed into one row, bounds cu (cu_seqlens): cu[:-1].repeat_interleave(cu.diff(), output_size=T)[None]
+        padding on the left, pads (B,) tokens: pads[:, None].expand(B, T); on the right it needs no mask
+    A query that may see nothing yields zeros. ValueError if arguments do not fit or the kernels cannot run here (see why_not)."""
+    if not isinstance(causal, (bool, torch.SymBool)):
+        raise ValueError(f"causal is {causal!s:.20}: True or False; there is no mask or dropout argument")
     q, k, v, scale = check(q, k, v, window, scale)
     if doc_start is not None:
-        if doc_start.shape != (q.shape[0], q.shape[2]) or doc_start.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"doc_start is {doc_start.dtype} {tuple(doc_start.shape)}: "
-                             f"it must be int32 or int64 (B, T) = {(q.shape[0], q.shape[2])}")
+        if doc_start.shape != (shape := (q.shape[0], q.shape[2])) or doc_start.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"doc_start is {doc_start.dtype} {tuple(doc_start.shape)}: must be int32 or int64 (B, T) = {shape}")
         doc_start = doc_start.to(q.device).clamp(0, k.shape[2]).to(torch.int32).contiguous()    # clamp first: 2^32 would become 0
     return forward_op(q, k, v, causal, window, scale, doc_start)[0]
 
@@ -572,8 +576,7 @@ def flash_decode(q, k, v, lengths, window=0, scale=None):
         raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}: it must be integers (B,) = {(q.shape[0],)}")
     return decode_op(q, k, v, lengths.to(q.device, torch.int32).contiguous(), window, scale)
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# The report: compile what is shipped, for GPUs this machine need not have
+# ---------------------------------------------------------------------------- the report, for GPUs this machine need not have
 
 def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, H=8, K=8, T=1024, S=1024, aligned=True):
     """[(name, compiled kernel)] for one architecture and head dim: the launches above, on tensors without memory (meta)."""
@@ -609,6 +612,8 @@ def usage(kernel, arch):
                 warnings=re.findall(r"C75\d\d", log))
 
 def report():
+    if triton is None: raise SystemExit(MISSING)
+    if INTERPRET: raise SystemExit("TRITON_INTERPRET is set, under which nothing is compiled: unset it for the report")
     print("arch    D  pass      warps  registers  bytes spilled  shared memory  programs per multiprocessor")
     for arch, D in ((arch, D) for arch in (80, 90, 100) for D in (64, 128, 256)):
         for name, kernel in shipped(arch, D):

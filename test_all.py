@@ -2632,6 +2632,57 @@ def test_flash_decode(heads, T, S, window, dtype):
 
 
 @needs_flash
+def test_flash_autocast_is_torchs():
+    """Under autocast the kernels run in its type, whatever q, k and v are, also compiled; gradients have the types of q, k, v."""
+    q, k, v = flash_tensors(1, 2, 1, 20, 33, 16, torch.float32)
+    leaves, lengths = [x.requires_grad_() for x in (q, k.half(), v)], torch.tensor([30], device=flash_device)
+    attend = lambda *x: (flash_attn.flash_attention(*x, window=9), flash_attn.flash_decode(*[y.detach() for y in x], lengths))
+    want = attend(*[x.half() for x in leaves])
+    with torch.autocast(flash_device.type, torch.float16):
+        got = attend(*leaves)
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(*leaves)
+        with pytest.raises(ValueError, match="torch.float64"): attend(*[x.double() for x in leaves])       # torch SDPA: float64
+        with pytest.raises(ValueError, match="torch.int32"): attend(*[x.int() for x in leaves])
+        with pytest.raises(ValueError, match="on meta"): attend(*[x.to("meta") for x in leaves])
+    assert all(x.dtype == torch.float16 and torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(want, got, compiled))
+    grads, wanted = [torch.autograd.grad(x[0].float().square().sum(), leaves) for x in (got, want)]
+    assert all(torch.equal(x, y) and x.dtype == leaf.dtype for x, y, leaf in zip(grads, wanted, leaves))
+
+
+@needs_flash
+def test_flash_functional_derivatives():
+    """Forward mode, which PyTorch would take for zero, raises; vmap works."""
+    q, k, v = flash_tensors(3, 2, 1, 5, 9, 16, torch.float32)
+    attend, lengths = flash_attn.flash_attention, torch.tensor([9, 9, 9], device=flash_device)
+    for function, x in ((lambda x: attend(x, k, v), q), (lambda x: attend(q, x, v), k), (lambda x: attend(q, k, x), v),
+                        (lambda x: flash_attn.flash_decode(x, k, v, lengths), q)):
+        for derivative in (lambda: torch.func.jvp(function, (x,), (x,)), lambda: torch.func.jacfwd(function)(x),
+                           lambda: torch.compile(lambda x: torch.func.jvp(function, (x,), (x,)), backend="aot_eager")(x)):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"): derivative()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                 # vmap is a loop
+        out = torch.vmap(attend)(*[x[:, None] for x in (q, k, v)])[:, 0]
+    assert flash_error(out, flash_attn.attention_ref(*[x.double() for x in (q, k, v)])) < 2e-6
+
+
+@needs_flash
+def test_flash_recipes_for_doc_start():
+    """The docstring's: packed sequences (one empty) and rows padded on the left equal each sequence alone."""
+    packed, padded = "cu[:-1].repeat_interleave(cu.diff(), output_size=T)[None]", "pads[:, None].expand(B, T)"
+    assert packed in flash_attn.flash_attention.__doc__ and padded in flash_attn.flash_attention.__doc__
+    B, T, ref = 2, 21, lambda *x: flash_attn.attention_ref(*[y.double() for y in x])
+    cu, pads = torch.tensor([0, 8, 8, 9, 21], dtype=torch.int32, device=flash_device), torch.tensor([4, 0], device=flash_device)
+    q, k, v = flash_tensors(B, 2, 1, T, T, 16, torch.float32)
+    out = flash_attn.flash_attention(q[:1], k[:1], v[:1], doc_start=eval(packed, dict(cu=cu, T=T)))
+    for a, b in ((0, 8), (8, 9), (9, 21)):
+        assert flash_error(out[:, :, a:b], ref(*[x[:1, :, a:b] for x in (q, k, v)])) < 2e-6
+    out = flash_attn.flash_attention(q, k, v, doc_start=eval(padded, dict(pads=pads, B=B, T=T)))
+    for b, n in enumerate(pads.tolist()):
+        assert (out[b, :, :n] == 0).all()
+        assert flash_error(out[b:b + 1, :, n:], ref(*[x[b:b + 1, :, n:] for x in (q, k, v)])) < 2e-6
+
+
+@needs_flash
 def test_flash_gradcheck():
     """Gradients against finite differences of the forward, with wide steps, as the kernels have no more than float32."""
     for T, S, H, mask in ((2, 3, 2, {}), (3, 3, 1, dict(causal=False, window=2))):
@@ -2658,7 +2709,8 @@ def test_flash_compiles_whole(backend):
     def block(x, w, lengths):
         q, k, v = (x @ w).view(x.shape[0], x.shape[1], 3, 2, 16).permute(2, 0, 3, 1, 4)
         assert flash_attn.why_not(q, k, v) is None
-        y = flash_attn.flash_attention(q, k, v, window=9) + flash_attn.flash_decode(q.detach(), k.detach(), v.detach(), lengths)
+        y = flash_attn.flash_attention(q, k, v, x.shape[1] > 1, x.shape[1] - 3)        # symbolic, too
+        y = y + flash_attn.flash_decode(q.detach(), k.detach(), v.detach(), lengths)
         return y.transpose(1, 2).reshape(x.shape).square().sum()
 
     torch._dynamo.reset()
@@ -2672,11 +2724,30 @@ def test_flash_compiles_whole(backend):
 
 
 @needs_flash
+@pytest.mark.parametrize("strict", [True, False])
+def test_flash_exports_with_symbolic_lengths(strict):
+    class Attend(torch.nn.Module):
+        def forward(self, q): return flash_attn.flash_attention(q, q, q, q.shape[2] > 7, q.shape[2] - 3)
+
+    inputs, shapes = [flash_tensors(1, 2, 2, T, T, 16, torch.float32)[0] for T in (9, 12)], ({2: torch.export.Dim("T", min=8)},)
+    exported = torch.export.export(Attend(), (inputs[0],), dynamic_shapes=shapes, strict=strict).module()
+    for q in inputs: assert torch.equal(exported(q), Attend()(q))
+
+
+@needs_flash
 def test_flash_says_what_is_wrong():
     q, k, v = flash_tensors(1, 4, 2, 5, 9, 16, torch.float32)
     attend = flash_attn.flash_attention
     for match, call in (("multiple of K", lambda: attend(q[:, :3], k, v)), (r"\(B, K, S, D\)", lambda: attend(q, k, v[:, :, :3])),
                         ("window is -1", lambda: attend(q, k, v, window=-1)), ("must be one of", lambda: attend(q.half(), k, v)),
+                        ("window is None", lambda: attend(q, k, v, window=None)),
+                        (r"window is \(3, 0\)", lambda: attend(q, k, v, window=(3, 0))),
+                        ("window is 2.0", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([9]), 2.0)),
+                        ("causal is None: True or False; there is no mask", lambda: attend(q, k, v, None)),     # SDPA's attn_mask
+                        ("causal is tensor", lambda: attend(q, k, v, torch.ones(5, 9, dtype=torch.bool))),
+                        ("causal is 0.0", lambda: attend(q, k, v, 0.0)), ("causal is 1", lambda: attend(q, k, v, 1)),
+                        ("scale is a tensor", lambda: attend(q, k, v, scale=torch.tensor(0.3, requires_grad=True))),
+                        ("scale is a tensor", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([9]), 0, torch.tensor(0.3))),
                         ("must be one of", lambda: attend(q.double(), k.double(), v.double())),
                         ("head dim is 512", lambda: attend(*flash_tensors(1, 1, 1, 1, 1, 512, torch.float32))),
                         ("doc_start is", lambda: attend(q, k, v, doc_start=torch.zeros(1, 4, dtype=torch.int32))),
@@ -2686,7 +2757,8 @@ def test_flash_says_what_is_wrong():
             call()
         assert "\n" not in str(error.value)
     assert flash_attn.why_not(q, k, v) is None and "dropout" in flash_attn.why_not(q, k, v, 0.1)
-    assert "meta" in flash_attn.why_not(*[x.to("meta") for x in (q, k, v)])
+    reason = flash_attn.why_not(*[x.to("meta") for x in (q, k, v)])
+    assert "meta" in reason and "TRITON_INTERPRET=1, set before Python starts" in reason
 
 
 def flash_python(code, *args, **env):
@@ -2705,8 +2777,16 @@ x = torch.randn(1, 1, 2, 16)
 assert flash_attn.attention_ref(x, x, x).shape == x.shape
 try: flash_attn.flash_attention(x, x, x)
 except ValueError as e: print(e)
+flash_attn.report()
 """).communicate(timeout=100)
     assert "Triton is not installed: pip install triton" in out, error
+    assert error.splitlines()[-1].startswith("Triton is not installed") and "Traceback" not in error
+
+
+@needs_flash
+def test_flash_report_under_the_interpreter_says_so():
+    out, error = flash_python("import flash_attn; flash_attn.report()", TRITON_INTERPRET="1").communicate(timeout=100)
+    assert not out and error.splitlines()[-1].startswith("TRITON_INTERPRET is set") and "Traceback" not in error
 
 
 def test_flash_says_what_triton_lacks_to_build_its_launchers(monkeypatch, tmp_path):

@@ -323,10 +323,11 @@ def bench_context(argv):
 # ---------------------------------------------------------------------------- training
 
 def bench_train(argv):
-    """One optimizer step at the config's size, modern and classic, compile on and off, our attention and SDPA. MFU is the share
-    of the data sheet's FLOP/s, "of product" that of a large matrix product timed in turn with the steps: any device's limit."""
-    recipes = {"classic (GPT-2, AdamW)": config.load([*argv, f"{config.__path__[0]}/classic.py"]), "modern": config.load(argv)}
-    cfg, steps, facts, rows = recipes["modern"], {}, {}, []
+    """One batch and an optimizer step, as configured and by config/classic.py, compile on and off, our attention and SDPA. MFU is
+    the share of the data sheet's FLOP/s, "of product" that of a large matrix product timed in turn with the steps: any device's
+    limit."""
+    cfg, steps, facts, rows = config.load(argv), {}, {}, []
+    recipes = {"classic (GPT-2, AdamW)": config.load([*argv, f"{config.__path__[0]}/classic.py"]), "as configured": cfg}
     machine = trainer.Machine(cfg)
     torch.set_float32_matmul_precision("high")          # as train.py does
     x = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), device=machine.device)
@@ -338,6 +339,7 @@ def bench_train(argv):
         raw.set_backend()
         if sdpa:
             for module in (raw, *(block.attn for block in raw.transformer.h)): module.backend = "sdpa"
+        raw.grad_checkpoint = c.grad_checkpoint
         optimizers, model = raw.configure_optimizers(c), torch.compile(raw) if compiled else raw
         def step():
             with machine.autocast: loss = model(x, x)[1]
@@ -367,6 +369,8 @@ def bench_train(argv):
 # ---------------------------------------------------------------------------- sizing and seeing runs
 
 def bench_size(argv):
+    """Parameters by part, memory by part, FLOPs, hours on GPUs and compute-optimal tokens of a config or of --init_from."""
+    if any(word.startswith("--out_dir") for word in argv): raise ValueError("bench.py size wants the run's config, not --out_dir")
     cfg, count = config.load(argv), Counter()
     if folder := prepare.pretrained(cfg.init_from, ["config.json"]):
         theirs = hf_config(folder)[1]
@@ -392,14 +396,19 @@ def bench_size(argv):
 def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
     panels, styles, pale, dots = {"step": {}, "tokens": {}, "seconds": {}}, {}, dict(alpha=0.4), dict(marker="o")
-    for n, folder in enumerate(argv):
-        log = read_run(folder)[1]
-        best = min((r["val_loss"] for r in log if "val_loss" in r), default=math.nan)
+    logs = {folder: read_run(folder)[1] for folder in argv}
+    scales = [next((r["val_bpb"] / r["val_loss"] for r in log if r.get("val_bpb")), 0) for log in logs.values()]
+    bits = all(scales)                  # nats per token depend on the tokenizer
+    for n, (folder, log) in enumerate(logs.items()):
+        scale = scales[n] if bits else 1
+        best = scale * min((r["val_loss"] for r in log if r.get("val_loss")), default=math.nan)
         for key, label, look in (("loss", f"_{folder}", pale), ("val_loss", f"{folder}, best {best:.4f}", dots)):
             styles[label] = dict(color=f"C{n}", **look)
-            for axis in panels: panels[axis][label] = [(r[axis], r[key]) for r in log if key in r] or [(math.nan, math.nan)]
+            points = [(r, scale * r[key]) for r in log if r.get(key)]
+            for axis in panels: panels[axis][label] = [(r[axis], y) for r, y in points] or [(math.nan, math.nan)]
     if not importlib.util.find_spec("matplotlib"): raise ValueError("plot needs matplotlib: pip install matplotlib")
-    draw(f"{argv[0]}/loss.png", panels, styles, ylabel="nats per token: pale = training, dots = validation")
+    unit = "bits per byte" if bits else "nats per token"
+    draw(os.path.join(argv[0], "loss.png"), panels, styles, ylabel=f"{unit}: pale = training, dots = validation")
 
 def fit_law(compute, loss):
     """(E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): fits a line in log-log
@@ -417,6 +426,7 @@ def bench_scaling(argv):
         saved, log = read_run(folder)
         log = [r for r in log if "val_bpb" in r]
         if not log: raise ValueError(f"{folder} has no validation loss yet: train it to its first eval_interval")
+        if log[-1]["step"] < saved["max_iters"]: print(f"{folder} has not ended: its loss at step {log[-1]['step']} is too high")
         shape = config.GPTConfig(**{field.name: saved[field.name] for field in fields(config.GPTConfig)})
         with torch.device("meta"): model = GPT(shape)
         points.append((model.estimate_flops() * log[-1]["tokens"], log[-1]["val_bpb"], model.num_params(), folder))
@@ -424,6 +434,7 @@ def bench_scaling(argv):
     compute, loss, *_ = zip(*sorted(points))
     E, A, a = fit_law(compute, loss)
     if not (a > 1e-4 and math.isfinite(A)): raise ValueError("no law fits: the runs' loss does not fall as their compute grows")
+    if len(points) == 3: print("three runs fit any law exactly: more are needed to test it")
     law = lambda compute: f"{E + A * compute ** -a:.4f}"
     table(["run", "parameters", "FLOP", "bits/byte", "law"],
           [[folder, n, f"{c:.3g}", f"{bits:.4f}", law(c)] for c, bits, n, folder in sorted(points)])
@@ -475,7 +486,7 @@ def read_question(item):
     return asked, list(letters), letters.index(answer) if isinstance(answer, str) else int(answer)
 
 def read_task(task, lines, tok, size):
-    """[(ids of the context, ids of each ending, bytes of each, index of the right one)]; a long context loses its beginning."""
+    """[(ids of the context, ids of each ending, letters of each, index of the right one)]; a long context loses its beginning."""
     questions = []
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
@@ -489,7 +500,7 @@ def read_task(task, lines, tok, size):
         longest = max(map(len, ids))
         room = size + 1 - longest                   # for the context: the last id is scored, but never fed
         if room < 1: raise ValueError(f"{task}, line {n}: an ending of {longest} tokens does not fit block_size={size}")
-        questions.append((tok.encode(context.rstrip())[-room:], ids, [len(e.strip().encode()) for e in endings], label))
+        questions.append((tok.encode(context.rstrip())[-room:], ids, [len(e.strip()) for e in endings], label))
     if not questions: raise ValueError(f"{task} has no questions")
     return questions
 
@@ -515,7 +526,8 @@ def evaluate_task(model, tok, task, lines, batch_size):
     weights = [p.float().sum().item() for p in model.state_dict().values()]
     digest = hashlib.sha256(repr((model.config, tok.hash, weights, questions)).encode()).hexdigest()
     os.makedirs("out/bench", exist_ok=True)
-    with open(f"out/bench/eval_{name}_{digest[:12]}.jsonl", "a+", encoding="utf-8") as f:
+    path = f"out/bench/eval_{name}_{digest[:12]}.jsonl"
+    with prepare.lock(path + ".lock", f"{path}: waiting for another evaluation"), open(path, "a+", encoding="utf-8") as f:
         f.seek(0)
         done = [json.loads(line) for line in f if line.rstrip().endswith("]")]         # not a line that a kill cut short
         if done: print(f"{name}: resuming, {len(done):,} of {len(questions):,} questions are answered in {f.name}")
@@ -571,6 +583,7 @@ def main(argv):
     commands = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
     if argv[:1] in ([], ["-h"], ["--help"]): return print(__doc__.strip())
     if argv[0] not in commands: raise ValueError(f"unknown benchmark {argv[0]!r}: choose one of {', '.join(commands)}")
+    if {"-h", "--help"} & set(argv): return print((commands[argv[0]].__doc__ or __doc__).strip())
     commands[argv[0]](argv[1:])
 
 if __name__ == "__main__":

@@ -481,6 +481,7 @@ def safetensors():
 
 def hf_shape(hf):
     """The contents of a config.json by transformers 4 or 5 -> (family, GPTConfig). ValueError lists all that is unsupported."""
+    if "model_type" not in hf: raise KeyError("model_type")
     hf = hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})       # transformers 4 and 5 nest RoPE's settings here
     hf = {key: value for key, value in hf.items() if value is not None}
     scaling = hf.setdefault("rope_type", hf.get("type", "default"))

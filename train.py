@@ -13,7 +13,8 @@ A step is tokens_per_step tokens, however many devices share them. Batches are a
 process and eight see the same data, and a resumed run continues as if it had never stopped.
 Writes to out_dir: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, re, signal, subprocess, sys, time
+import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, re, shlex, signal, subprocess, sys, threading
+import time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -147,13 +148,14 @@ class Machine:
         env = os.environ
         self.rank, self.local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
         self.world, self.restarts = int(env.get("WORLD_SIZE", 1)), int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.nodes = self.world // int(env.get("LOCAL_WORLD_SIZE", 1))
         self.device = pick_device(cfg.device, self.local_rank)
         gpu = self.device.type == "cuda"
         if gpu: torch.cuda.set_device(self.device)
         if self.world > 1:
             # subtle: torchrun's store outlives a restart and still has the dead ranks' addresses (pytorch/pytorch#135712). On one
             # machine, a restarted run opens its own store on another port; on several, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-            if self.restarts and self.world == int(env["LOCAL_WORLD_SIZE"]):
+            if self.restarts and self.nodes == 1:
                 env.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(int(env["MASTER_PORT"]) + self.restarts))
             dist.init_process_group("nccl" if gpu else "gloo")
             # a second group, on the CPU, for waits of many minutes (preparing data) and for flags, which must not stall the GPU
@@ -168,7 +170,10 @@ class Machine:
         self.peak = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", self.name)), None)
 
     def say(self, *words):
-        if self.rank == 0: print(*words, flush=True)
+        if self.rank > 0: return
+        try: print(*words, flush=True)
+        except OSError as e:
+            if e.errno != errno.EIO: raise      # this one: the terminal is gone, and SIGHUP is about to say so
 
     def any(self, flag):
         """True on every rank if `flag` is true on any: ranks must stop together. Waits until all ranks have called it."""
@@ -257,6 +262,7 @@ def plan(cfg, model, run, tokens, epoch, val):
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf     # not on Windows
     if run.device.type == "cuda": room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()   # plus our weights
     hours = f", {flops * total / (0.4 * run.peak * run.world) / 3600:,.2f} hours at 40% of peak" if run.peak else ""
+    if run.device.type == "cuda" and not run.peak: hours = "; no mfu: PEAK_FLOPS does not have this device"
     note = f", but only {room / 2 ** 20:,.0f} fit: WARNING, lower --batch_size or use --grad_checkpoint" if needed > room else ""
     between = min(cfg.eval_interval, cfg.max_iters) * tokens
     slow = f": WARNING, --eval_tokens={between // 4} would be faster" if val > between else ""
@@ -274,6 +280,11 @@ def read_log(path):
     with contextlib.suppress(ValueError): records.extend(map(json.loads, Path(path).read_bytes().splitlines()))
     return [r for r in records if isinstance(r, dict) and {"step", "tokens"} <= r.keys()]
 
+def launched_by(out_dir):
+    """The process id of the torchrun that began the run, or None."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return json.loads(Path(out_dir, "config.json").read_bytes())["launcher"]
+
 class Log:
     """Reports a run's steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between two lines, losses are summed
     on the device, because reading a number from it waits for it. A resumed run drops the lines after its checkpoint."""
@@ -290,7 +301,8 @@ class Log:
             try: from wandb import init         # without wandb installed, a folder wandb/ that it left is an empty module
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
             self.wandb = init(project=cfg.wandb_project, name=os.path.basename(os.path.normpath(out_dir)), config=values)
-        prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(values, indent=1).encode()))
+        prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(
+            values | dict(launcher=os.getppid()), indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
         self.extra = kept[-1]["tokens"] - kept[-1]["step"] * tokens_per_step if kept else 0     # if steps had another size before
@@ -298,8 +310,9 @@ class Log:
     def write(self, step, text, **record):
         """Write a line for people (text) and the same for programs (record), on rank 0."""
         if self.run.rank > 0: return
-        print(f"step {step:>6}/{self.cfg.max_iters} | {text}", flush=True)
+        self.run.say(f"step {step:>6}/{self.cfg.max_iters} | {text}")
         record = dict(step=step, tokens=self.extra + step * self.tokens_per_step, seconds=self.seconds, **record)
+        record = {key: None if value != value else value for key, value in record.items()}         # JSON has no NaN
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
         if self.wandb: self.wandb.log(record, step=step)
 
@@ -327,7 +340,7 @@ def show_sample(out_dir, device, chat):
     """Run sample.py in a separate process, as a reader would: it shows that the checkpoint suffices. chat: answer a greeting."""
     start = [f"--start={prepare.prompt_of('Hello!')}"] * chat
     subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), f"--out_dir={out_dir}", f"--device={device}", *start])
-    print(f"\nmore: python sample.py --out_dir={out_dir} --start=\"...\"", flush=True)
+    print(f"\nmore: python sample.py --out_dir={shlex.quote(str(out_dir))} --start=\"...\"", flush=True)
 
 # ---------------------------------------------------------------------------- the run
 
@@ -350,6 +363,7 @@ def build(cfg, run, folder, old, eot):
         if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if that run had none
     model.grad_checkpoint, model.doc_mask = cfg.grad_checkpoint, eot if cfg.doc_mask else None
     wrapped = torch.compile(model) if run.compile else model
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")        # torch 2.13 has a new name for it, which 2.11 does not know
     if run.world > 1: wrapped = DDP(wrapped, [run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
     return model, wrapped, reference, optimizers, scaler
 
@@ -358,7 +372,8 @@ def train(cfg, run):
     out_dir, asked = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg)
     last = os.path.join(out_dir, "ckpt.pt")
     require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer needs several ranks: start with torchrun, or leave it out")
-    resume = run.any(cfg.init_from == "resume" or run.restarts and os.path.exists(last))    # restarts: torchrun --max-restarts
+    again = run.restarts and os.path.exists(last) and (run.nodes > 1 or launched_by(out_dir) == os.getppid())
+    resume = run.any(cfg.init_from == "resume" or again)    # torchrun --max-restarts resumes only what it has begun itself
     require(resume or not os.path.exists(last), f"{last} exists: go on with --init_from=resume, or choose another --out_dir")
     old, folder = load_checkpoint(last) if resume else {}, ""
     if old: cfg = as_saved(cfg, run, old)
@@ -380,13 +395,14 @@ def train(cfg, run):
     about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
-    # SIGINT or SIGTERM: finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C. subtle: the handler lives
-    # until the process ends; if it held `run`, with its process group, that would crash
-    signals, leads = [], run.rank == 0
-    def on_signal(number, frame):
-        if leads and not signals: os.write(2, b"\nstopping after this step or evaluation\n")      # print may be busy
+    signals, caught, hangup = [], [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)      # no SIGHUP on Windows
+    if hangup and signal.getsignal(hangup) == signal.SIG_DFL: caught.append(hangup)                     # nohup ignores it
+    def on_signal(number, frame):       # finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
+        if number == hangup: sys.stdout = sys.stderr = open(os.devnull, "w")        # the terminal is gone
+        elif not signals and run.rank == 0: os.write(2, b"\nstopping after this step or evaluation\n")       # print may be busy
         signals.append(number)
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, on_signal)
+    for number in caught if threading.current_thread() is threading.main_thread() else ():
+        run.at_end.callback(signal.signal, number, signal.signal(number, on_signal))        # a notebook goes on afterwards
 
     def save(*names):
         for optimizer in optimizers if cfg.shard_optimizer else (): optimizer.consolidate_state_dict(to=0)

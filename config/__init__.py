@@ -4,7 +4,8 @@ Every knob of every stage, with its type, default and meaning, and the loader th
     defaults  <  config files, in order  <  --key=value
     python train.py config/shakespeare.py --max_iters=100 --no_compile
 
-A config file is plain Python assignments (see the files beside this one). Any script takes any config file.
+A config file is plain Python assignments (see the files beside this one). Any script takes any config file. A new knob is one
+line below: an int, float, str, bool or Literal that is not negative, with its default and its comment.
 `python train.py --help` prints every knob below. Defaults are set here and nowhere else (except bpe.py's own command line).
 """
 import contextlib, dataclasses, difflib, os, re, runpy, sys, textwrap, types, typing
@@ -129,8 +130,8 @@ class Config(GPTConfig):
     task: str = ""                  # multiple choice: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored per window of a text; 0 = block_size/2: each sees at least half a context
     # sampling (sample.py; train.py's own samples use the defaults)
-    start: str = ""                 # the prompt (may hold special tokens), or FILE:path; "" = an end-of-text token or a newline
-    prompts: str = ""               # instead of start: a file of prompts, one per line, run as a batch; prints JSON lines
+    start: str = ""                 # prompt (may hold special tokens; \n is no newline), or FILE:path; "" = an end of text or line
+    prompts: str = ""               # instead of start: a file, one prompt per line (.jsonl: {"prompt": ..}); prints JSON lines
     num_samples: int = 1            # continuations to draw per prompt
     max_new_tokens: int = 256       # length of each continuation, in tokens
     temperature: float = 0.8        # 0 = argmax; below 1 = safer, above 1 = wilder
@@ -174,8 +175,11 @@ RANGES = {      # a number must not be negative, and:
     "in (0, 1)": (lambda x: 0 < x < 1, "val_fraction"),
     "below 2**32": (lambda x: x < 2 ** 32, "seed")}             # train.py packs it and the step into 64 bits
 KINDS = typing.get_type_hints(Config)
-NANOGPT = dict(gradient_accumulation_steps="tokens_per_step", eval_iters="eval_tokens", min_lr="min_lr_frac",   # its name -> ours
-               decay_lr="decay_frac", lr_decay_iters="decay_frac", wandb_run_name="out_dir")
+# its name in nanoGPT and elsewhere -> ours
+OTHERS = dict(gradient_accumulation_steps="tokens_per_step", eval_iters="eval_tokens", min_lr="min_lr_frac",
+              decay_lr="decay_frac", lr_decay_iters="decay_frac", wandb_run_name="out_dir", eval_only="bench.py eval",
+              epochs="max_iters", max_steps="max_iters", num_iterations="max_iters", lr="learning_rate",
+              context_length="block_size", prompt="start", max_length="max_new_tokens", resume="init_from")
 
 def require(ok, message):
     if not ok: raise ValueError(message)
@@ -212,7 +216,7 @@ def load(argv):
         elif name.startswith("--no_") and name[5:] in KINDS: given = {name[5:]: False}
         else: given = {name[2:]: True}
         for key, value in given.items():
-            near = [NANOGPT[key]] if key in NANOGPT else difflib.get_close_matches(key, KINDS, n=1)
+            near = [OTHERS[key]] if key in OTHERS else difflib.get_close_matches(key, KINDS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             require(key in KINDS, f"{name}: unknown knob {key!r}{hint} (--help lists all)")
             try: (flags if word.startswith("--") else files)[key] = coerce(key, value, word=bool(equals))

@@ -130,7 +130,7 @@ class Config(GPTConfig):
     task: str = ""                  # multiple choice: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored per window of a text; 0 = block_size/2: each sees at least half a context
     # sampling (sample.py; train.py's own samples use the defaults)
-    start: str = ""                 # prompt (may hold special tokens; \n is no newline), or FILE:path; "" = an end of text or line
+    start: str = ""                 # prompt (may hold special tokens; \n is no newline), or FILE:path; "": an end of text or line
     prompts: str = ""               # instead of start: a file, one prompt per line (.jsonl: {"prompt": ..}); prints JSON lines
     num_samples: int = 1            # continuations to draw per prompt
     max_new_tokens: int = 256       # length of each continuation, in tokens

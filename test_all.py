@@ -4209,9 +4209,12 @@ def test_sample_packed_weights_give_the_same_logits():
         model = sample.place(sample_gpt(**shape), sample_CPU, torch.bfloat16, pack=True)
         assert model(x)[0].dtype == torch.bfloat16 and (model(x)[0].float() - want).abs().max() < 0.15 * want.abs().max()
         if shape.get("pos") != "learned": assert model.table.dtype == torch.float32
-    linear, x = torch.nn.Linear(5, 7), torch.randn(3, 5)
-    want, linear.__class__ = linear(x), sample.SplitLinear                  # what compiled steps use on a GPU
-    torch.testing.assert_close(linear(x), want)
+    for bias, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        linear, x = torch.nn.Linear(5, 7, bias=bias, dtype=dtype), torch.randn(3, 1, 5).to(dtype)
+        want, linear.__class__ = linear(x), sample.SplitLinear              # what compiled steps use; one row is a sum on a CPU
+        torch.testing.assert_close(linear(x), want)
+        def one_row(x): return linear(x)
+        torch.testing.assert_close(torch.compile(one_row, backend="eager", fullgraph=True)(x[:1]), want[:1], atol=0.01, rtol=1e-2)
 
 
 def test_sample_in_bfloat16_on_a_cpu_that_has_no_avx512():

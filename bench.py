@@ -27,7 +27,7 @@ if "tokenizer" not in sys.argv[1:2]:        # its seconds and memory count from 
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import flash_attn, prepare, sample as sampler, train as trainer
-    from model import GPT, hf_config, pick_device, why_not_compile
+    from model import GPT, hf_config, pick_device, stretched, why_not_compile
 
 # ---------------------------------------------------------------------------- tools
 
@@ -374,6 +374,7 @@ def bench_size(argv):
     cfg, count = config.load(argv), Counter()
     if folder := prepare.pretrained(cfg.init_from, ["config.json"]):
         theirs = hf_config(folder)[1]
+        if cfg.rope_scaling != "none": theirs = stretched(theirs, cfg.rope_scaling, cfg.rope_factor)
         cfg = replace(cfg, **vars(theirs) | dict(block_size=min(theirs.block_size, cfg.block_size)))
     with torch.device("meta"): model = GPT(cfg.model())
     if cfg.lora_rank: model.add_lora(cfg.lora_rank)
@@ -424,7 +425,7 @@ def bench_scaling(argv):
     points = []
     for folder in argv:
         saved, log = read_run(folder)
-        log = [r for r in log if "val_bpb" in r]
+        log = [r for r in log if r.get("val_bpb")]
         if not log: raise ValueError(f"{folder} has no validation loss yet: train it to its first eval_interval")
         if log[-1]["step"] < saved["max_iters"]: print(f"{folder} has not ended: its loss at step {log[-1]['step']} is too high")
         shape = config.GPTConfig(**{field.name: saved[field.name] for field in fields(config.GPTConfig)})

@@ -399,7 +399,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
         """Continue idx (B, T) to (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its newer half is
         fed again into an empty cache, so the length has no limit. sample.py has all other sampling options."""
-        weight, size, new = self.lm_head.weight, self.config.block_size, idx
+        weight, size = self.lm_head.weight, self.config.block_size
+        idx = new = idx.to(weight.device)
         cache = KVCache(self.config, len(idx), min(size, idx.shape[1] + max_new_tokens), weight.device, weight.dtype)
         for _ in range(max_new_tokens):
             if cache.span + new.shape[1] > size:

@@ -420,7 +420,8 @@ def main(cfg):
     if prepared(cfg):
         try:
             if verify(cfg).get("text_hash") == meta["text_hash"]:
-                with contextlib.suppress(OSError): os.utime(join(folder, "meta.json"))      # see outdated
+                newest = max(time.time(), *(os.path.getmtime(span.path) for span in spans))
+                with contextlib.suppress(OSError): os.utime(join(folder, "meta.json"), (newest, newest))    # see outdated
                 return print(f"{folder} is prepared already, nothing to do")
             print(f"preparing again: the text has changed since {folder} was prepared")
         except ValueError as e: print(f"{e}: doing so")

@@ -3671,7 +3671,7 @@ def test_train_objective_and_data_must_fit_peer(monkeypatch, tune_dir, tmp_path)
 def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train_dir, tmp_path):
     shutil.copytree(train_dir / "notes", tmp_path / "notes")
     out = train_run(tmp_path, *train_words(max_iters=2, batch_size=2, tokens_per_step=64), processes=2, sampling=True)
-    assert out.count("preparing it first") == 1 and "more: python sample.py --out_dir=out/tiny" in out and "Traceback" not in out
+    assert out.count("preparing it first") == 1 and 'more: python sample.py --out_dir="out/tiny"' in out and "Traceback" not in out
     assert (tmp_path / "out" / "tiny" / "ckpt.pt").exists()
 
 
@@ -3714,6 +3714,10 @@ def test_train_uses_changed_input_but_not_when_it_resumes(monkeypatch, train_dir
     assert "notes is newer than data/tiny: run prepare.py" in capsys.readouterr().out and meta()["documents"] == files
     train_here(monkeypatch, tmp_path, tmp_path, max_iters=2, out="again")
     assert sum(meta()["documents"].values()) == sum(files.values()) + 1 and "preparing again" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("something else " * 300)
+    with pytest.raises(ValueError, match="was prepared with input='notes', not 'other'"):       # and is not overwritten
+        train_here(monkeypatch, tmp_path, tmp_path, max_iters=2, out="other", input="other")
     shutil.rmtree(tmp_path / "notes")               # the dataset alone suffices
     assert train_here(monkeypatch, tmp_path, tmp_path, max_iters=2, out="last")["step"] == first["step"]
 
@@ -4434,6 +4438,10 @@ def test_sample_interactive_speaks_the_template_of_a_chat_model(tmp_path, monkey
     assert "knobs that this version ignores: alien=3" in capsys.readouterr().err
     _, first, second = rows
     assert first.prompt == eot + sample_TOK.encode("User: the cat\n\nAssistant:")
+    begin = sample_TOK.encode("System: purr\n\n")
+    tok = copy.copy(sample_TOK)
+    tok.chat = True
+    assert sample.turn(tok, begin, begin, "vu") == sample_TOK.encode("User: vu\n\nAssistant:")        # no answer was before
     ended = first.ids if first.finish == "end" else first.ids + eot
     assert second.prompt == ended + sample_TOK.encode("User: vu\n\nAssistant:")
 

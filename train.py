@@ -13,8 +13,8 @@ A step is tokens_per_step tokens, however many devices share them. Batches are a
 process and eight see the same data, and a resumed run continues as if it had never stopped.
 Writes to out_dir: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, re, shlex, signal, subprocess, sys, threading
-import time, warnings
+import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, platform, re, signal, subprocess, sys
+import threading, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,8 @@ def evaluate(model, batches, cfg, run, reference=None):
     model.eval()
     for x, y, weight in batches.share(batches.windows(cfg.eval_tokens), cfg.batch_size, run):
         with run.autocast: loss = objective(model, x, y, cfg, reference)
-        total += weight * torch.stack((loss.mean(), (loss < math.log(2)).float().mean(), loss.new_ones(()))).double().cpu()
+        sums = torch.stack((loss.mean(), (loss < math.log(2)).float().mean(), loss.new_ones(())))
+        total += weight * sums.cpu().double()                   # on the CPU: MPS has no float64
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
     return (total[:2] / total[2]).tolist()
@@ -148,7 +149,7 @@ class Machine:
         env = os.environ
         self.rank, self.local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
         self.world, self.restarts = int(env.get("WORLD_SIZE", 1)), int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
-        self.nodes = self.world // int(env.get("LOCAL_WORLD_SIZE", 1))
+        self.nodes, self.launcher = self.world // int(env.get("LOCAL_WORLD_SIZE", 1)), f"{platform.node()} {os.getppid()}"
         self.device = pick_device(cfg.device, self.local_rank)
         gpu = self.device.type == "cuda"
         if gpu: torch.cuda.set_device(self.device)
@@ -170,10 +171,8 @@ class Machine:
         self.peak = next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", self.name)), None)
 
     def say(self, *words):
-        if self.rank > 0: return
-        try: print(*words, flush=True)
-        except OSError as e:
-            if e.errno != errno.EIO: raise      # this one: the terminal is gone, and SIGHUP is about to say so
+        with contextlib.suppress(OSError):      # the terminal, or the reader of a pipe, is gone: the run goes on
+            if self.rank == 0: print(*words, flush=True)
 
     def any(self, flag):
         """True on every rank if `flag` is true on any: ranks must stop together. Waits until all ranks have called it."""
@@ -222,7 +221,8 @@ def prepare_data(cfg, run, old):
     """Training and validation batches, meta.json's contents, tokenizer; prepares a missing dataset. old: a checkpoint or {}."""
     if not prepare.prepared(cfg): run.say(f"data/{cfg.dataset} is not there yet: preparing it first")
     elif prepare.outdated(cfg) and old: run.say(f"{cfg.input} is newer than data/{cfg.dataset}: run prepare.py to use it")
-    run.in_turn(lambda: prepare.prepared(cfg) and (old or not prepare.outdated(cfg)) or prepare.main(cfg))
+    changed = lambda: not old and prepare.outdated(cfg) and prepare.verify(cfg)     # verify: not if the knobs differ, too
+    run.in_turn(lambda: prepare.prepared(cfg) and not changed() or prepare.main(cfg))
     meta, folder = prepare.verify(cfg), Path("data", cfg.dataset)
     pairs = meta.get("form") == "pairs"
     require(pairs == (cfg.objective == "dpo"), f"{cfg.dataset} has {'' if pairs else 'no '}preference pairs, see prepare.py: "
@@ -281,7 +281,7 @@ def read_log(path):
     return [r for r in records if isinstance(r, dict) and {"step", "tokens"} <= r.keys()]
 
 def launched_by(out_dir):
-    """The process id of the torchrun that began the run, or None."""
+    """The host and process id of the torchrun that began the run, or None."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return json.loads(Path(out_dir, "config.json").read_bytes())["launcher"]
 
@@ -302,7 +302,7 @@ class Log:
             except ImportError: raise ValueError("wandb_log=True needs wandb: pip install wandb, or --no_wandb_log") from None
             self.wandb = init(project=cfg.wandb_project, name=os.path.basename(os.path.normpath(out_dir)), config=values)
         prepare.write(os.path.join(out_dir, "config.json"), lambda f: f.write(json.dumps(
-            values | dict(launcher=os.getppid()), indent=1).encode()))
+            values | dict(launcher=run.launcher), indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
         self.extra = kept[-1]["tokens"] - kept[-1]["step"] * tokens_per_step if kept else 0     # if steps had another size before
@@ -312,7 +312,7 @@ class Log:
         if self.run.rank > 0: return
         self.run.say(f"step {step:>6}/{self.cfg.max_iters} | {text}")
         record = dict(step=step, tokens=self.extra + step * self.tokens_per_step, seconds=self.seconds, **record)
-        record = {key: None if value != value else value for key, value in record.items()}         # JSON has no NaN
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON has no NaN
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
         if self.wandb: self.wandb.log(record, step=step)
 
@@ -340,7 +340,7 @@ def show_sample(out_dir, device, chat):
     """Run sample.py in a separate process, as a reader would: it shows that the checkpoint suffices. chat: answer a greeting."""
     start = [f"--start={prepare.prompt_of('Hello!')}"] * chat
     subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), f"--out_dir={out_dir}", f"--device={device}", *start])
-    print(f"\nmore: python sample.py --out_dir={shlex.quote(str(out_dir))} --start=\"...\"", flush=True)
+    print(f'\nmore: python sample.py --out_dir="{out_dir}" --start="..."', flush=True)
 
 # ---------------------------------------------------------------------------- the run
 
@@ -372,7 +372,7 @@ def train(cfg, run):
     out_dir, asked = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg)
     last = os.path.join(out_dir, "ckpt.pt")
     require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer needs several ranks: start with torchrun, or leave it out")
-    again = run.restarts and os.path.exists(last) and (run.nodes > 1 or launched_by(out_dir) == os.getppid())
+    again = run.restarts and os.path.exists(last) and (run.nodes > 1 or launched_by(out_dir) == run.launcher)
     resume = run.any(cfg.init_from == "resume" or again)    # torchrun --max-restarts resumes only what it has begun itself
     require(resume or not os.path.exists(last), f"{last} exists: go on with --init_from=resume, or choose another --out_dir")
     old, folder = load_checkpoint(last) if resume else {}, ""
@@ -395,14 +395,14 @@ def train(cfg, run):
     about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
-    signals, caught, hangup = [], [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)      # no SIGHUP on Windows
-    if hangup and signal.getsignal(hangup) == signal.SIG_DFL: caught.append(hangup)                     # nohup ignores it
+    signals = []
     def on_signal(number, frame):       # finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
-        if number == hangup: sys.stdout = sys.stderr = open(os.devnull, "w")        # the terminal is gone
-        elif not signals and run.rank == 0: os.write(2, b"\nstopping after this step or evaluation\n")       # print may be busy
+        with contextlib.suppress(OSError):      # the same Ctrl-C may have ended `| tee`. Not print: that may be busy
+            if not signals and run.rank == 0: os.write(2, b"\nstopping after this step or evaluation\n")
         signals.append(number)
-    for number in caught if threading.current_thread() is threading.main_thread() else ():
-        run.at_end.callback(signal.signal, number, signal.signal(number, on_signal))        # a notebook goes on afterwards
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:       # no SIGHUP on Windows
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:     # nohup
+            run.at_end.callback(signal.signal, number, signal.signal(number, on_signal))    # a notebook goes on afterwards
 
     def save(*names):
         for optimizer in optimizers if cfg.shard_optimizer else (): optimizer.consolidate_state_dict(to=0)
@@ -422,7 +422,7 @@ def train(cfg, run):
         if reference: record, unit = dict(val_right=right), f", {right:.1%} of pairs right"
         else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
         log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
-        save(*(["best"] if better else []), "ckpt", *([f"ckpt_{step:06d}"] if cfg.keep_checkpoints else []))
+        save(*["best"] * better, *["ckpt"] * (step > 0), *[f"ckpt_{step:06d}"] * (cfg.keep_checkpoints > 0 < step))
 
     if folder and not reference: validate()         # the loss to beat
     log.began = time.perf_counter() - log.seconds
@@ -465,7 +465,8 @@ def train(cfg, run):
             log.began = time.perf_counter() - log.seconds       # leave out evaluation
         if stopping: return run.say(f"stopped by a signal, saved {last}: give the same command with --init_from=resume to go on")
     spent = datetime.timedelta(seconds=round(log.seconds))
-    run.say(f"\n{step} steps in {spent}, without evaluation; best validation loss {best:.4f}: {out_dir}/best.pt\n")
+    found = f"best validation loss {best:.4f}: {out_dir}/best.pt" if best < math.inf else f"no validation loss: {last}"
+    run.say(f"\n{step} steps in {spent}, without evaluation; {found}\n")
     if run.rank == 0: show_sample(out_dir, run.device, "form" in meta)
 
 def main(cfg):

@@ -530,7 +530,7 @@ def check(q, k, v, window, scale):
     if torch.is_autocast_enabled(device := "cuda" if q.is_cuda else "cpu"):             # as torch SDPA: all but float64
         q, k, v = (x.to(torch.get_autocast_dtype(device)) if x.dtype in TYPES else x for x in (q, k, v))
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):        # it would silently be zero
-        raise NotImplementedError("the kernels have no forward-mode derivative (jvp): use attention_ref")
+        raise ValueError("the kernels have no forward-mode derivative (jvp): use attention_ref")
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or \
             0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "

@@ -7,7 +7,7 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --num_beams=4 --temperature=0                  # beam search; --best_of=8: draw eight, keep the likeliest
     python sample.py --quantize=int8 --speculate=6                  # faster: 8-bit weights, drafts; --compile for long runs
     python sample.py --interactive                                  # a conversation that stays in the cache, after --start
-    python sample.py --prompts=questions.jsonl                       # prompts of several lines: {"prompt": "..."} on each line
+    python sample.py --prompts=questions.jsonl                      # prompts of several lines: {"prompt": "..."} on each line
     python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder: Llama 3, Qwen3
     python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 

@@ -414,7 +414,7 @@ def train(cfg, run):
         kept = [path for path in Path(out_dir).iterdir() if re.fullmatch(r"ckpt_\d+\.pt", path.name)]
         for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()      # 0: [:0] deletes none
 
-    def validate():
+    def validate(sample=False):
         nonlocal best
         (val, right), size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
         bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)      # bits per byte of the whole split
@@ -423,9 +423,10 @@ def train(cfg, run):
         else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
         log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
         save(*["best"] * better, *["ckpt"] * (step > 0), *[f"ckpt_{step:06d}"] * (cfg.keep_checkpoints > 0 < step))
+        if sample and run.rank == 0: show_sample(out_dir, run.device, "form" in meta)
+        log.began = time.perf_counter() - log.seconds       # leave out evaluation
 
     if folder and not reference: validate()         # the loss to beat
-    log.began = time.perf_counter() - log.seconds
     profiler = cfg.profile and run.rank == 0 and run.at_end.enter_context(torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=3, active=cfg.profile, repeat=1),
         on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json"))))
@@ -459,10 +460,7 @@ def train(cfg, run):
             require(log.skipped_in_a_row < cfg.max_bad_steps, f"{log.skipped_in_a_row} steps in a row had a non-finite gradient: "
                     f"{again} with a lower learning rate or --dtype=float32")
         if stopping: save("ckpt")               # before any evaluation: the process may be killed soon after the signal
-        if evaluating:
-            validate()
-            if sampling and run.rank == 0 and not stopping: show_sample(out_dir, run.device, "form" in meta)
-            log.began = time.perf_counter() - log.seconds       # leave out evaluation
+        if evaluating: validate(sampling and not stopping)
         if stopping: return run.say(f"stopped by a signal, saved {last}: give the same command with --init_from=resume to go on")
     spent = datetime.timedelta(seconds=round(log.seconds))
     found = f"best validation loss {best:.4f}: {out_dir}/best.pt" if best < math.inf else f"no validation loss: {last}"

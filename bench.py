@@ -5,7 +5,7 @@ Measures the README's figures of speed, context and evaluation, with peers, wher
     python bench.py tokenizer [FILE]              # bpe.py against tiktoken, rustbpe and tokenizers, where installed
     python bench.py sample                        # sample.py against no cache and Hugging Face's generate, batch sizes, int8
     python bench.py context --out_dir=out/x       # perplexity of a finished run beyond the context it was trained at
-    python bench.py train config/stdlib.py    # step time, tokens/s, MFU: this config and classic, compile, our attention, SDPA
+    python bench.py train config/stdlib.py        # step time, tokens/s, MFU: as configured, classic, compiled, attention by SDPA
     python bench.py size config/gpt2_124m.py      # parameters, FLOPs, memory, time and compute-optimal tokens before spending any
     python bench.py plot out/a out/b              # loss of several runs against steps, tokens and seconds (needs matplotlib)
     python bench.py scaling out/a out/b out/c     # a loss law fitted to finished runs, and what it predicts for larger ones

@@ -123,7 +123,10 @@ def test_config_files_load(capsys):
         cfg = config.load([path, "--seed=7"])
         assert cfg.seed == 7 and cfg.model().vocab_size <= 65536
     with pytest.raises(SystemExit): config.load([path, "--help"])
-    assert "--max_iters" in capsys.readouterr().out
+    assert re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M) == list(config.KINDS)      # every knob, and nothing else
+    assert config.load(["--rope_theta=1e20"]).rope_theta == 1e20
+    for bad in ("inf", "nan", "1e400"):
+        with pytest.raises(ValueError, match="rope_theta wants float"): config.load([f"--rope_theta={bad}"])
 
 # ======================================================== model.py: naive float64 models; transformers
 
@@ -238,6 +241,15 @@ def test_model_modern_against_naive():
     torch.testing.assert_close(model(idx)[0].double(), expected, atol=2e-4, rtol=1e-4)
 
 
+def test_model_sinusoidal_positions_as_vaswani_wrote_them():
+    """The same weights with sin(t / 10000^(2d/C)), cos(..) as learned positions and the embedding times sqrt(C)."""
+    model, twin, idx = tiny_gpt(pos="sinusoidal"), tiny_gpt(pos="learned"), torch.randint(61, (2, 11))
+    waves = [[(math.sin, math.cos)[d % 2](t / 10000 ** (2 * (d // 2) / 32)) for d in range(32)] for t in range(32)]
+    p = model.state_dict() | {"transformer.wpe.weight": torch.tensor(waves)}
+    twin.load_state_dict(p | {"transformer.wte.weight": p["transformer.wte.weight"] * math.sqrt(32)})
+    torch.testing.assert_close(model(idx)[0], twin(idx)[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kw", SHAPES)
 @pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 1, 8, 3], [19, 1]])
 def test_model_cached_logits_equal_uncached(kw, chunks):
@@ -339,8 +351,10 @@ def test_model_optimizers_cover_every_parameter_once(kw, optimizer):
     assert decayed == (muon or {id(p) for p in model.parameters() if p.dim() == 2})
     rate = {id(p): g["lr"] for g, _ in groups for p in g["params"]}
     if optimizer == "muon":
-        assert rate[id(model.transformer.wte.weight)] == cfg.embedding_lr and {rate[i] for i in muon} == {cfg.matrix_lr}
-        if not model.config.tie_weights: assert rate[id(model.lm_head.weight)] == cfg.unembedding_lr
+        outside = {name: rate[id(p)] for name, p in model.named_parameters() if p.dim() == 2 and ".h." not in name}
+        tied, head = model.config.tie_weights, cfg.unembedding_lr       # learned positions and a tied matrix: as the head
+        assert outside.pop("transformer.wte.weight") == (head if tied else cfg.embedding_lr) and {*outside.values()} == {head}
+        assert {rate[i] for i in muon} == {cfg.matrix_lr}
     else: assert set(rate.values()) == {cfg.learning_rate}
 
 
@@ -584,8 +598,10 @@ def test_model_generate_matches_argmax_recompute_and_passes_the_context():
         fed, expected = torch.cat((fed, new), 1), torch.cat((expected, new), 1)
     assert torch.equal(model.generate(idx, 60, temperature=0), expected)
     assert torch.equal(model.generate(idx, 9, temperature=1e-4), out[:, :14])   # nearly zero: the argmax
-    a, b, c = (model.generate(idx, 9, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    a, b, c = (model.generate(idx, 9, top_k=None, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
+    with pytest.raises(ValueError, match="temperature=-1.0 must not be negative"): model.generate(idx, 9, temperature=-1.0)
+    with pytest.raises(ValueError, match="nothing to continue"): model.generate(idx[:, :0], 9)
 
 
 def test_model_filters_against_plain_python():
@@ -625,6 +641,10 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     for cut in (0, 10, len(data) // 2, len(data) - 5):
         (tmp_path / "cut.pt").write_bytes(data[:cut])
         with pytest.raises(ValueError, match="\\): train again"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
+    for damage in (bytes([data[len(data) // 2] ^ 64]), bytes(512)):     # a flipped bit, a lost block of the disk: in a tensor
+        (tmp_path / "cut.pt").write_bytes(data[:len(data) // 2] + damage + data[len(data) // 2 + len(damage):])
+        assert torch.load(tmp_path / "cut.pt")                      # which torch does not notice
+        with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # only tensors and primitives: unpickling objects can run code
     with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     for odd in (dict(config={}), dict(config=5), dict(), dict(config=vars(model.config) | dict(n_head=3))):
@@ -3044,16 +3064,17 @@ def test_train_lr_factor():
     assert train.lr_factor(25, cfg) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
 
 
-@pytest.mark.parametrize("tokens", [0, 100, 37])
+@pytest.mark.parametrize("tokens", [0, 100, 37, 9999])
 def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
     np.random.default_rng(0).integers(61, size=331).astype("<u2").tofile(tmp_path / "v.bin")
     model, cfg = tiny_gpt(dropout=0.5), config.Config(**{**vars(tiny()), "block_size": 32}, batch_size=3, eval_tokens=tokens)
     run = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
     data = torch.from_numpy(np.fromfile(tmp_path / "v.bin", dtype="<u2").astype(np.int64))
-    n, losses = min(330, tokens or 330), []
-    for s in range(0, n, 32):
-        e = min(s + 32, n)
+    starts, losses, n = {0: range(0, 330, 32), 100: [0, 3 * 32, 7 * 32], 37: [0], 9999: range(0, 330, 32)}[tokens], [], 0
+    for s in starts:                                                            # evenly spread, whole rows but for the last
+        e = min(s + 32, 330)
         losses.append(torch.nn.functional.cross_entropy(model(data[None, s:e])[0][0], data[s + 1:e + 1], reduction="sum").item())
+        n += e - s
     state = torch.get_rng_state()
     loss, _ = train.evaluate(model.train(), train.Batches(tmp_path / "v.bin", 32, 0), cfg, run)
     assert loss == pytest.approx(sum(losses) / n, rel=1e-5)
@@ -3143,6 +3164,11 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
             train_here(monkeypatch, train_dir, tmp_path, out=f"bad{every}", max_bad_steps=4, eval_interval=every)
         assert (tmp_path / f"bad{every}" / "ckpt.pt").exists() == (every == 2)
         calls, weights = itertools.count(1), {}
+    real, losses = train.objective, itertools.count(1)                  # a loss that is not finite, with finite gradients
+    poison = {2: math.inf, 3: math.nan, 5: -math.inf}
+    monkeypatch.setattr(train, "objective", lambda *args: real(*args) + poison.get(next(losses), 0))
+    train_here(monkeypatch, train_dir, tmp_path, out="loss", max_iters=6, eval_interval=99, batch_size=2)
+    assert [r["skipped"] for r in train_log(tmp_path / "loss") if "loss" in r] == [0, 1, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -3310,7 +3336,11 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=2)
     assert "has its 3 steps already: to go on, raise --max_iters" in capsys.readouterr().out
     assert [r["step"] for r in train_log(tmp_path / "run") if "loss" in r] == [1, 2, 3]
-    train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, tokens_per_step=192)
+    with monkeypatch.context() as m:
+        rows, real = [], train.Batches.spans
+        m.setattr(train.Batches, "spans", lambda self, first, count: rows.append((first, count)) or real(self, first, count))
+        train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, tokens_per_step=192)
+        assert rows == [(3 * 64 // 16, 12), (3 * 64 // 16 + 12, 12)]            # goes on where larger steps had stopped reading
     assert {r["step"]: r["tokens"] for r in train_log(tmp_path / "run")} == {1: 64, 2: 128, 3: 192, 4: 384, 5: 576}
     last = model_py.load_checkpoint(str(path))
     model_py.save_checkpoint(str(path), last | dict(best=0.5))              # the best loss counts on the same text alone

@@ -5,7 +5,7 @@ Train a GPT: one process or many, from a config to a checkpoint and a first samp
     python train.py config/shakespeare.py --max_iters=2000          # every knob can be set (--help lists them)
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py        # DDP: NCCL on GPUs, gloo on CPUs
     python train.py config/stdlib.py --init_from=resume             # continue from out_dir/ckpt.pt, exactly
-    python train.py config/finetune_shakespeare.py --lora_rank=8    # fine-tune GPT-2, learning only 0.5% as many weights
+    python train.py config/finetune_shakespeare.py --lora_rank=8 --learning_rate=1e-3   # GPT-2, learning 0.5% as many weights
     python train.py --init_from=FOLDER --dataset=notes --input=.. --optimizer=adamw --learning_rate=3e-5    # or other weights
     python train.py --dataset=prefs --objective=dpo ..              # learn which answers people preferred, see prepare.py
 
@@ -65,13 +65,11 @@ class Batches:
         return np.array([self.epoch(i // self.n)[i % self.n] for i in range(first, first + count)])
 
     def windows(self, tokens):
-        """Consecutive spans over the first `tokens` targets (0 = all of them), for evaluation."""
-        if self.pairs is not None:
-            count = max(tokens // (2 * self.T), 1) if tokens else len(self.pairs)
-            return self.pairs[:count].reshape(-1, 2)
-        end = min(len(self.data) - 1, tokens or len(self.data))
-        start = np.arange(0, end, self.T)
-        return np.stack((start, np.minimum(start + self.T, end) + 1), axis=1)
+        """Spans for evaluation: all rows of the text, from its start (0), or as many as hold `tokens`, evenly spread over it."""
+        start = np.arange(0, len(self.data) - 1, self.T)
+        rows = np.stack((start, np.minimum(start + self.T + 1, len(self.data))), axis=1) if self.pairs is None else self.pairs
+        count = min(max(tokens // (self.T * rows[0].size // 2), 1), len(rows)) if tokens else len(rows)
+        return rows[np.arange(count) * len(rows) // count].reshape(-1, 2)
 
     def read(self, spans):
         """Spans of at most T + 1 tokens -> inputs and targets as one tensor (2, B, T); targets past the end of a span are -1."""
@@ -107,8 +105,8 @@ def objective(model, x, y, cfg, reference=None):
 
 @torch.no_grad()
 def evaluate(model, batches, cfg, run, reference=None):
-    """[mean loss, share of the preference pairs that are right] over the batches' windows (the first eval_tokens), which the
-    ranks share. A pair is right if its margin is positive, its loss below log 2."""
+    """[mean loss, share of the preference pairs that are right] over eval_tokens of the batches' windows, which the ranks share.
+    A pair is right if its margin is positive, its loss below log 2."""
     total = torch.zeros(3, dtype=torch.float64)
     model.eval()
     for x, y, weight in batches.share(batches.windows(cfg.eval_tokens), cfg.batch_size, run):
@@ -194,7 +192,7 @@ class Machine:
 def as_saved(cfg, run, old):
     """cfg with the model and tokenizer of the checkpoint `old`, to resume it. ValueError if cfg asks for another model now."""
     now, shape = dataclasses.asdict(cfg), [key for key in vars(cfg.model()) if key != "dropout"]
-    lacks = [key for key in "asked config meta optimizers scaler reference step best seconds".split() if key not in old]
+    lacks = [key for key in "asked config meta optimizers scaler reference step tokens best seconds".split() if key not in old]
     require(not lacks, f"the checkpoint is of another program or version, it lacks {', '.join(lacks)}: choose another --out_dir")
     asked = vars(config.Config()) | old["asked"]            # a knob newer than the checkpoint had its default value
     changed = {k: f"{k} {asked[k]!r} -> {v!r}" for k, v in now.items() if k != "init_from" and v != asked[k]}
@@ -235,8 +233,8 @@ def prepare_data(cfg, run, old):
     if old and old["meta"]["sha256"] != meta["sha256"]: run.say(f"resuming on other text: data/{cfg.dataset} has changed")
     batches, val_batches = (Batches(folder / f"{split}.bin", cfg.block_size, cfg.seed, meta["eot"] if pairs else None)
                             for split in ("train", "val"))
-    end = val_batches.windows(cfg.eval_tokens)[-1, 1]
-    require(val_batches.mask[1:end].any(), f"no target counts in the first eval_tokens={cfg.eval_tokens} of val.bin: raise it")
+    counts = any(val_batches.mask[start + 1:stop].any() for start, stop in val_batches.windows(cfg.eval_tokens))
+    require(counts, f"no target counts in eval_tokens={cfg.eval_tokens} of val.bin: raise it")
     own = folder / "tokenizer.json"
     return batches, val_batches, meta, json.loads(own.read_bytes()) if own.exists() else meta["tokenizer"]
 
@@ -288,9 +286,10 @@ def launched_by(out_dir):
 class Log:
     """Reports a run's steps: a line on the terminal, a line in out_dir/log.jsonl, and wandb. Between two lines, losses are summed
     on the device, because reading a number from it waits for it. A resumed run drops the lines after its checkpoint."""
-    def __init__(self, cfg, run, out_dir, tokens_per_step, flops, step, seconds):
+    def __init__(self, cfg, run, out_dir, tokens_per_step, flops, step, seconds, tokens):
         self.cfg, self.run, self.tokens_per_step, self.flops = cfg, run, tokens_per_step, flops     # flops: per token
         self.step, self.seconds, self.began = step, seconds, time.perf_counter() - seconds      # seconds without evaluation
+        self.extra = tokens - step * tokens_per_step        # not 0 if earlier steps, before a resume, had another size
         self.sums = torch.zeros(2, device=run.device)       # since the last line: total loss and number of steps not skipped
         self.skipped_in_a_row = 0
         self.path, self.wandb, values = os.path.join(out_dir, "log.jsonl"), None, dataclasses.asdict(cfg)
@@ -305,13 +304,14 @@ class Log:
             values | dict(launcher=run.launcher), indent=1).encode()))
         kept = [r for r in read_log(self.path) if r["step"] <= step] if os.path.exists(self.path) else []
         prepare.write(self.path, lambda f: f.writelines(json.dumps(r).encode() + b"\n" for r in kept))
-        self.extra = kept[-1]["tokens"] - kept[-1]["step"] * tokens_per_step if kept else 0     # if steps had another size before
+
+    def tokens(self, step): return self.extra + step * self.tokens_per_step     # read until then
 
     def write(self, step, text, **record):
         """Write a line for people (text) and the same for programs (record), on rank 0."""
         if self.run.rank > 0: return
         self.run.say(f"step {step:>6}/{self.cfg.max_iters} | {text}")
-        record = dict(step=step, tokens=self.extra + step * self.tokens_per_step, seconds=self.seconds, **record)
+        record = dict(step=step, tokens=self.tokens(step), seconds=self.seconds, **record)
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON has no NaN
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(record) + "\n")
         if self.wandb: self.wandb.log(record, step=step)
@@ -386,7 +386,7 @@ def train(cfg, run):
     accumulate, rows = tokens_per_step // unit, tokens_per_step // cfg.block_size   # per step: batches per rank, rows over all
     batches, val_batches, meta, tokenizer = prepare_data(cfg, run, old)
     raw_model, model, reference, optimizers, scaler = build(cfg, run, folder, old, meta["eot"])
-    step, best, seconds = (old["step"], old["best"], old["seconds"]) if old else (0, math.inf, 0.0)
+    step, best, seconds, tokens = [old[key] for key in ("step", "best", "seconds", "tokens")] if old else (0, math.inf, 0.0, 0)
     if old and (old["meta"]["sha256"]["val.bin"], old["config"]["eval_tokens"]) != (meta["sha256"]["val.bin"], cfg.eval_tokens):
         best = math.inf         # that was on other text
     del old
@@ -394,7 +394,7 @@ def train(cfg, run):
     val_tokens = int((np.diff(val_batches.windows(cfg.eval_tokens)) - 1).sum())
     about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")
-    log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds)
+    log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds, tokens)
     signals = []
     def on_signal(number, frame):       # finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
         with contextlib.suppress(OSError):      # the same Ctrl-C may have ended `| tee`. Not print: that may be busy
@@ -408,8 +408,8 @@ def train(cfg, run):
         for optimizer in optimizers if cfg.shard_optimizer else (): optimizer.consolidate_state_dict(to=0)
         if run.rank > 0: return
         state = dict(model=raw_model.state_dict(), optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                     reference=reference and reference.state_dict(), step=step, best=best, seconds=log.seconds, asked=asked,
-                     config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer)
+                     reference=reference and reference.state_dict(), step=step, tokens=log.tokens(step), best=best,
+                     seconds=log.seconds, asked=asked, config=dataclasses.asdict(cfg), meta=meta, tokenizer=tokenizer)
         for name in names: save_checkpoint(os.path.join(out_dir, f"{name}.pt"), state)
         kept = [path for path in Path(out_dir).iterdir() if re.fullmatch(r"ckpt_\d+\.pt", path.name)]
         for path in sorted(kept, key=os.path.getmtime)[:-cfg.keep_checkpoints]: path.unlink()      # 0: [:0] deletes none
@@ -417,7 +417,7 @@ def train(cfg, run):
     def validate(sample=False):
         nonlocal best
         (val, right), size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
-        bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)      # bits per byte of the whole split
+        bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)      # by the whole split's tokens per byte
         better, best = val < best, min(best, val)           # subtle: min(val, best) would let a NaN in
         if reference: record, unit = dict(val_right=right), f", {right:.1%} of pairs right"
         else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
@@ -434,11 +434,12 @@ def train(cfg, run):
         factor = lr_factor(step, cfg)
         for group, peak in peaks: group["lr"] = peak * factor
         if cfg.dropout: torch.manual_seed((cfg.seed << 32) + step * run.world + run.rank)  # the same after a resume
-        spans, total = batches.spans(step * rows, rows), 0
+        spans, total = batches.spans(log.tokens(step) // cfg.block_size, rows), 0
         whole = max(batches.weigh(batches.read(spans)), 1) if batches.masked else tokens_per_step   # plain text: all count
         for micro, (x, y, weight) in enumerate(batches.share(spans, cfg.batch_size, run), 1):
             if run.world > 1: model.require_backward_grad_sync = micro == accumulate        # one all-reduce per step
             with run.autocast: loss = objective(model, x, y, cfg, reference).mean() * (weight * run.world / whole)  # DDP averages
+            loss = loss * (1 + 0 * loss.detach())       # a loss that is not finite makes the gradients so, on all ranks
             scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in optimizers: scaler.unscale_(optimizer)

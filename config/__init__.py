@@ -8,7 +8,7 @@ A config file is plain Python assignments (see the files beside this one). Any s
 line below: an int, float, str, bool or Literal that is not negative, with its default and its comment.
 `python train.py --help` prints every knob below. Defaults are set here and nowhere else (except bpe.py's own command line).
 """
-import contextlib, dataclasses, difflib, os, re, runpy, sys, textwrap, types, typing
+import contextlib, dataclasses, difflib, math, os, re, runpy, sys, textwrap, types, typing
 from typing import Literal
 
 @dataclasses.dataclass
@@ -109,8 +109,8 @@ class Config(GPTConfig):
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest (with LoRA: for all)
     learning_rate: float = 6e-4     # AdamW's rate; with Muon only for gains and biases, which the default model does not have
     matrix_lr: float = 0.01         # Muon's rate, for the hidden matrices
-    embedding_lr: float = 0.05      # with Muon: AdamW's rate for the embedding
-    unembedding_lr: float = 0.004   # with Muon: AdamW's rate for the head, unless tied
+    embedding_lr: float = 0.05      # with Muon: AdamW's rate for the embedding, unless tied
+    unembedding_lr: float = 0.004   # with Muon: AdamW's rate for the head (also if tied) and for learned positions
     weight_decay: float = 0.0       # decoupled, on the blocks' matrices; without Muon also on the embedding and the head
     beta1: float = 0.8              # AdamW's momentum
     beta2: float = 0.95             # AdamW's second moment
@@ -187,13 +187,13 @@ def require(ok, message):
 def coerce(key, value, word=False):
     """`value`, checked, as knob `key`'s type; a `word` is parsed first: coerce("max_iters", "1e3", word=True) -> 1000"""
     kind = KINDS[key]
-    choices = (True, False) if kind is bool else typing.get_args(kind)
+    choices, limit = (True, False) if kind is bool else typing.get_args(kind), math.inf if kind is float else 2 ** 63
     if word and choices: value = {str(choice).lower(): choice for choice in choices}.get(value.lower(), value)
     elif word and kind is not str:
         with contextlib.suppress(ValueError): value = float(value)
     if choices: fits = any(value == choice and type(value) is type(choice) for choice in choices)       # 1 is not True here
     elif kind is str: fits = type(value) is str
-    else: fits = type(value) in (int, float) and abs(value) < 2 ** 63 and kind(value) == value      # nan and inf do not fit
+    else: fits = type(value) in (int, float) and abs(value) < limit and kind(value) == value        # nan and inf do not fit
     require(fits, f"{key} wants {' or '.join(map(repr, choices)) or kind.__name__}, not {value!r}")
     return value if choices else kind(value)
 
@@ -228,7 +228,8 @@ def usage():
     """Every knob with its default and comment, read from the two classes above."""
     with open(__file__, encoding="utf-8") as f: source = f.read()
     lines = [f"{__doc__.strip()}\n\n# model (model.py)"]
-    for heading, key, kind, default, comment in re.findall(r"^    (?:(# .*)|(\w+): (.+?) = (.+?) +# (.+))$", source, re.M):
+    knob = r"^    (?:(# .*)|(\w+): ((?:int|float|str|bool|Literal).*?) = (.+?) +# (.+))$"
+    for heading, key, kind, default, comment in re.findall(knob, source, re.M):
         lines.append(heading or f"  --{key:<20}{kind.removeprefix('Literal'):<12} {comment} (default {default})")
     return "\n".join(lines)
 

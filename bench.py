@@ -269,8 +269,10 @@ def bench_sample(argv):
         shape = dict(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head)
         shape |= dict(vocab_size=cfg.vocab_size, bos_token_id=0, eos_token_id=None)
         with device: hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-        others["Hugging Face generate, cached, float32"] = lambda n: hf.generate(
-            start, attention_mask=torch.ones_like(start), max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=200)
+        def generate(hf, n): hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=n, min_new_tokens=n,
+                                         do_sample=True, top_k=200)
+        others |= {f"Hugging Face generate, cached, {str(kind)[6:]}": partial(generate, copy.deepcopy(hf).to(kind))
+                   for kind in (torch.float32, torch.bfloat16)}
     for name, work in others.items():
         work(min(n, 17))        # warm up, to a length of 16: Triton compiles another kernel for multiples of 16
         rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])

@@ -774,7 +774,7 @@ def main(argv=None):
     try:
         began, total = time.time(), sum(map(os.path.getsize, a.files))
         for path in a.files:
-            if os.path.isdir(path): raise ValueError(f"{path} is a folder: name files")
+            if not os.path.isfile(path): raise ValueError(f"{path} is a folder or a pipe: name files")
             with open(path, "rb") as f: utf16 = f.read(2) in (b"\xff\xfe", b"\xfe\xff")
             if utf16 or path.lower().endswith((".jsonl", ".gz", ".parquet")):
                 raise ValueError(f"{path} is not UTF-8 text: convert it (.jsonl is for prepare.py --input, which trains, too)")

@@ -48,7 +48,7 @@ def sha256(path):
 
 def need_space(folder, size):
     free = shutil.disk_usage(folder).free
-    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.0f} MB, only {free / 1e6:,.0f} MB are free: make room")
+    if size > free: raise ValueError(f"{folder} needs about {size / 1e6:,.1f} MB, only {free / 1e6:,.1f} MB are free: make room")
 
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
     """Download url to path unless it exists; -> path. Resumes where it stopped (HTTP Range), retries after `wait` * 1, 2, 4...
@@ -162,7 +162,7 @@ def sources(cfg):
     if name == "tinystories":                               # validation first: a story in both splits stays there
         files = ("TinyStoriesV2-GPT4-valid.txt", VAL), ("TinyStoriesV2-GPT4-train.txt", TRAIN)
         return [span(fetch(TINYSTORIES + file, join(folder, file)), "stories", fate) for file, fate in files]
-    items = [os.path.expanduser(item) for item in map(str.strip, cfg.input.split(",")) if item]
+    items = [item for item in map(str.strip, cfg.input.split(",")) if item]
     require(name or items, f"dataset={cfg.dataset!r} is none of {', '.join(BUILT_IN)}: say what to read with --input=FILES")
     paths = walk(sysconfig.get_path("stdlib"), ".py", STDLIB_SKIP) if name == "stdlib" else []
     if name == "shakespeare": paths = [fetch(SHAKESPEARE, join(folder, "input.txt"), SHAKESPEARE_SHA)]

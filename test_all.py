@@ -117,13 +117,16 @@ def test_config_every_knob_is_used():
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"\b(cfg|config|self|c)\.{f.name}\b", source)]
 
 
-def test_config_files_load(capsys):
+def test_config_files_load(monkeypatch, capsys):
     """Any script can load any config file: they all call main(load(words)), and load is shared."""
     for path in CONFIG_FILES:
         cfg = config.load([path, "--seed=7"])
         assert cfg.seed == 7 and cfg.model().vocab_size <= 65536
     with pytest.raises(SystemExit): config.load([path, "--help"])
     assert re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M) == list(config.KINDS)      # every knob, and nothing else
+    monkeypatch.setenv("HOME", "/h")
+    cfg = config.load(["--out_dir=~/a~", "--input=~, ~/b,c/~", "--start=~"])            # shells leave the ~ after a =
+    assert (cfg.out_dir, cfg.input, cfg.start) == ("/h/a~", "/h, /h/b,c/~", "~")
     assert config.load(["--rope_theta=1e20"]).rope_theta == 1e20
     for bad in ("inf", "nan", "1e400"):
         with pytest.raises(ValueError, match="rope_theta wants float"): config.load([f"--rope_theta={bad}"])
@@ -3701,8 +3704,17 @@ def test_train_objective_and_data_must_fit_peer(monkeypatch, tune_dir, tmp_path)
 def test_train_prepares_missing_data_under_torchrun_and_ends_with_a_sample(train_dir, tmp_path):
     shutil.copytree(train_dir / "notes", tmp_path / "notes")
     out = train_run(tmp_path, *train_words(max_iters=2, batch_size=2, tokens_per_step=64), processes=2, sampling=True)
-    assert out.count("preparing it first") == 1 and 'more: python sample.py --out_dir="out/tiny"' in out and "Traceback" not in out
+    assert out.count("preparing it first") == 1 and "more: python sample.py --out_dir=out/tiny " in out and "Traceback" not in out
     assert (tmp_path / "out" / "tiny" / "ckpt.pt").exists()
+
+
+def test_train_goes_on_when_its_reader_is_gone(train_dir, tmp_path):
+    """As behind `| head -1` or a `| tee` that has ended: every step, every sample, exit code 0."""
+    words = [os.path.join(HERE, "train.py"), *train_words(out_dir=tmp_path / "a 'b", max_iters=3, sample_interval=1)]
+    process = subprocess.Popen([sys.executable, *words], cwd=train_dir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait() == 0, process.stderr.read()
+    assert [r["step"] for r in train_log(tmp_path / "a 'b") if "loss" in r] == [1, 2, 3]
 
 
 def test_train_leaves_signals_as_they_were_and_runs_in_a_thread(monkeypatch, train_dir, tmp_path):

@@ -13,8 +13,8 @@ A step is tokens_per_step tokens, however many devices share them. Batches are a
 process and eight see the same data, and a resumed run continues as if it had never stopped.
 Writes to out_dir: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
 """
-import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, platform, re, signal, subprocess, sys
-import threading, time, warnings
+import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, platform, re, shlex, signal, subprocess
+import sys, threading, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -336,11 +336,11 @@ class Log:
         self.write(step, text, loss=loss, lr=factor, norm=norm, skipped=skipped, tok_per_s=rate, mfu=mfu)
         self.sums.zero_()
 
-def show_sample(out_dir, device, chat):
+def show_sample(out_dir, run, chat):
     """Run sample.py in a separate process, as a reader would: it shows that the checkpoint suffices. chat: answer a greeting."""
-    start = [f"--start={prepare.prompt_of('Hello!')}"] * chat
-    subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), f"--out_dir={out_dir}", f"--device={device}", *start])
-    print(f'\nmore: python sample.py --out_dir="{out_dir}" --start="..."', flush=True)
+    start, script = [f"--start={prepare.prompt_of('Hello!')}"] * chat, Path(__file__).resolve().with_name("sample.py")
+    subprocess.run([sys.executable, script, f"--out_dir={out_dir}", f"--device={run.device}", *start])
+    run.say(f'\nmore: python sample.py --out_dir={shlex.quote(str(out_dir))} --start="..."')
 
 # ---------------------------------------------------------------------------- the run
 
@@ -423,7 +423,7 @@ def train(cfg, run):
         else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
         log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
         save(*["best"] * better, *["ckpt"] * (step > 0), *[f"ckpt_{step:06d}"] * (cfg.keep_checkpoints > 0 < step))
-        if sample and run.rank == 0: show_sample(out_dir, run.device, "form" in meta)
+        if sample and run.rank == 0: show_sample(out_dir, run, "form" in meta)
         log.began = time.perf_counter() - log.seconds       # leave out evaluation
 
     if folder and not reference: validate()         # the loss to beat
@@ -466,7 +466,7 @@ def train(cfg, run):
     spent = datetime.timedelta(seconds=round(log.seconds))
     found = f"best validation loss {best:.4f}: {out_dir}/best.pt" if best < math.inf else f"no validation loss: {last}"
     run.say(f"\n{step} steps in {spent}, without evaluation; {found}\n")
-    if run.rank == 0: show_sample(out_dir, run.device, "form" in meta)
+    if run.rank == 0: show_sample(out_dir, run, "form" in meta)
 
 def main(cfg):
     run = Machine(cfg)

@@ -155,6 +155,9 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        home = lambda paths: re.sub(r"(^|,\s*)~(?=[/,]|$)", lambda m: m[1] + os.path.expanduser("~"), paths)
+        for key in "input out_dir tokenizer init_from prompts task export visualize".split():       # shells keep a ~ after a =
+            setattr(self, key, home(getattr(self, key)))
         require(not self.lora_rank or self.init_from != "scratch", "lora_rank adapts a trained model: name it with --init_from")
         require(self.objective != "dpo" or self.batch_size % 2 == 0, f"dpo has pairs: batch_size={self.batch_size} must be even")
         no_draws = self.temperature == 0 and self.num_samples <= self.num_beams and self.best_of == 1 and not self.speculate

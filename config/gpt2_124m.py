@@ -5,5 +5,6 @@ out_dir = "out/gpt2_124m"
 vocab_size = 50304                      # GPT-2's 50,257 rounded up to a multiple of 128, for faster matrix products
 n_layer, n_head, n_embd, block_size = 12, 6, 768, 1024      # heads of 128
 batch_size, tokens_per_step = 64, 8 * 64 * 1024
+matrix_lr = 0.02                        # steps so large want more than the default, which is for small ones
 max_iters = 5000                        # 2.6B tokens
 eval_tokens = 10 * 1024 * 1024

@@ -490,7 +490,7 @@ def read_question(item):
 
 def read_task(task, lines, tok, size):
     """[(ids of the context, ids of each ending, letters of each, index of the right one)]; a long context loses its beginning."""
-    questions = []
+    questions, begin = [], sampler.opening(tok)
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         try:
@@ -501,9 +501,9 @@ def read_task(task, lines, tok, size):
             raise ValueError(f"{task}, line {n}: not in the form of HellaSwag, ARC or MMLU ({e!r}): {line[:50]!r}") from None
         ids = [tok.encode(" " + e.strip()) for e in endings]
         longest = max(map(len, ids))
-        room = size + 1 - longest                   # for the context: the last id is scored, but never fed
+        room = size + 1 - longest - len(begin)      # for the context: the last id is scored, but never fed
         if room < 1: raise ValueError(f"{task}, line {n}: an ending of {longest} tokens does not fit block_size={size}")
-        questions.append((tok.encode(context.rstrip())[-room:], ids, [len(e.strip()) for e in endings], label))
+        questions.append((begin + tok.encode(context.rstrip())[-room:], ids, [len(e.strip()) for e in endings], label))
     if not questions: raise ValueError(f"{task} has no questions")
     return questions
 
@@ -551,7 +551,7 @@ def text_loss(model, tok, text, batch_size, stride):
     tokens that the one before did not. The first token follows tok.first, as in a sample."""
     ids, nats = torch.tensor(tok.first + tok.encode(text), device=model.transformer.wte.weight.device), 0.0
     n, device = len(ids) - 1, ids.device
-    if n < 1: raise ValueError(f"nothing to score in {text[:30]!r}: give a longer text")
+    if n < 1: raise ValueError(f"nothing to score in an --input of {len(text)} characters ({text!r}): give a longer text")
     T = min(model.config.block_size, n)
     ends = torch.tensor([0, *range(T, n, stride), n], device=device)        # 0, then the end of each window
     add = prepare.progress("windows", len(ends) - 1)

@@ -667,16 +667,19 @@ class Tokenizer:
             return cls.from_merges(vocab, merges, special_tokens=special)
         return read(merges_path, parse)
 
-    def to_hf(self, path):
-        """Write a Hugging Face tokenizer.json."""
+    def to_hf(self, path, first=None):
+        """Write a Hugging Face tokenizer.json. first: a special token that it shall put before every text."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
         pattern = CL100K_HF if self.pattern == CL100K_SPLIT else self.pattern
         regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         names = {letters(token): i for token, i in self._tokens.items()}
         if clash := [t for t in self.special_tokens if t in names]:
             raise ValueError(f"Hugging Face's file cannot hold the special token {clash[0]!r}: an ordinary token is spelled so")
+        one, two = ([{"SpecialToken": {"id": first, "type_id": n}}, {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
+        template = {"type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": {
+            first: {"id": first, "ids": [self.special_tokens.get(first)], "tokens": [first]}}}
         write_json(path, {
-            "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
+            "version": "1.0", "truncation": None, "padding": None, "decoder": level, "post_processor": first and template,
             "added_tokens": [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
                              for t, i in self.special_tokens.items()],
             "normalizer": {"type": self.normalizer} if self.normalizer else None,

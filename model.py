@@ -19,7 +19,7 @@ A GPT in one file: a modern one by default, exactly GPT-2 with other settings of
 Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = n_embd (H*D unless
 head_size says otherwise), V vocab_size.
 """
-import contextlib, glob, json, math, os, re, shutil, sys, textwrap, zipfile
+import contextlib, json, math, os, re, shutil, sys, textwrap, zipfile
 from dataclasses import replace
 
 import torch
@@ -492,13 +492,15 @@ def hf_shape(hf):
     wrong = [f"{key}={hf[key]!r}" + (f", not in {allowed}" if allowed else "")
              for key, allowed in ALLOWED.items() if key in hf and hf[key] not in allowed]
     if set(hf.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
-    if hf.get("attention_bias", False) != hf.get("mlp_bias", False): wrong.append("attention_bias different from mlp_bias")
+    biased = hf.get("attention_bias", False) or hf.get("mlp_bias", False)       # if one of the two, load_hf adds zeros
+    if biased and hf["model_type"] == "qwen3": wrong.append("attention_bias")
     if wrong: raise ValueError(f"it has settings that are not supported here: {', '.join(wrong)}")
     family = FAMILIES[hf["model_type"]]
     shape = family["shape"] | {field: hf[key] for key, field in family["keys"].items() if key in hf or field not in OPTIONAL}
     if scaling != "default" and hf["factor"] != 1:
         trained = hf.get("original_max_position_embeddings", shape["block_size"])
         shape |= dict(rope_scaling=scaling, rope_factor=float(hf["factor"]), rope_trained=trained)
+    if family is LLAMA: shape["bias"] = biased
     if hf.get("hidden_act") == "relu": shape["mlp"] = "relu2"           # if gate_proj equals up_proj: load_hf checks that
     return hf["model_type"], GPTConfig(**shape, zero_init=False)
 
@@ -526,8 +528,12 @@ def hf_places(config, family):
 def hf_tensors(folder):
     """Yield (path, name, tensor) for all tensors in the folder's safetensors. ValueError if files are missing or damaged."""
     st, paths = safetensors(), [os.path.join(folder, "model.safetensors")]
-    if not os.path.isfile(paths[0]): paths = sorted(glob.glob(os.path.join(glob.escape(folder), "model-*-of-*.safetensors")))
-    if not paths: raise ValueError(f"{folder} has no model.safetensors and no parts of it (model-00001-of-...): download them")
+    if not os.path.isfile(paths[0]) and os.path.isfile(index := paths[0] + ".index.json"):
+        try:
+            with open(index, encoding="utf-8") as f: names = sorted({*json.load(f)["weight_map"].values()})
+            paths = [os.path.join(folder, os.path.basename(name)) for name in names]
+        except (ValueError, LookupError, TypeError, AttributeError) as e: raise ValueError(f"cannot read {index}: {e}") from None
+    if absent := [path for path in paths if not os.path.isfile(path)]: raise ValueError(f"{absent[0]} is missing: download it")
     for path in paths:
         try:
             with st.safe_open(path, "pt") as f: keys = list(f.keys())
@@ -560,6 +566,11 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
             if not torch.equal(state.setdefault(ours, t), t):       # read twice: a tied head, or the gate and up of ReLU^2
                 raise ValueError(f"{path}: {key} differs from its twin: tied weights must be equal, so must relu's gate and up")
+    attn, mlp = ({name for name in places if part in name and name.endswith(".bias")} for part in (".self_attn.", ".mlp."))
+    if family == "llama" and (attn <= missing) != (mlp <= missing):         # biases in one of the two alone: zeros in the other
+        for name in attn if attn <= missing else mlp:
+            state |= {ours: torch.zeros(places[name][1], dtype=dtype, device=device) for ours in places[name][0]}
+            missing.discard(name)
     if missing: raise ValueError(f"{folder} lacks {len(missing)} tensors, such as {min(missing)}: are all its files there?")
     with torch.device("meta"): model = GPT(config)
     model.load_state_dict(state, assign=True, strict=False)

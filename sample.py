@@ -100,6 +100,10 @@ def first_token(tok):
     """[the id that every text begins with], or [] if the tokenizer has none."""
     return [tok.special_tokens[t] for t in (BEGIN, ENDOFTEXT) if t in tok.special_tokens][:1]
 
+def opening(tok):
+    """[the id before every prompt, too], which Llama 3 expects, or []."""
+    return [tok.special_tokens[BEGIN]] if BEGIN in tok.special_tokens else []
+
 def load(cfg, pack=False):
     """(model, tokenizer, a line about them) from out_dir, from the newest run, or, with init_from and no out_dir, from a Hugging
     Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with without a prompt;
@@ -140,7 +144,7 @@ def export(cfg):
     with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as work:
         os.mkdir(whole := os.path.join(work, "whole"))
         family = save_hf(model, whole, getattr(torch, dtype), tok.special_tokens.get(begin), tok.special_tokens.get(end))
-        tok.to_hf(os.path.join(whole, "tokenizer.json"))
+        tok.to_hf(os.path.join(whole, "tokenizer.json"), BEGIN if opening(tok) else None)
         about_tok = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end, pad_token=end,
                          model_max_length=model.config.block_size, clean_up_tokenization_spaces=False)
         Path(whole, "tokenizer_config.json").write_text(json.dumps(about_tok, indent=1), encoding="utf-8")
@@ -366,7 +370,7 @@ def say(line): print(line, file=sys.stderr, flush=True)
 
 def read_file(path):
     try: return Path(path).read_bytes().decode("utf-8")         # as prepare.py does: line ends stay as they are
-    except FileNotFoundError: raise ValueError(f"no file {path!r}: check its path") from None
+    except (FileNotFoundError, IsADirectoryError): raise ValueError(f"no file {path!r}: check its path") from None
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from None
 
 def read_prompts(cfg, tok, size):
@@ -375,11 +379,13 @@ def read_prompts(cfg, tok, size):
     texts = [read_file(path) if path else cfg.start]
     if cfg.prompts: texts = re.split("\r?\n", re.sub(r"\r?\n\Z", "", texts[0]))     # after the last line end there is no prompt
     if cfg.prompts.endswith(".jsonl"):
-        try: texts = ["" + json.loads(text)["prompt"] for text in texts]
-        except (ValueError, LookupError, TypeError): raise ValueError(f'{path}: want {{"prompt": "..."}} on each line') from None
+        for n, line in enumerate(texts):
+            try: texts[n] = "" + json.loads(line)["prompt"]
+            except (ValueError, LookupError, TypeError):
+                raise ValueError(f'{path}, line {n + 1}: want {{"prompt": "..."}}') from None
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")
-    begin = tok.first if BEGIN in tok.special_tokens else []
-    prompts = [begin + tok.encode(text, "all") if text else tok.first for text in texts]
+    prompts, begin = [tok.encode(text, "all") if text else tok.first for text in texts], opening(tok)
+    prompts = [ids if ids[:1] == begin else begin + ids for ids in prompts]         # the text may have it already
     longest = max(map(len, prompts))
     if longest > size:
         raise ValueError(f"prompt has {longest} tokens, block_size is {size}: shorten it or train with a larger block_size")
@@ -420,7 +426,7 @@ def interact(model, tok, cfg, begin, ends, stops):
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say(f"each line {'is a message' if tok.chat else 'is continued'}; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
-        try: line = turn(tok, row.ids, begin, input("> "))
+        try: line = turn(tok, row.ids, begin, input("> " * os.isatty(0)))
         except (EOFError, RuntimeError): return             # RuntimeError: stdin is closed
         before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops, row.read, row.length)
         try:

@@ -79,7 +79,7 @@ def test_config_order_types_and_flags():
     (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"), (["--n_embd=12"], "must be even"),
     (["--tie_weights"], "zero_init"), (["--norm_gain", "--norm=layernorm"], "norm_gain"),
     (["--window_pattern=SX", "--window=8"], "'SX'"), (["--pos=sinusoidal", "--n_embd=33", "--n_head=3"], "even n_embd"),
-    (["--num_beams=2", "--temperature=0", "--speculate=1"], "speculate=0"),
+    (["--dpo_beta=0"], "above 0"), (["--num_beams=2", "--temperature=0", "--speculate=1"], "speculate=0"),
     (["--num_beams=2", "--temperature=0", "--num_samples=3"], "num_samples <= num_beams")])
 def test_config_errors(argv, message):
     with pytest.raises(ValueError) as e: config.load(argv)
@@ -713,6 +713,17 @@ def hf_same(ours, theirs):
     assert theirs.shape[1] == 14 + new and torch.equal(ours.generate(idx, new, temperature=0), theirs)
 
 
+@pytest.mark.parametrize("part", ["attention_bias", "mlp_bias"])
+def test_model_llama_with_biases_in_one_part_peer(part, tmp_path):
+    """Here a model has biases everywhere or nowhere: zeros stand for those that the file has not."""
+    theirs = hf_made("llama", **{part: True})
+    theirs.save_pretrained(tmp_path / "one")
+    hf_same(ours := model_py.GPT.load(str(tmp_path / "one")), theirs)
+    os.mkdir(tmp_path / "back")
+    model_py.save_hf(ours, str(tmp_path / "back"))
+    hf_same(ours, type(theirs).from_pretrained(tmp_path / "back").eval())
+
+
 @pytest.mark.parametrize("name", HF_MODELS)
 def test_model_from_transformers_peer(name, tmp_path):
     """Their folder, in one file, shards or an older format, loads as the same model; exported again, it has the same tensors."""
@@ -778,10 +789,14 @@ def hf_int8(path):
     save_file({"lm_head.weight": torch.ones(2, dtype=torch.int8)}, path)
 
 
-def hf_only_one_shard(path):
-    from safetensors.torch import load_file, save_file
-    save_file(dict(list(load_file(path).items())[:9]), str(path.parent / "model-00002-of-00002.safetensors"))
-    path.unlink()
+def hf_shards(index):
+    """Replaces the file by part-2.safetensors, which holds a third of it, and this index."""
+    def cut(path):
+        from safetensors.torch import load_file, save_file
+        save_file(dict(list(load_file(path).items())[:9]), str(path.parent / "part-2.safetensors"))
+        (path.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+        path.unlink()
+    return cut
 
 
 HF_BAD = {      # name: (changes to config.json, or a file and what is done to it, what the error must say)
@@ -790,7 +805,8 @@ HF_BAD = {      # name: (changes to config.json, or a file and what is done to i
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
     "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"),
-    "attention bias": (dict(attention_bias=True), "attention_bias"),
+    "biases": (dict(attention_bias=True), "lacks 21 tensors, such as model.layers.0.mlp.down_proj.bias"),
+    "qwen3 biases": (dict(attention_bias=True, model_type="qwen3"), "not supported here: attention_bias"),
     "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     "quantised": (dict(quantization_config={"bits": 4}), "quantization_config="),
     "yarn": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"),
@@ -809,12 +825,15 @@ HF_BAD = {      # name: (changes to config.json, or a file and what is done to i
     "no config": ("config.json", lambda p: p.unlink(), "config.json is missing"),
     "bad config": ("config.json", lambda p: p.write_text("{"), "config.json: Expecting"),
     "no factor": (dict(rope_scaling=dict(rope_type="linear")), "has no entry 'factor'"),
-    "no weights": ("model.safetensors", lambda p: p.unlink(), "has no model.safetensors"),
+    "no weights": ("model.safetensors", lambda p: p.unlink(), "model.safetensors is missing"),
     "header": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "model.safetensors is damaged"),
     "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]),
                     "model.safetensors is damaged"),
     "cut": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9]), "model.safetensors is damaged"),
-    "shard": ("model.safetensors", hf_only_one_shard, "lacks 21 tensors, such as "),
+    "shard": ("model.safetensors", hf_shards(dict(weight_map=dict(a="part-1.safetensors", b="part-2.safetensors"))), "part-1.safetensors is missing: download"),
+    "index": ("model.safetensors", hf_shards(dict(weight_map=[3])), "model.safetensors.index.json: "),
+    "no map": ("model.safetensors", hf_shards({}), "model.safetensors.index.json: 'weight_map'"),
+    "too few": ("model.safetensors", hf_shards(dict(weight_map=dict(b="part-2.safetensors"))), "lacks 21 tensors, such as "),
     "int8": ("model.safetensors", hf_int8, "lm_head.weight is quantised (torch.int8): use")}
 
 
@@ -4325,7 +4344,7 @@ def test_sample_prompts_file_gives_json_lines_that_a_seed_reproduces(tmp_path, c
     lines = sample_json(capsys, *args[:-3], f"--prompts={tmp_path}/p.jsonl")
     assert [l["prompt"] for l in lines] == [text + "\n\nvu" for text in texts]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
-    with pytest.raises(ValueError, match='p.jsonl: want {"prompt": "..."} on each line'):
+    with pytest.raises(ValueError, match='p.jsonl, line 2: want {"prompt": "..."}'):
         sample.main(config.load([*out, f"--prompts={tmp_path}/p.jsonl"]))
 
 
@@ -4620,7 +4639,23 @@ def test_sample_llama3_texts_begin_with_its_token():
     assert tok.first == [tok.special_tokens["<|begin_of_text|>"]]
     assert sample.read_prompts(config.Config(start="ab"), tok, 64)[0] == [tok.first + tok.encode("ab")]
     assert sample.read_prompts(config.Config(), tok, 64)[0] == [tok.first]
+    assert sample.read_prompts(config.Config(start="<|begin_of_text|>ab"), tok, 64)[0] == [tok.first + tok.encode("ab")]     # once
+    line = json.dumps(dict(ctx="ab ab ab", endings=["a", "bb"], label=1))
+    for size in (64, 4): assert bench.read_task("t", [line], tok, size)[0][0][:2] == tok.first + tok.encode("ab ab ab")[-size + 3:][:1]
     assert sample.read_stops(config.Config(), tok)[0] == {tok.special_tokens["<|end_of_text|>"], tok.special_tokens["<|eot_id|>"]}
+
+
+def test_sample_llama3_export_begins_texts_peer(tmp_path):
+    """transformers' tokenizer of an export puts <|begin_of_text|> before each text, as Llama 3's own does; ours does not double it."""
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    tok = bpe.Tokenizer.train(["ab ab"], 260, special_tokens=("<|begin_of_text|>", "<|end_of_text|>"))
+    model = sample_gpt(vocab_size=260, qk_norm=False, mlp="swiglu")
+    sample_checkpoint(tmp_path / "run", model, tok.to_dict())
+    sample.main(config.load([f"--out_dir={tmp_path}/run", f"--export={tmp_path}/hf"]))
+    auto, begin = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), tok.special_tokens["<|begin_of_text|>"]
+    assert auto.encode("ab cd") == [begin, *tok.encode("ab cd")]
+    assert auto("ab", "cd").input_ids == [begin, *tok.encode("ab"), begin, *tok.encode("cd")]
+    assert Tokenizer.load(str(tmp_path / "hf" / "tokenizer.json")).encode("ab cd") == tok.encode("ab cd")
 
 
 def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_path, capsys):

@@ -170,7 +170,7 @@ class Config(GPTConfig):
 RANGES = {      # a number must not be negative, and:
     "at least 1": (lambda x: x >= 1, "block_size vocab_size n_layer n_head n_embd rope_factor max_iters batch_size max_bad_steps "
                    "eval_interval log_interval num_samples max_new_tokens num_beams best_of num_shards prefill_chunk"),
-    "above 0": (lambda x: x > 0, "rope_theta norm_eps repetition_penalty"),
+    "above 0": (lambda x: x > 0, "rope_theta norm_eps repetition_penalty dpo_beta"),
     "0 or at least 1e-6": (lambda x: x == 0 or x >= 1e-6, "temperature"),
     "in [0, 1]": (lambda x: x <= 1, "min_lr_frac min_p decay_frac"),
     "in (0, 1]": (lambda x: 0 < x <= 1, "top_p"),

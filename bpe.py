@@ -133,6 +133,8 @@ def as_bytes(text):
     except UnicodeEncodeError:   # lone surrogates
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
+def utf16(head): return head[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in head     # the beginning of a file
+
 def nfc(text): return unicodedata.normalize("NFC", text.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 def last_place(text):
@@ -421,10 +423,23 @@ class Tokenizer:
 
     @functools.cached_property
     def merges(self):
-        """For a vocabulary made elsewhere: every two tokens that together are a third, as pairs of ids, ordered by the third."""
+        """For a vocabulary made elsewhere: the last merge on the way to each token, as pairs of ids, in the order of the tokens'
+        ids. Of GPT-2's it gives the published merges. A token that merging does not reach has none."""
+        merges, tokens = [], self._tokens
+        for token in sorted(tokens, key=tokens.get):
+            parts, lowest = [token[i:i + 1] for i in range(len(token))], -1
+            while len(parts) > 2 and lowest < tokens[token]:
+                lowest, i = min((tokens.get(a + b, NONE), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            if len(parts) == 2 and lowest < tokens[token]: merges.append((tokens[parts[0]], tokens[parts[1]]))
+        return merges
+
+    @functools.cached_property
+    def _joins(self):
+        """The pairs that may merge: those learned, or, in a vocabulary made elsewhere, every two tokens that together are one."""
         tokens = self._tokens
-        return [(tokens[t[:i]], tokens[t[i:]]) for t in sorted(tokens, key=tokens.get) for i in range(1, len(t))
-                if t[:i] in tokens and t[i:] in tokens]
+        return self.merges if self._own else [(tokens[t[:i]], tokens[t[i:]]) for t in sorted(tokens, key=tokens.get)
+                                              for i in range(1, len(t)) if t[:i] in tokens and t[i:] in tokens]
 
     @classmethod
     def train(cls, docs, vocab_size, pattern=GPT2_SPLIT, special_tokens=(ENDOFTEXT,), workers=None, verbose=False, n_bytes=0):
@@ -433,14 +448,15 @@ class Tokenizer:
 
         docs: an iterable of documents, each a str, bytes, or an iterable of parts (of a file too large for memory, say). A
         special token in a str or bytes document is not text: it separates, as the end of a document does. vocab_size: the number
-        of ids, bytes and special tokens included; 256 is the plain byte tokenizer, with the special tokens on top. If the text
-        has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count words; None: one
-        per core. verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError for
-        too small a vocab_size or an unknown pattern, OSError if a worker dies."""
+        of ids, bytes and special tokens included; 256 is the plain byte tokenizer, without the default special token. If the
+        text has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count words; None:
+        one per core. verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError
+        for too small a vocab_size or an unknown pattern, OSError if a worker dies."""
         if (workers or 0) < 0: raise ValueError(f"workers is {workers}: give a number of processes, or 0 for one per core")
         if not hasattr(vocab_size, "__index__"): raise ValueError(f"vocab_size is {vocab_size!r}: give an int")
+        if vocab_size == 256 and [*special_tokens] == [ENDOFTEXT]: special_tokens = ()
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
-        if vocab_size < plain.vocab_size and vocab_size != 256:
+        if vocab_size < plain.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}: bytes need 256, bytes and special tokens need {plain.vocab_size}")
         def pieces():
             for doc in [docs] if isinstance(docs, (*TEXT, dict)) else docs:
@@ -448,7 +464,7 @@ class Tokenizer:
                 texts = [doc]           # each a list of its parts
                 if isinstance(doc, TEXT): texts = [[text] for text in plain._parts(doc, plain.special_tokens)[::2]]
                 for text in texts: yield from cut(text)
-        n_merges, words = max(0, vocab_size - 256 - len(plain.special_tokens)), collections.Counter()
+        n_merges, words = vocab_size - plain.vocab_size, collections.Counter()
         add, count = show("MB counted", n_bytes, 1e6), functools.partial(count_words, pattern=plain.pattern)
         for counts in in_order(count, groups(pieces() if n_merges else (), BATCH), workers or cores()):
             words.update(counts)
@@ -467,8 +483,8 @@ class Tokenizer:
     @functools.cached_property
     def _pairs(self):
         """Sorted keys (left << 32 | right) of the pairs that merge, and the ids they make; at the end a key that never occurs."""
-        key = np.array([left << 32 | right for left, right in self.merges], np.int64)
-        made = np.array([self._tokens[self.vocab[left] + self.vocab[right]] for left, right in self.merges], np.int64)
+        key = np.array([left << 32 | right for left, right in self._joins], np.int64)
+        made = np.array([self._tokens[self.vocab[left] + self.vocab[right]] for left, right in self._joins], np.int64)
         order = np.argsort(key)
         return np.append(key[order], -1), np.append(made[order], NONE)
 
@@ -590,9 +606,9 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self):
-        merges, tokens = (self.merges, None) if self._own else ([], {letters(token): i for token, i in self._tokens.items()})
+        tokens = None if self._own else {letters(token): i for token, i in self._tokens.items()}
         return {"pattern": self.pattern, "special_tokens": dict(self.special_tokens), "normalizer": self.normalizer,
-                "merges": list(map(list, merges)), "tokens": tokens, "hash": self.hash}
+                "merges": list(map(list, self.merges)), "tokens": tokens, "hash": self.hash}
 
     @classmethod
     def from_dict(cls, d):
@@ -652,7 +668,7 @@ class Tokenizer:
             raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
         tok = cls([], pattern, special_tokens, tokens, normalizer)
         trained = len({*makes}) == len(makes) == len(tokens) - 256
-        if makes != sorted(makes) or not (trained or whole and pairs == {*tok.merges}):
+        if makes != sorted(makes) or not (trained or whole and pairs == {*tok._joins}):
             raise ValueError("its merges are not those of its ids, in the order of the ids: such a tokenizer cannot be read")
         return tok
 
@@ -672,7 +688,8 @@ class Tokenizer:
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.pattern == GPT2_SPLIT}
         pattern = CL100K_HF if self.pattern == CL100K_SPLIT else self.pattern
         regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        names = {letters(token): i for token, i in self._tokens.items()}
+        names, trained = {letters(token): i for token, i in self._tokens.items()}, len(self.merges) == len(self._tokens) - 256
+        merges = self.merges if trained else self._joins        # see from_merges
         if clash := [t for t in self.special_tokens if t in names]:
             raise ValueError(f"Hugging Face's file cannot hold the special token {clash[0]!r}: an ordinary token is spelled so")
         one, two = ([{"SpecialToken": {"id": first, "type_id": n}}, {"Sequence": {"id": "AB"[n], "type_id": n}}] for n in (0, 1))
@@ -685,9 +702,9 @@ class Tokenizer:
             "normalizer": {"type": self.normalizer} if self.normalizer else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [level] if level["use_regex"] else [regex, level]},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": not self._own,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": not trained,
                       "vocab": names | self.special_tokens,     # special ones, too, or they would get new ids
-                      "merges": [[letters(self.vocab[a]), letters(self.vocab[b])] for a, b in self.merges]}})
+                      "merges": [[letters(self.vocab[a]), letters(self.vocab[b])] for a, b in merges]}})
 
     @classmethod
     def from_hf(cls, path):
@@ -778,8 +795,8 @@ def main(argv=None):
         began, total = time.time(), sum(map(os.path.getsize, a.files))
         for path in a.files:
             if not os.path.isfile(path): raise ValueError(f"{path} is a folder or a pipe: name files")
-            with open(path, "rb") as f: utf16 = f.read(2) in (b"\xff\xfe", b"\xfe\xff")
-            if utf16 or path.lower().endswith((".jsonl", ".gz", ".parquet")):
+            with open(path, "rb") as f: head = f.read(1024)
+            if utf16(head) or path.lower().endswith((".jsonl", ".gz", ".parquet")):
                 raise ValueError(f"{path} is not UTF-8 text: convert it (.jsonl is for prepare.py --input, which trains, too)")
         if not total: raise ValueError(f"there is no text in {', '.join(a.files)}")
         if os.path.isdir(a.out or ".") or not os.path.isdir(os.path.dirname(a.out) or "."):

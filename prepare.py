@@ -53,13 +53,13 @@ def need_space(folder, size):
 def fetch(url, path, sha="", stall=30, tries=5, wait=1.0):
     """Download url to path unless it exists; -> path. Resumes where it stopped (HTTP Range), retries after `wait` * 1, 2, 4...
     seconds, gives up after `tries` attempts in a row without a new byte; `stall` seconds of silence end an attempt. Length and
-    sha256 (the given one, or the hub's in its header X-Linked-Etag) are checked before the file gets its name; a given sha256 is
-    checked on an existing file, too. Two processes at once are safe, but both download."""
+    sha256 (the given one, or the hub's in its header X-Linked-Etag) are checked before the file gets its name; an existing file
+    that differs from a given sha256 is used, with a note. Two processes at once are safe, but both download."""
     def fail(why):
         raise ValueError(f"cannot download {url}: {why}. Put the file at {path} by hand (config/stdlib.py needs no download)")
     if exists(path):
-        if not sha or sha256(path) == sha: return path
-        raise ValueError(f"{path} is not {url} (its sha256 is not {sha}): delete it to download it again")
+        if sha and sha256(path) != sha: print(f"note: {path} is not {url}; it is used, delete it to download that")
+        return path
     import requests
     part, failures = path + ".part", 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -172,12 +172,13 @@ def sources(cfg):
         require(found, f"nothing to read in {item!r}, only {' '.join(ENDINGS)}: write it as .jsonl, e.g. by datasets' to_json")
         paths += found
     require(paths, f"nothing to read: this Python's library, {sysconfig.get_path('stdlib')}, has no .py files: use --input=FILES")
-    kinds = ["jsonl" if path.lower().endswith(".jsonl") else "text" for path in paths]
-    if kinds != ["text"]: return list(map(span, paths, kinds))
-    path, middle = paths[0], int(size_of(paths[0]) * (1 - cfg.val_fraction))    # a single text: its last part is for validation
+    spans = [span(path, "jsonl" if path.lower().endswith(".jsonl") else "text") for path in paths]
+    full, empty = ([s for s in spans if (s.stop > 0) == some] for some in (True, False))
+    if [s.kind for s in full] != ["text"]: return spans
+    path, middle = full[0].path, int(full[0].stop * (1 - cfg.val_fraction))     # a single text: its last part is for validation
     ahead = np.fromfile(path, np.uint8, 3, offset=middle).tobytes()
     middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))          # past UTF-8 continuation bytes: whole characters
-    return [Span(path, 0, middle, "single", TRAIN, True), span(path, "single", VAL, middle)]
+    return [Span(path, 0, middle, "single", TRAIN, True), span(path, "single", VAL, middle), *empty]
 
 def cut(span):
     """Yield the span in parts of about UNIT bytes; longer where there is no place to cut."""
@@ -221,7 +222,7 @@ def documents(unit):
         with open(span.path, "rb") as f:
             f.seek(span.start)
             data = f.read(span.stop - span.start)
-        require(span.start or data[:2] not in (b"\xff\xfe", b"\xfe\xff"), f"{span.path} is UTF-16: convert it to UTF-8")
+        require(span.start or not bpe.utf16(data[:1024]), f"{span.path} is UTF-16: convert it to UTF-8")
         if not span.start: data = data.removeprefix(b"\xef\xbb\xbf")      # a byte order mark, which is not text
         if span.kind not in MANY: yield span, "text", [(data, True)]
         elif span.kind == "stories":
@@ -330,7 +331,9 @@ def knobs(cfg):
     """The knobs that decide what data/<dataset> holds, a tokenizer file as its sha256. ValueError if they cannot work."""
     named = cfg.tokenizer in ("bpe", "gpt2")
     require(re.fullmatch(r"\w[\w.-]*", cfg.dataset), f"dataset={cfg.dataset!r} is not a plain name: use letters, digits, _ . -")
-    require(not (cfg.input and built_in(cfg)), f"--input needs a --dataset=NAME of its own: {cfg.dataset!r} is a built-in text")
+    name = re.sub(r"\W+", "_", basename(cfg.input.rstrip("/")).partition(".")[0]) or "mine"
+    require(not (cfg.input and built_in(cfg)), f"--input needs a --dataset=NAME of its own, such as --dataset={name}: "
+            f"{cfg.dataset!r} is a built-in text")
     require(built_in(cfg) != "fineweb" or cfg.tokenizer == "gpt2", "fineweb comes as GPT-2 tokens: it needs --tokenizer=gpt2")
     require(cfg.tokenizer != "bpe" or 256 <= cfg.vocab_size <= 65536,
             f"vocab_size={cfg.vocab_size} must be between 256 (the bytes) and 65536 (what uint16 holds)")
@@ -375,8 +378,7 @@ def train_tokenizer(cfg, jobs):
     docs = (doc for unit, rows in jobs for doc, fate in zip(read_again(unit, rows), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = dict(gpt2=bpe.GPT2_SPLIT, gpt4=bpe.GPT4_SPLIT)[cfg.split_pattern]
-    special = (ENDOFTEXT,) if cfg.vocab_size > 256 else ()              # 256: the bytes and nothing else
-    return Tokenizer.train(texts, cfg.vocab_size, pattern, special, cfg.workers or None, verbose=True)
+    return Tokenizer.train(texts, cfg.vocab_size, pattern, (ENDOFTEXT,), cfg.workers or None, verbose=True)
 
 def lock(path, busy=""):
     """-> an open file that holds a lock until it is closed. If another process has the lock: None, or print `busy` and wait."""
@@ -417,7 +419,9 @@ def main(cfg):
     if masked := forms != {"text"}: meta["form"] = "pairs" if "pairs" in forms else "answers"
     print(f"{meta['source']}: {size:,} bytes in {n_files:,} files, dropped {meta['duplicates']:,} duplicate and "
           f"{meta['empty']:,} empty documents", flush=True)
-    locked = lock(join("data", f".{cfg.dataset}.lock"), f"{folder} is being prepared by another run: waiting for it")
+    locked, busy = contextlib.ExitStack(), f"{folder} is being prepared by another run: waiting for it"
+    with contextlib.suppress(OSError):      # a folder that cannot be written to may hold the dataset already
+        locked.enter_context(lock(join("data", f".{cfg.dataset}.lock"), busy))
     if prepared(cfg):
         try:
             if verify(cfg).get("text_hash") == meta["text_hash"]:

@@ -1297,8 +1297,9 @@ def test_bpe_special_tokens_part_the_training_text():
 
 def test_bpe_vocab_size_and_byte_tokenizer(capsys):
     tok = Tokenizer.train(["hello"], 256)
-    assert tok.merges == [] and tok.vocab_size == 257 and tok.encode("hé") == list("hé".encode())
-    assert Tokenizer.train(["hello"], 256, special_tokens=()).vocab_size == 256
+    assert tok.merges == [] and tok.vocab_size == 256 and tok.encode("hé") == list("hé".encode())
+    assert Tokenizer.train(["hello"], 256, special_tokens=()).hash == tok.hash
+    with pytest.raises(ValueError, match="need 257"): Tokenizer.train(["hello"], 256, special_tokens=["<a>"])
     assert Tokenizer.train(["hello hello"], 259).vocab_size == 259
     capsys.readouterr()
     assert len(Tokenizer.train(["ab ab"], 1000).merges) == 2   # "ab" and " ab"
@@ -1497,6 +1498,23 @@ def test_bpe_llama_and_qwen_files_peer(tmp_path):
     assert Tokenizer.from_tiktoken(engine).merges == llama.merges
 
 
+def test_bpe_merges_of_a_vocabulary_made_elsewhere(tmp_path):
+    """They are those that were learned, found from the tokens alone; a token that merging does not reach has none."""
+    tok = Tokenizer.train([bpe_stdlib_text("argparse.py")], 900)
+    foreign = Tokenizer.from_tiktoken(tok.to_tiktoken())
+    tok.to_hf(tmp_path / "hf.json")
+    foreign.save(tmp_path / "ours.json")
+    for same in (foreign, Tokenizer.load(tmp_path / "hf.json"), Tokenizer.load(tmp_path / "ours.json")):
+        assert same.merges == tok.merges and same.hash == tok.hash
+    assert json.loads((tmp_path / "ours.json").read_text())["merges"] == [list(pair) for pair in tok.merges]
+    foreign.to_hf(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "hf.json").read_bytes()
+    more = Tokenizer([], tokens={token: i for token, i in foreign._tokens.items()} | {b"zqzqz": 899, b"zq": 900})
+    assert more.merges == [*tok.merges, (ord("z"), ord("q"))]               # zq comes too late for zqzqz
+    text = "zqzqz zq zqzq"
+    assert more.encode(text) == more.to_tiktoken().encode_ordinary(text)
+
+
 def test_bpe_auto_tokenizer_peer(tmp_path):
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
     tok = Tokenizer.train(["the cat sat on the mat, the cat sat"], 275, GPT4_SPLIT)
@@ -1511,6 +1529,8 @@ def test_bpe_gpt2_files(tmp_path):
         pytest.skip("GPT-2's published files are not there: put merges.txt and vocab.json in ../shared/data/gpt2")
     merges, vocab = (os.path.join(BPE_GPT2, f) for f in ("merges.txt", "vocab.json"))
     tok = Tokenizer.from_gpt2(merges, vocab)
+    published = [line.split() for line in open(merges, encoding="utf-8").read().split("\n") if line and line[:8] != "#version"]
+    assert [[bpe.letters(tok.vocab[i]) for i in pair] for pair in tok.merges] == published
     assert tok.vocab_size == 50257 and tok.encode("hello world<|endoftext|>", "all") == [31373, 995, 50256]
     assert Tokenizer.from_gpt2(merges).hash == tok.hash
     engine = tok.to_tiktoken()
@@ -2016,12 +2036,14 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     (dict(), {"a.bin": "x"}, "nothing to read in 'in'"),
     (dict(input="in/a.bin"), {"a.bin": "x"}, "nothing to read in 'in/a.bin', only .txt .md .py .jsonl: write it as .jsonl"),
     (dict(), {"a.txt": "x", "b.txt": "no UTF-8".encode("utf-16-le")}, None),                # nothing marks it
+    (dict(), {"a.txt": "x", "b.txt": b"\xff\xfe no UTF-16 either"}, None),
+    (dict(), {"a.txt": "one text " * 99, "b.md": "", "c.jsonl": ""}, None),               # the last tenth is for validation
     (dict(), {"a.txt": "x", "b.txt": "no UTF-8".encode("utf-16")}, "in/b.txt is UTF-16: convert it to UTF-8"),
     (dict(), {"b.jsonl": b"\xfe\xff" + '{"text": "x"}'.encode("utf-16-be")}, "in/b.jsonl is UTF-16: convert it to UTF-8"),
     (dict(), {"a.txt": ""}, "nothing to read: in has nothing but empty documents"),
     (dict(), {"a.txt": "", "b.md": ""}, "nothing to read"),
     (dict(input=""), {}, "say what to read"), (dict(input=" , "), {}, "say what to read"),
-    (dict(dataset="stdlib"), {"a.txt": "x"}, "NAME of its own"), (dict(dataset="stdlib_x"), {"a.txt": "x"}, "NAME of its own"),
+    (dict(dataset="stdlib"), {"a.txt": "x"}, "NAME of its own, such as --dataset=in"), (dict(dataset="stdlib_x"), {"a.txt": "x"}, "NAME of its own"),
     (dict(dataset="../up"), {"a.txt": "x"}, "not a plain name"),
     (dict(vocab_size=255), {"a.txt": "x"}, "between 256"),
     (dict(vocab_size=65537), {"a.txt": "x"}, "65536"),
@@ -2144,6 +2166,17 @@ def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
         monkeypatch.setattr(prepare, "choose", lambda *a: (prepare_files("in", {name: new}), choose(*a))[1])
         with pytest.raises(ValueError, match="changed while it was being read: run again"): prepare_run()
         assert not prepare.prepared(prepare_cfg()) and not glob.glob("data/mine/.partial-*/tokenizer.json")     # its text is gone
+
+
+def test_prepare_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+    """As root may write everywhere, the lock is what fails here."""
+    monkeypatch.chdir(tmp_path)
+    prepare_files("in", {f"{i}.txt": prepare_text(i, 100) for i in range(9)})
+    prepare_run()
+    def no_lock(*args): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(prepare, "lock", no_lock)
+    prepare_run()
+    assert "data/mine is prepared already, nothing to do" in capsys.readouterr().out
 
 
 def test_prepare_odd_files(tmp_path, monkeypatch, capsys):
@@ -2377,8 +2410,8 @@ def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
         os.remove(path)
 
 
-def test_prepare_shakespeare(tmp_path, monkeypatch):
-    """One download serves both datasets; another text under the same name is refused."""
+def test_prepare_shakespeare(tmp_path, monkeypatch, capsys):
+    """One download serves both datasets; another text under the same name is used, with a note."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     text = prepare_text(0, 2000).encode()
@@ -2393,7 +2426,8 @@ def test_prepare_shakespeare(tmp_path, monkeypatch):
     assert char["bytes"] == char["tokens"] == meta["bytes"] and char["dataset"] == "shakespeare_char"
     assert {path: path.read_bytes() for path in Path("data/shakespeare").iterdir()} == files
     with open("data/shakespeare/input.txt", "ab") as f: f.write(b"!")
-    with pytest.raises(ValueError, match="input.txt is not http.*delete it to download it again"): prepare_run(**cfg)
+    assert sum(prepare_run(**cfg)["bytes"].values()) == len(text) + 1                 # put there by hand: used, with a note
+    assert "note: data/shakespeare/input.txt is not http" in capsys.readouterr().out
     os.remove("data/shakespeare/input.txt")
     with PrepareServer(b"a proxy's login page", ["norange"]) as server:
         monkeypatch.setattr(prepare, "SHAKESPEARE", server.url)

@@ -38,7 +38,7 @@ def position_table(config):
     stretches a model from the block_size / s it was trained at to block_size, s = rope_factor. linear (arXiv:2306.15595) divides
     all frequencies by s. ntk (bloc97 2023) raises theta, so that only the lowest frequency is divided by all of s. yarn
     (arXiv:2309.00071) and llama3 (Llama 3.1's code) divide the frequencies with less than one turn in the trained context, keep
-    those with many turns, and interpolate in between; yarn also sharpens the attention."""
+    those with many turns, and interpolate in between, by turns (transformers' yarn: by d); yarn also sharpens the attention."""
     s, scaling = config.rope_factor, config.rope_scaling
     D = config.head_dim if config.pos == "rope" else config.n_embd
     theta = config.rope_theta * (s ** (D / max(D - 2, 1)) if scaling == "ntk" else 1)

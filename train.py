@@ -336,10 +336,10 @@ class Log:
         self.write(step, text, loss=loss, lr=factor, norm=norm, skipped=skipped, tok_per_s=rate, mfu=mfu)
         self.sums.zero_()
 
-def show_sample(out_dir, run, chat):
-    """Run sample.py in a separate process, as a reader would: it shows that the checkpoint suffices. chat: answer a greeting."""
-    start, script = [f"--start={prepare.prompt_of('Hello!')}"] * chat, Path(__file__).resolve().with_name("sample.py")
-    subprocess.run([sys.executable, script, f"--out_dir={out_dir}", f"--device={run.device}", *start])
+def show_sample(out_dir, run, start):
+    """Run sample.py with this prompt in a separate process, as a reader would: it shows that the checkpoint suffices."""
+    words = [f"--out_dir={out_dir}", f"--device={run.device}", f"--start={start}"]
+    subprocess.run([sys.executable, Path(__file__).resolve().with_name("sample.py"), *words])
     run.say(f'\nmore: python sample.py --out_dir={shlex.quote(str(out_dir))} --start="..."')
 
 # ---------------------------------------------------------------------------- the run
@@ -395,7 +395,7 @@ def train(cfg, run):
     about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds, tokens)
-    signals = []
+    greeting, signals = prepare.prompt_of("Hello!") if "form" in meta else cfg.start, []        # form: chats
     def on_signal(number, frame):       # finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
         with contextlib.suppress(OSError):      # the same Ctrl-C may have ended `| tee`. Not print: that may be busy
             if not signals and run.rank == 0: os.write(2, b"\nstopping after this step or evaluation\n")
@@ -423,7 +423,7 @@ def train(cfg, run):
         else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
         log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
         save(*["best"] * better, *["ckpt"] * (step > 0), *[f"ckpt_{step:06d}"] * (cfg.keep_checkpoints > 0 < step))
-        if sample and run.rank == 0: show_sample(out_dir, run, "form" in meta)
+        if sample and run.rank == 0: show_sample(out_dir, run, greeting)
         log.began = time.perf_counter() - log.seconds       # leave out evaluation
 
     if folder and not reference: validate()         # the loss to beat
@@ -466,7 +466,7 @@ def train(cfg, run):
     spent = datetime.timedelta(seconds=round(log.seconds))
     found = f"best validation loss {best:.4f}: {out_dir}/best.pt" if best < math.inf else f"no validation loss: {last}"
     run.say(f"\n{step} steps in {spent}, without evaluation; {found}\n")
-    if run.rank == 0: show_sample(out_dir, run, "form" in meta)
+    if run.rank == 0: show_sample(out_dir, run, greeting)
 
 def main(cfg):
     run = Machine(cfg)

@@ -92,7 +92,7 @@ class Config(GPTConfig):
     batch_size: int = 16            # sequences per forward pass on one device
     tokens_per_step: int = 0        # tokens per optimizer step over all devices; 0 = batch_size*block_size, for one device
     eval_interval: int = 250        # steps between evaluations and checkpoints
-    eval_tokens: int = 0            # validation tokens per evaluation, the same ones every time; 0 = the whole split
+    eval_tokens: int = 0            # validation tokens per evaluation, spread over the split, the same every time; 0 = all
     log_interval: int = 10          # steps between log lines
     doc_mask: bool = False          # in training and validation, a token sees nothing before its own document (in a chat: turn)
     sample_interval: int = 0        # steps between samples from best.pt during training, after an evaluation; 0 = only at the end
@@ -129,7 +129,7 @@ class Config(GPTConfig):
     # evaluation (bench.py eval)
     task: str = ""                  # multiple choice: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored per window of a text; 0 = block_size/2: each sees at least half a context
-    # sampling (sample.py; train.py's own samples use the defaults)
+    # sampling (sample.py; train.py's own samples use start, and defaults for the rest)
     start: str = ""                 # prompt (may hold special tokens; \n is no newline), or FILE:path; "": an end of text or line
     prompts: str = ""               # instead of start: a file, one prompt per line (.jsonl: {"prompt": ..}); prints JSON lines
     num_samples: int = 1            # continuations to draw per prompt

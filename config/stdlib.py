@@ -4,5 +4,6 @@ vocab_size = 4096
 n_layer, n_head, n_embd, block_size = 3, 4, 256, 256
 batch_size, max_iters = 8, 350
 eval_interval = 350                     # once, at the end, on the whole validation split
+start = "def main"                      # of the sample at the end
 unembedding_lr = 0.012                  # the default is for wider models
 beta2 = 0.99                            # small batches are noisy: average over more steps

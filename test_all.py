@@ -3628,7 +3628,8 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
         assert (chosen > rejected).float().mean() > 0.9
         assert log[-1] == pytest.approx(torch.nn.functional.softplus(0.1 * gain("val").diff(dim=1)).mean().item(), rel=1e-4)
     if kind == "answers":
-        with pytest.raises(ValueError, match="no target counts in the first eval_tokens=1"):
+        with monkeypatch.context() as m, pytest.raises(ValueError, match="no target counts in eval_tokens=1 of val.bin"):
+            m.setattr(train.Batches, "windows", lambda self, tokens: np.array([[0, 2]]))       # within the first question
             tune_here(monkeypatch, tune_dir, tmp_path, kind, out="one", eval_tokens=1)
         assert not (tmp_path / "one").exists()                  # refused before the first step
     other = dict(objective="tokens", dataset="tiny", input="notes") if kind == "pairs" else {}

@@ -144,7 +144,7 @@ def export(cfg):
     with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as work:
         os.mkdir(whole := os.path.join(work, "whole"))
         family = save_hf(model, whole, getattr(torch, dtype), tok.special_tokens.get(begin), tok.special_tokens.get(end))
-        tok.to_hf(os.path.join(whole, "tokenizer.json"), BEGIN if opening(tok) else None)
+        tok.to_hf(os.path.join(whole, "tokenizer.json"), first_of((BEGIN,)))
         about_tok = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end, pad_token=end,
                          model_max_length=model.config.block_size, clean_up_tokenization_spaces=False)
         Path(whole, "tokenizer_config.json").write_text(json.dumps(about_tok, indent=1), encoding="utf-8")

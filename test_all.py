@@ -646,7 +646,7 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="\\): train again"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     for damage in (bytes([data[len(data) // 2] ^ 64]), bytes(512)):     # a flipped bit, a lost block of the disk: in a tensor
         (tmp_path / "cut.pt").write_bytes(data[:len(data) // 2] + damage + data[len(data) // 2 + len(damage):])
-        assert torch.load(tmp_path / "cut.pt")                      # which torch does not notice
+        assert torch.load(tmp_path / "cut.pt", weights_only=True)      # which torch does not notice
         with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))
     torch.save(dict(model=Path("x")), tmp_path / "cut.pt")          # only tensors and primitives: unpickling objects can run code
     with pytest.raises(ValueError, match="damaged"): model_py.load_checkpoint(str(tmp_path / "cut.pt"))

@@ -2,7 +2,7 @@
 FlashAttention in one file: exact attention, forward and backward, without ever storing the T x S matrix of scores.
 
     from flash_attn import flash_attention          # rename this file where Dao's flash_attn package is installed
-    y = flash_attention(q, k, v, causal=True)       # for F.scaled_dot_product_attention (not quite the same: see its docstring)
+    y = flash_attention(q, k, v, causal=True)       # for F.scaled_dot_product_attention, with differences: see it
     y = flash_decode(q, k, v, lengths)              # the newest tokens against a cache; both on NVIDIA GPUs from Ampere on
     $ python flash_attn.py                          # compile the main configurations, no GPU needed, and print what they use
     $ TRITON_INTERPRET=1 python your_script.py      # run the same kernels on CPU tensors: slow, but print and breakpoints work
@@ -74,7 +74,8 @@ def attention_ref(q, k, v, causal=True, window=0, scale=None, doc_start=None):
 # ---------------------------------------------------------------------------- what the kernels share
 # A kernel runs as many programs; program_id numbers them by tile, then by head, then by batch. Code that reads like NumPy works
 # on a whole tile in registers, (ROWS, WIDTH), where WIDTH is D rounded up to a power of two. A constexpr is known at compile
-# time: an if on one costs nothing; static_range, and comprehensions over tuples, are unrolled.
+# time: an if on one costs nothing; static_range, and comprehensions over tuples, are unrolled. In a kernel, K is the pointer or
+# descriptor of the keys. A warp is 32 threads; stages are blocks loaded ahead; a spilled register is kept in slow memory.
 
 @jit
 def dot(a, b, c):
@@ -109,7 +110,8 @@ def store(X, strides, b, h, row, rows, tile, D: tl.constexpr, ROWS: tl.constexpr
 
 @jit
 def bounds(rows, doc, T, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr):
-    """The mask, two numbers per query: query rows[i] sees the keys first[i] <= j < end[i]. doc points to doc_start[b]."""
+    """The mask, two numbers per query: query rows[i] sees the keys first[i] <= j < end[i]. doc points to doc_start[b].
+    To change the mask, change dkdv_kernel's start .. stop, the same by keys, too, and LEFT wherever hide is called."""
     first, end = rows * 0, rows * 0 + S
     if CAUSAL:
         end = tl.minimum(tl.maximum(rows + (S - T + 1), 0), S)

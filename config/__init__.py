@@ -5,7 +5,7 @@ Every knob of every stage, with its type, default and meaning, and the loader th
     python train.py config/shakespeare.py --max_iters=100 --no_compile
 
 A config file is plain Python assignments (see the files beside this one). Any script takes any config file. A new knob is one
-line below: an int, float, str, bool or Literal that is not negative, with its default and its comment.
+line below, with its default and its comment: an int or float, which cannot be negative, a str, a bool or a Literal.
 `python train.py --help` prints every knob below. Defaults are set here and nowhere else (except bpe.py's own command line).
 """
 import contextlib, dataclasses, difflib, math, os, re, runpy, sys, textwrap, types, typing
@@ -90,11 +90,11 @@ class Config(GPTConfig):
     init_from: str = "scratch"      # scratch; resume = from out_dir/ckpt.pt; gpt2, -medium, -large, -xl; a Hugging Face folder
     max_iters: int = 1000           # optimizer steps
     batch_size: int = 16            # sequences per forward pass on one device
-    tokens_per_step: int = 0        # tokens per optimizer step over all devices; 0 = batch_size*block_size, for one device
+    tokens_per_step: int = 0        # tokens per optimizer step over all devices; 0 = batch_size*block_size (only with one device)
     eval_interval: int = 250        # steps between evaluations and checkpoints
     eval_tokens: int = 0            # validation tokens per evaluation, spread over the split, the same every time; 0 = all
     log_interval: int = 10          # steps between log lines
-    doc_mask: bool = False          # in training and validation, a token sees nothing before its own document (in a chat: turn)
+    doc_mask: bool = False          # in training and validation, a token sees nothing before its own document (chats: exchange)
     sample_interval: int = 0        # steps between samples from best.pt during training, after an evaluation; 0 = only at the end
     keep_checkpoints: int = 0       # besides ckpt.pt and best.pt, keep ckpt_<step>.pt for this many of the latest evaluations
     wandb_log: bool = False         # also log to Weights & Biases
@@ -107,12 +107,12 @@ class Config(GPTConfig):
     lora_rank: int = 0              # freeze the model and learn low-rank additions to its attention; 0 = train every weight
     # optimizer (model.py, train.py)
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for hidden matrices, AdamW for the rest (with LoRA: for all)
-    learning_rate: float = 6e-4     # AdamW's rate; with Muon only for gains and biases, which the default model does not have
-    matrix_lr: float = 0.01         # Muon's rate, for the hidden matrices
+    learning_rate: float = 6e-4     # AdamW's rate; with Muon only for gains and biases, by default none: then set the next three
+    matrix_lr: float = 0.01         # Muon's rate: about how far a step moves a hidden matrix in each of its singular directions
     embedding_lr: float = 0.05      # with Muon: AdamW's rate for the embedding, unless tied
     unembedding_lr: float = 0.004   # with Muon: AdamW's rate for the head (also if tied) and for learned positions
     weight_decay: float = 0.0       # decoupled, on the blocks' matrices; without Muon also on the embedding and the head
-    beta1: float = 0.8              # AdamW's momentum
+    beta1: float = 0.8              # AdamW's momentum (Muon's is 0.95, in model.py)
     beta2: float = 0.95             # AdamW's second moment
     grad_clip: float = 1.0          # clip the gradient to this norm; 0 = no clipping
     max_bad_steps: int = 10         # stop after this many steps in a row with a non-finite gradient; such steps are skipped
@@ -130,7 +130,7 @@ class Config(GPTConfig):
     task: str = ""                  # multiple choice: hellaswag, arc_easy, arc_challenge, mmlu or .jsonl files, comma separated
     stride: int = 0                 # tokens scored per window of a text; 0 = block_size/2: each sees at least half a context
     # sampling (sample.py; train.py's own samples use start, and defaults for the rest)
-    start: str = ""                 # prompt (may hold special tokens; \n is no newline), or FILE:path; "": an end of text or line
+    start: str = ""                 # prompt (special tokens allowed; \n is no newline), or FILE:path; "": end-of-text or line end
     prompts: str = ""               # instead of start: a file, one prompt per line (.jsonl: {"prompt": ..}); prints JSON lines
     num_samples: int = 1            # continuations to draw per prompt
     max_new_tokens: int = 256       # length of each continuation, in tokens
@@ -181,6 +181,7 @@ KINDS = typing.get_type_hints(Config)
 # its name in nanoGPT and elsewhere -> ours
 OTHERS = dict(gradient_accumulation_steps="tokens_per_step", eval_iters="eval_tokens", min_lr="min_lr_frac",
               decay_lr="decay_frac", lr_decay_iters="decay_frac", wandb_run_name="out_dir", eval_only="bench.py eval",
+              always_save_checkpoint="keep_checkpoints", backend="device",
               epochs="max_iters", max_steps="max_iters", num_iterations="max_iters", lr="learning_rate",
               context_length="block_size", prompt="start", max_length="max_new_tokens", resume="init_from")
 

@@ -58,13 +58,12 @@ def classes(code):
         import tiktoken
         new = np.add.outer(np.unique(code[found == UNKNOWN] >> 10) << 10, np.arange(1 << 10, dtype="<u4"))   # in blocks
         new = new[CLASS[new] == UNKNOWN]
-        table = np.full_like(CLASS, OTHER)      # not in CLASS itself, which other threads read meanwhile
         text, ranks = new.tobytes().decode("utf-32-le"), {bytes([i]): i for i in range(256)}
         for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
             plain = tiktoken.Encoding("bytes", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
             matched = bytes(plain.encode_ordinary(text)).decode()    # what the regex does not match gives no tokens
-            table[np.frombuffer(matched.encode("utf-32-le"), "<u4")] = cls
-        CLASS[new] = table[new]
+            CLASS[np.frombuffer(matched.encode("utf-32-le"), "<u4")] = cls
+        CLASS[new[CLASS[new] == UNKNOWN]] = OTHER       # last, as other threads may read CLASS meanwhile
         found = CLASS.take(code)
     return found
 

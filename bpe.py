@@ -158,12 +158,11 @@ def cut(blocks):
         for i in range(0, len(block), CHUNK):
             held += block[i:i + CHUNK]
             if len(held) < want: continue
-            tail = bytes(held[-1024:])
-            if place := last_place(tail):
-                at = len(held) - len(tail) + place
-                yield bytes(held[:at])
-                del held[:at]
-            want = len(held) + CHUNK
+            if place := last_place(held[-1024:]):
+                place += max(len(held) - 1024, 0)
+                yield bytes(held[:place])
+                del held[:place]
+            want = len(held) + CHUNK        # not sooner: without a place, every short part would be searched
     yield bytes(held)
 
 def groups(items, size, length=len):

@@ -231,7 +231,7 @@ def work(function, pipe):
     threading.Thread(target=end_with_parent, daemon=True).start()
     while True:
         try: job = pipe.recv()
-        except EOFError: return             # no more jobs
+        except EOFError: return             # the parent was killed
         try: result = function(job), None
         except Exception as e: result = None, e
         pipe.send(result)
@@ -518,10 +518,10 @@ class Tokenizer:
             live = best < NONE << 32                                        # words that can merge; the others are done
             over, at = np.repeat(~live, size), best[live] & 0xFFFFFFFF
             done.append((np.repeat(who[~live], size[~live]), ids[over]))
-            ids[at], stay, offset = pair[at], ~over, at - begin[live]
+            ids[at], stay, offset = pair[at], ~over, at - begin[live]       # offset: of the merged ids in their words
             stay[at + 1] = False
             who, size, ids, pair = who[live], size[live] - 1, ids[stay], pair[stay]
-            at = np.cumsum(size) - size + offset                            # only the pairs on both sides of a merge are new
+            at = np.cumsum(size) - size + offset                            # where they are now: new pairs are only beside them
             near = np.append(at[offset > 0] - 1, at[offset < size - 1])
             pair[at] = NONE                                                 # stays so at the end of a word
             pair[near] = self._makes(ids[near], ids[near + 1])
@@ -594,7 +594,7 @@ class Tokenizer:
 
     def decode_stream(self, ids):
         """Yields text as ids arrive, holding back the bytes of a character until it is whole."""
-        return codecs.iterdecode((self.decode_bytes([int(i)]) for i in ids), "utf-8", "replace")
+        return codecs.iterdecode((self.decode_bytes([i]) for i in ids), "utf-8", "replace")
 
     # Files. `save` writes to_dict() as JSON; a checkpoint carries the dict itself.
 

@@ -173,12 +173,12 @@ def sources(cfg):
         paths += found
     require(paths, f"nothing to read: this Python's library, {sysconfig.get_path('stdlib')}, has no .py files: use --input=FILES")
     spans = [span(path, "jsonl" if path.lower().endswith(".jsonl") else "text") for path in paths]
-    full, empty = ([s for s in spans if (s.stop > 0) == some] for some in (True, False))
+    full = [s for s in spans if s.stop]
     if [s.kind for s in full] != ["text"]: return spans
     path, middle = full[0].path, int(full[0].stop * (1 - cfg.val_fraction))     # a single text: its last part is for validation
     ahead = np.fromfile(path, np.uint8, 3, offset=middle).tobytes()
     middle += len(ahead) - len(ahead.lstrip(bytes(range(0x80, 0xC0))))          # past UTF-8 continuation bytes: whole characters
-    return [Span(path, 0, middle, "single", TRAIN, True), span(path, "single", VAL, middle), *empty]
+    return [Span(path, 0, middle, "single", TRAIN, True), span(path, "single", VAL, middle), *(s for s in spans if not s.stop)]
 
 def cut(span):
     """Yield the span in parts of about UNIT bytes; longer where there is no place to cut."""
@@ -294,7 +294,7 @@ def encode_unit(tok, n_files, job):
     encoded = [np.frombuffer(text, "<u2") for text in texts] if unit[0].kind == "tokens" else tok.encode_batch(texts)
     eot, out = np.array([tok.special_tokens.get(ENDOFTEXT, 0)], "<u2"), [[] for _ in FILES]
     for (_, counts, span, fate), ids in zip(kept, encoded):
-        ends = counts and span.last and span.kind in ("text", *MANY)        # a single text needs no end-of-text
+        ends = counts and span.last and span.kind in ("text", *MANY)        # 0 or 1 end-of-text; a single text needs none
         out[fate] += [ids, eot[:ends]]                                      # FILES[fate] is the split's .bin,
         out[2 + fate].append(bytes([counts]) * (len(ids) + ends))           # FILES[2 + fate] its .mask
     return [b"".join(parts) for parts in out[:n_files]]
@@ -361,7 +361,7 @@ def verify(cfg):
     except (ValueError, LookupError, TypeError): raise ValueError(f"{folder}/meta.json is damaged: {again}") from None
     for key, value in wanted.items():
         same = (found := made_with.get(key)) == value
-        if not same and key == "tokenizer" and os.path.isfile(cfg.tokenizer):       # another file may hold the same tokenizer
+        if not same and key == "tokenizer" and os.path.isfile(cfg.tokenizer):       # which may hold the same tokenizer
             same = Tokenizer.load(cfg.tokenizer).hash == meta["tokenizer_hash"]
         if not same: raise ValueError(f"{folder} was prepared with {key}={found!r}, not {getattr(cfg, key)!r}: {again}")
     check_vocab(cfg, meta["vocab_size"])
@@ -378,7 +378,7 @@ def train_tokenizer(cfg, jobs):
     docs = (doc for unit, rows in jobs for doc, fate in zip(read_again(unit, rows), rows["fate"]) if fate == TRAIN)
     texts = (b"".join(text for text, _ in parts) for _, _, parts in docs)
     pattern = dict(gpt2=bpe.GPT2_SPLIT, gpt4=bpe.GPT4_SPLIT)[cfg.split_pattern]
-    return Tokenizer.train(texts, cfg.vocab_size, pattern, (ENDOFTEXT,), cfg.workers or None, verbose=True)
+    return Tokenizer.train(texts, cfg.vocab_size, pattern, workers=cfg.workers, verbose=True)
 
 def lock(path, busy=""):
     """-> an open file that holds a lock until it is closed. If another process has the lock: None, or print `busy` and wait."""

@@ -447,9 +447,9 @@ class Tokenizer:
         docs: an iterable of documents, each a str, bytes, or an iterable of parts (of a file too large for memory, say). A
         special token in a str or bytes document is not text: it separates, as the end of a document does. vocab_size: the number
         of ids, bytes and special tokens included; 256 is the plain byte tokenizer, without the default special token. If the
-        text has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count words; None:
-        one per core. verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises ValueError
-        for too small a vocab_size or an unknown pattern, OSError if a worker dies."""
+        text has too few pairs, the vocabulary is smaller and a line on stderr says so. workers: processes that count words; 0 or
+        None: one per core. verbose: progress on stderr, with the time left if n_bytes says how much text there is. Raises
+        ValueError for too small a vocab_size or an unknown pattern, OSError if a worker dies."""
         if (workers or 0) < 0: raise ValueError(f"workers is {workers}: give a number of processes, or 0 for one per core")
         if not hasattr(vocab_size, "__index__"): raise ValueError(f"vocab_size is {vocab_size!r}: give an int")
         if vocab_size == 256 and [*special_tokens] == [ENDOFTEXT]: special_tokens = ()

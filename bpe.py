@@ -625,13 +625,12 @@ class Tokenizer:
     @classmethod
     def load(cls, path):
         """Read a file of `save` or a Hugging Face tokenizer.json. Raises ValueError if it is neither, or damaged."""
-        def parse(text):
+        def is_hf(text):
             d = json.loads(text) if text.lstrip()[:1] == "{" else {}
-            make, has = (cls.from_hf, "model") if "model" in d else (cls.from_dict, "special_tokens")
-            if isinstance(d.get(has), dict): return make(d)
+            if isinstance(d.get("model", d.get("special_tokens")), dict): return "model" in d
             raise ValueError("want a file of Tokenizer.save or a Hugging Face tokenizer.json; GPT-2's merges.txt becomes one by "
                              "Tokenizer.from_gpt2('merges.txt').save('gpt2.json')")
-        return read(path, parse)
+        return cls.from_hf(path) if read(path, is_hf) else read(path, lambda text: cls.from_dict(json.loads(text)))
 
     def to_tiktoken(self):
         """-> tiktoken.Encoding with the same vocabulary, pattern and special tokens."""
@@ -706,30 +705,33 @@ class Tokenizer:
                       "merges": [[letters(self.vocab[a]), letters(self.vocab[b])] for a, b in merges]}})
 
     @classmethod
-    def from_hf(cls, d):
-        """From what a Hugging Face tokenizer.json holds: byte-level BPE with a pattern that __init__ takes (GPT-2, Llama 3, ...).
+    def from_hf(cls, path):
+        """Read a Hugging Face tokenizer.json: byte-level BPE with a pattern that __init__ takes (GPT-2, Llama 3, Qwen, ...).
         Added tokens become special tokens; what a post-processor adds, such as a first token, is left to the caller."""
-        model, norm = d["model"], (d.get("normalizer") or {}).get("type")
-        steps = d.get("pre_tokenizer") or {"type": "missing"}
-        steps = steps.get("pretokenizers", [steps])
-        cuts = [s["pattern"].get("Regex") for s in steps
-                if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
-        cuts += [GPT2_SPLIT for s in steps if s["type"] == "ByteLevel" and s.get("use_regex", True)]
-        wrong = [f"its {what} is {x!r}" for what, x, *ok in [       # ok: the values that can be read
-            ("model", model.get("type", "BPE"), "BPE"), ("number of split patterns", len(cuts), 1),
-            ("byte_fallback (SentencePiece's)", model.get("byte_fallback", False), False), ("normalizer", norm, None, "NFC"),
-            *[("pre-tokenizer", s["type"], "Split", "ByteLevel") for s in steps],
-            *[("prefix space", s.get("add_prefix_space", False), False) for s in steps],
-            *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
-            *[(f"added token {t['content']!r}", key, None) for t in d.get("added_tokens", [])
-              for key in ("lstrip", "rstrip", "single_word") if t.get(key)],
-            ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if x not in ok]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: can read only byte-level BPE, one split pattern, and NFC or no normalizer")
-        special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
-        vocab = {t: i for t, i in model["vocab"].items() if t not in special}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        return cls.from_merges(vocab, merges, model.get("ignore_merges"), cuts[0], special, norm)
+        def parse(text):
+            d = json.loads(text)
+            model, norm = d["model"], (d.get("normalizer") or {}).get("type")
+            steps = d.get("pre_tokenizer") or {"type": "missing"}
+            steps = steps.get("pretokenizers", [steps])
+            cuts = [s["pattern"].get("Regex") for s in steps
+                    if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
+            cuts += [GPT2_SPLIT for s in steps if s["type"] == "ByteLevel" and s.get("use_regex", True)]
+            wrong = [f"its {what} is {x!r}" for what, x, *ok in [       # ok: the values that can be read
+                ("model", model.get("type", "BPE"), "BPE"), ("number of split patterns", len(cuts), 1),
+                ("byte_fallback (SentencePiece's)", model.get("byte_fallback", False), False), ("normalizer", norm, None, "NFC"),
+                *[("pre-tokenizer", s["type"], "Split", "ByteLevel") for s in steps],
+                *[("prefix space", s.get("add_prefix_space", False), False) for s in steps],
+                *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
+                *[(f"added token {t['content']!r}", key, None) for t in d.get("added_tokens", [])
+                  for key in ("lstrip", "rstrip", "single_word") if t.get(key)],
+                ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if x not in ok]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)}: can read only byte-level BPE, one split pattern, and NFC or no normalizer")
+            special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
+            vocab = {t: i for t, i in model["vocab"].items() if t not in special}
+            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            return cls.from_merges(vocab, merges, model.get("ignore_merges"), cuts[0], special, norm)
+        return read(path, parse)
 
 SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # LETTERS: how GPT-2's files write each byte, in GPT-2's order
 LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}

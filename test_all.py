@@ -1397,13 +1397,13 @@ def test_bpe_hugging_face_peer(tmp_path, pattern):
     for t in [text] + [bpe_random_text(rng, 60) for _ in range(200)]:
         assert theirs.encode(t).ids == tok.encode(t) and theirs.decode(tok.encode(t)) == t
     assert theirs.encode("a<|x|>b").ids == tok.encode("a<|x|>b", "all")
-    assert Tokenizer.load(path).hash == tok.hash
+    assert Tokenizer.from_hf(path).hash == tok.hash
     theirs.save(path)
-    assert Tokenizer.load(path).hash == tok.hash
+    assert Tokenizer.from_hf(path).hash == tok.hash
     gaps = Tokenizer(tok.merges, pattern, {"<|x|>": 800, "<|y|>": 750})
     gaps.to_hf(path)
     assert tokenizers.Tokenizer.from_file(path).encode("a<|x|>b<|y|>").ids == gaps.encode("a<|x|>b<|y|>", "all")
-    assert Tokenizer.load(path).hash == gaps.hash
+    assert Tokenizer.from_hf(path).hash == gaps.hash
 
 
 def test_bpe_hugging_face_refused(tmp_path):
@@ -1417,7 +1417,7 @@ def test_bpe_hugging_face_refused(tmp_path):
         change(bad)
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match="tokenizer.json"):
-            Tokenizer.load(path)
+            Tokenizer.from_hf(path)
 
 
 @pytest.mark.parametrize("named, change", [
@@ -1439,11 +1439,11 @@ def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
     d = json.loads((tmp_path / "tokenizer.json").read_text())
     d["pre_tokenizer"] = d["pre_tokenizer"]["pretokenizers"][0]    # the form of GPT-2's own file
     (tmp_path / "tokenizer.json").write_text(json.dumps(d))
-    assert len(Tokenizer.load(tmp_path / "tokenizer.json").merges) == 2
+    assert len(Tokenizer.from_hf(tmp_path / "tokenizer.json").merges) == 2
     change(d)
     (tmp_path / "tokenizer.json").write_text(json.dumps(d))
     with pytest.raises(ValueError, match=f"tokenizer.json.*{named}"):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+        Tokenizer.from_hf(tmp_path / "tokenizer.json")
 
 
 def test_bpe_llama_and_qwen_files_peer(tmp_path):
@@ -1458,14 +1458,14 @@ def test_bpe_llama_and_qwen_files_peer(tmp_path):
 
     def same(texts):
         path.write_text(json.dumps(d))
-        ours, theirs = Tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+        ours, theirs = Tokenizer.from_hf(path), tokenizers.Tokenizer.from_file(str(path))
         for text in texts:
             assert ours.encode(text) == theirs.encode(text).ids, text
             data = text.encode()
             assert list(ours.encode_iterable(data[i:i + 3] for i in range(0, len(data), 3))) == ours.encode(text)
         ours.save(tmp_path / "ours.json")
         ours.to_hf(path)
-        assert Tokenizer.load(path).hash == ours.hash == Tokenizer.load(tmp_path / "ours.json").hash != tok.hash
+        assert Tokenizer.from_hf(path).hash == ours.hash == Tokenizer.load(tmp_path / "ours.json").hash != tok.hash
         theirs = tokenizers.Tokenizer.from_file(str(path))
         assert all(ours.encode(text) == theirs.encode(text).ids for text in texts)
         return ours
@@ -4729,7 +4729,7 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
     with pytest.raises(ValueError, match="data/tiny was prepared with tokenizer='bpe', not '.*tokenizer.json'"):
         train_here(monkeypatch, train_dir, tmp_path, out="none", init_from=folder, **other)
     new = train_here(monkeypatch, train_dir, tmp_path, out="new", init_from=folder, dataset="new", **other)
-    hash_of_folder = Tokenizer.load(os.path.join(folder, "tokenizer.json")).hash
+    hash_of_folder = Tokenizer.from_hf(os.path.join(folder, "tokenizer.json")).hash
     assert new["meta"]["tokenizer_hash"] == new["tokenizer"]["hash"] == hash_of_folder
     monkeypatch.chdir(train_dir)
     prepare.main(config.load(train_words(init_from=folder, dataset="new", vocab_size=257)))

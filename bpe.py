@@ -146,7 +146,8 @@ def last_place(text):
     before, after, left, right = c[:-1], c[1:], code[:-1], code[1:]
     place = (before > NEWLINE) & (after != before) & ~((before == OTHER) & ((after == LETTER) | (after == NEWLINE)))
     place &= (right < 0x300) | (right >= 0x3000) & (right < 0x302A)     # NFC joins none to what precedes; none is cut in half
-    place &= (after <= WHITE) | (left < 0x900) | (left >= 0x3000) & (left < 0xD800)     # NFC may split others, such as U+0958
+    place &= (after <= WHITE) | (left < 0x958) | (left > 0xB5D) & (left < 0xF43) | (left > 0xF69) & (left < 0xD800)
+    # NFC splits some of the other letters, such as U+0958
     place[:3] = False                                                   # the text may begin with the rest of a character
     return offset.item(np.flatnonzero(place)[-1] + 1) if place.any() else 0
 

@@ -1136,7 +1136,7 @@ def test_bpe_cuts_text_only_between_words():
     r, places = random.Random(0), 0
     parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t",
              "\u00a0", "\u3000", "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c",
-             "\U0001f600", "\ufeff"]
+             "\U0001f600", "\ufeff", "\u0929", "\u0915\u093f", "\u0bb4\u0bcd", "\u0e01\u0e33", "\u0f43", "\u10d0", "\u1f71"]
     parts += 4 * [" ", "\n"]
     text = "".join(r.choice(parts) for _ in range(6000)).encode()
     text = b"".join(text[i:i + 50] + r.choice([b"", b"\xff", b"\xc3", b"\xe4\xb8", b"\xe3\x80"]) for i in range(0, len(text), 50))
@@ -1154,6 +1154,8 @@ def test_bpe_cuts_text_only_between_words():
                 assert [*a, *b] == expect, (tok.pattern, left, right)
         places += len(cuts)
     assert places > 1000
+    for word in ("word", "\u0441\u043b\u043e\u0432\u043e", "\u0916\u0930", "\u0baa\u0bb4", "\u0e04\u0e33", "\u10d2\u10d0"):
+        assert bpe.last_place(f"{word}\n{word}".encode()) == len(word.encode()), "a list of words, one per line, can be cut"
 
 
 def test_bpe_workers_agree(monkeypatch):

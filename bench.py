@@ -518,7 +518,6 @@ def score(model, questions):
     cfg = config.Config(max_new_tokens=tokens.shape[1])
     rows = [sampler.Row(context, 0, None, cfg) for context, _ in pairs]
     cache = sampler.prefill(model, rows, cfg, Counter())        # all but each last id; equal contexts are read once
-    cache.set_lengths([row.length for row in rows])
     found = model.log_probs(model.hidden(tokens[:, :-1].clamp(min=0), cache), tokens[:, 1:])
     return [part.tolist() for part in found.split([len(q[1]) for q in questions])]
 

@@ -267,8 +267,9 @@ def align(model, cache, rows, need, cfg):
     if not cache.static: cache.set_lengths([row.length for row in rows])        # a static step gets the lengths from feed
 
 def prefill(model, rows, cfg, stats, cache=None, static=False):
-    """Read every row's ids except its last, cfg.prefill_chunk at a time, and return the cache. cache: where the only row has its
-    earlier text; None: make one. Short texts are padded on the right: attention is causal, so no token sees the padding."""
+    """Read every row's ids except its last, cfg.prefill_chunk at a time; return the cache, ready for a step. static: see KVCache.
+    cache: where the only row has its earlier text; None: make one. Short texts are padded on the right: attention is causal, so
+    no token sees the padding."""
     clock, texts = time.perf_counter(), [tuple(row.ids[row.read:-1]) for row in rows]
     unique = list(dict.fromkeys(texts))         # equal prompts are read once
     if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
@@ -279,6 +280,8 @@ def prefill(model, rows, cfg, stats, cache=None, static=False):
     for i in range(0, idx.shape[1], cfg.prefill_chunk): model.hidden(idx[:, i:i + cfg.prefill_chunk], cache)
     for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
     if len(unique) < len(rows): cache.reorder([unique.index(text) for text in texts])
+    cache.static = static
+    cache.set_lengths([row.length for row in rows])
     cache.lengths.tolist()                      # wait for the device
     stats.update(prompt_tokens=sum(map(len, unique)), prompt_seconds=time.perf_counter() - clock)
     return cache
@@ -320,8 +323,6 @@ def decode(model, rows, cfg, limit, stats, cache=None):
     # static: shapes stay fixed, so that a step can be compiled (if cfg.compile) and, on a GPU, recorded
     static = bool(cfg.compile or gpu) and not beams and cache is None
     cache = prefill(model, rows, cfg, stats, cache, static)
-    cache.static = static
-    cache.set_lengths([row.length for row in rows])         # sets the true lengths, and a static cache's fixed shapes
     written = lambda: sum(len(row.logprobs) for row in found)
     def work(cache, lengths, new, u, *seen):    # feed's inputs -> tokens, their log-probabilities (R, T); beams: logits (R, T, V)
         cache.lengths.copy_(lengths)

@@ -3904,7 +3904,6 @@ def test_sample_prefill_then_a_step_gives_the_uncached_logits_of_every_row():
         cfg = config.Config(prefill_chunk=chunk)
         rows, stats = [sample.Row(p, 0, sample_TOK, cfg) for p in prompts], Counter()
         cache = sample.prefill(model, rows, cfg, stats)
-        sample.align(model, cache, rows, 1, cfg)
         assert cache.lengths.tolist() == [0, 8, 2] and stats["prompt_tokens"] == 10
         logits = model(torch.tensor([p[-1:] for p in prompts]), cache=cache)[0][:, 0]
         for row, p in zip(logits, prompts):

@@ -276,9 +276,9 @@ def bench_sample(argv):
     for name, work in others.items():
         work(min(n, 17))        # warm up, to a length of 16: Triton compiles another kernel for multiples of 16
         rows.append([name, 1, 1, n, n / seconds(partial(work, n)), "-", "-"])
-    for kind, *how in (("float32", torch.float32), ("bfloat16", torch.bfloat16),
-                       ("bfloat16, int8 weights", torch.bfloat16, "int8")):
-        model = sampler.place(copy.deepcopy(plain), device, *how, pack=not cfg.compile)
+    for kind, dtype, int8 in (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False),
+                              ("bfloat16, int8 weights", torch.bfloat16, True)):
+        model = sampler.place(copy.deepcopy(plain), device, dtype, int8, pack=not cfg.compile)
         ours(model, 1, 16, 8)   # warm up
         for shape in ((1, 1, n), (1, 512, 32), (4, 16, 32), (16, 16, 32), (64, 16, 16)):
             if sum(shape[1:]) <= cfg.block_size: rows.append([f"sample.py, {kind}", *shape, *ours(model, *shape)])

@@ -75,11 +75,10 @@ class SplitLinear(nn.Linear):
         else: y = nn.functional.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
-def place(model, device, dtype, quantize="none", pack=False):
+def place(model, device, dtype, int8=False, pack=False):
     """Make the model ready to sample: its weights rounded or packed, in dtype, on the device; position tables stay float32."""
     pack = pack and device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()
     pack = pack and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    int8 = quantize == "int8"
     if int8 or pack:
         for name, m in list(model.named_modules()):         # linear layers alone: embeddings are looked up, never multiplied
             if isinstance(m, nn.Linear): model.set_submodule(name, Int8Linear(m) if int8 else PackedLinear(m.to(dtype)))
@@ -130,7 +129,7 @@ def load(cfg, pack=False):
     tok.first = (first_token(tok) if meta.get("documents", {}).get("train") != 1 else []) or tok.encode("\n")
     tok.chat = "form" in meta           # trained on the answers in prepare.py's template
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' if int8 else ''}"
-    return place(model, device, dtype, cfg.quantize, pack), tok, about
+    return place(model, device, dtype, int8, pack), tok, about
 
 def export(cfg):
     """Write the folder cfg.export for transformers' AutoModelForCausalLM and AutoTokenizer, either complete or not at all."""

@@ -4295,7 +4295,7 @@ def test_sample_int8_is_within_half_a_step_and_keeps_the_loss(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         again = model_py.GPT(model.config)
         again.load_state_dict(model.state_dict())
-        again = sample.place(again, sample_CPU, dtype, "int8")
+        again = sample.place(again, sample_CPU, dtype, int8=True)
         assert abs(loss(again) / before - 1) < 0.005 and sum(isinstance(m, sample.Int8Linear) for m in again.modules()) == 13
         for part in (test[:, :32], test[:1, :1], test[:1, :4]):             # few rows: another bfloat16 kernel
             exact = model(part)[0]

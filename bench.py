@@ -490,7 +490,7 @@ def read_question(item):
 
 def read_task(task, lines, tok, size):
     """[(ids of the context, ids of each ending, letters of each, index of the right one)]; a long context loses its beginning."""
-    questions, begin = [], sampler.opening(tok)
+    questions, begin = [], sampler.ids_of(tok, sampler.BEGIN)
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         try:

@@ -95,13 +95,9 @@ def find_checkpoint(cfg):
     newest = os.path.dirname(max(found, key=os.path.getmtime))
     return next(path for path in found if os.path.dirname(path) == newest)      # best.pt comes first
 
-def first_token(tok):
-    """[the id that every text begins with], or [] if the tokenizer has none."""
-    return [tok.special_tokens[t] for t in (BEGIN, ENDOFTEXT) if t in tok.special_tokens][:1]
-
-def opening(tok):
-    """[the id before every prompt, too], which Llama 3 expects, or []."""
-    return [tok.special_tokens[BEGIN]] if BEGIN in tok.special_tokens else []
+def ids_of(tok, *names):
+    """The ids of those names that are special tokens of the tokenizer, in the order of the names."""
+    return [tok.special_tokens[name] for name in names if name in tok.special_tokens]
 
 def load(cfg, pack=False):
     """(model, tokenizer, a line about them) from out_dir, from the newest run, or, with init_from and no out_dir, from a Hugging
@@ -126,7 +122,8 @@ def load(cfg, pack=False):
         raise ValueError(f"{path}: its tokenizer has {tok.vocab_size} tokens, but its model only {model.config.vocab_size}: "
                          "use the tokenizer that the model was trained with")
     # a model trained on a single document has never seen what follows an end-of-text token: it begins with a line end instead
-    tok.first = (first_token(tok) if meta.get("documents", {}).get("train") != 1 else []) or tok.encode("\n")
+    first = ids_of(tok, BEGIN, ENDOFTEXT)[:1] if meta.get("documents", {}).get("train") != 1 else []
+    tok.first = first or tok.encode("\n")
     tok.chat = "form" in meta           # trained on the answers in prepare.py's template
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' if int8 else ''}"
     return place(model, device, dtype, int8, pack), tok, about
@@ -384,7 +381,7 @@ def read_prompts(cfg, tok, size):
             except (ValueError, LookupError, TypeError):
                 raise ValueError(f'{path}, line {n + 1}: want {{"prompt": "..."}}') from None
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")
-    prompts, begin = [tok.encode(text, "all") if text else tok.first for text in texts], opening(tok)
+    prompts, begin = [tok.encode(text, "all") if text else tok.first for text in texts], ids_of(tok, BEGIN)
     prompts = [ids if ids[:1] == begin else begin + ids for ids in prompts]         # the text may have it already
     longest = max(map(len, prompts))
     if longest > size:
@@ -396,7 +393,7 @@ def read_prompts(cfg, tok, size):
 
 def read_stops(cfg, tok):
     r"""cfg.stop -> (ids that end a row, byte strings that end it): "\n\n|<|endoftext|>" -> ({id of <|endoftext|>}, [b"\n\n"])"""
-    ends, strings = {tok.special_tokens[t] for t in ENDS if t in tok.special_tokens}, []
+    ends, strings = set(ids_of(tok, *ENDS)), []
     for stop in re.split(r"(?<!<)\|(?!>)", cfg.stop) if cfg.stop else []:       # the bars of <|...|> do not separate
         if not stop: raise ValueError(f"stop={cfg.stop!r} has an empty part, which would end all samples at once: remove a |")
         if stop in tok.special_tokens: ends.add(tok.special_tokens[stop])

@@ -4671,7 +4671,7 @@ def test_sample_export_loads_in_transformers_peer(kw, tmp_path, capsys):
 
 def test_sample_llama3_texts_begin_with_its_token():
     tok = bpe.Tokenizer.train(["ab ab"], 260, special_tokens=("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"))
-    tok.first = sample.first_token(tok)
+    tok.first = sample.ids_of(tok, sample.BEGIN, sample.ENDOFTEXT)[:1]
     assert tok.first == [tok.special_tokens["<|begin_of_text|>"]]
     assert sample.read_prompts(config.Config(start="ab"), tok, 64)[0] == [tok.first + tok.encode("ab")]
     assert sample.read_prompts(config.Config(), tok, 64)[0] == [tok.first]

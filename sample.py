@@ -30,9 +30,10 @@ import torch
 import torch.nn as nn
 
 import bpe, config, prepare
+from bpe import ENDOFTEXT
 from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load_hf, pick_device, save_hf, why_not_compile
 
-ENDOFTEXT, BEGIN = "<|endoftext|>", "<|begin_of_text|>"             # BEGIN: Llama 3 expects it at the start of every text
+BEGIN = "<|begin_of_text|>"                                         # Llama 3 expects it at the start of every text
 ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # GPT-2 and ours; Llama 3; chat turns of Llama 3 and Qwen
 
 # ---------------------------------------------------------------------------- weights

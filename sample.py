@@ -178,7 +178,7 @@ class Row:
         text, used = codecs.utf_8_decode(self.held[:len(self.held) - hold], "replace", bool(self.finish))
         self.text, self.held = self.text + text, self.held[used:]
 
-    def score(self, penalty): return sum(self.logprobs) / max(len(self.logprobs), 1) ** penalty
+    def score(self, penalty): return sum(self.logprobs) / len(self.logprobs) ** penalty
 
     def draft(self, n):
         """A guess at the next tokens, at most n: those that followed the latest earlier occurrence of the text's last two."""
@@ -283,14 +283,14 @@ def prefill(model, rows, cfg, stats, cache=None, static=False):
     stats.update(prompt_tokens=sum(map(len, unique)), prompt_seconds=time.perf_counter() - clock)
     return cache
 
-def feed(rows, drafts, T, limit, cfg):
+def feed(rows, drafts, T, V, cfg):
     """A step's inputs, on the CPU: each row's length in the cache (R,), its last id and its draft, padded with 0 (R, T), the
-    numbers to draw with (R, T), and with a repetition penalty which ids its text has (R, limit)."""
+    numbers to draw with (R, T), and with a repetition penalty which ids its text has (R, V)."""
     ids = [row.ids[-1:] + draft + [0] * (T - 1 - len(draft)) for row, draft in zip(rows, drafts)]
     inputs = [torch.tensor([row.length for row in rows], dtype=torch.int32), torch.tensor(ids),
               torch.tensor([row.uniform[len(row.logprobs):len(row.logprobs) + T] for row in rows])]
     if cfg.repetition_penalty != 1:
-        inputs.append(torch.stack([torch.bincount(torch.tensor(row.ids), minlength=limit)[:limit] > 0 for row in rows]))
+        inputs.append(torch.stack([torch.bincount(torch.tensor(row.ids), minlength=V)[:V] > 0 for row in rows]))
     return inputs
 
 def record(step, inputs, device):
@@ -310,9 +310,9 @@ def record(step, inputs, device):
     return replay
 
 @torch.inference_mode()
-def decode(model, rows, cfg, limit, stats, cache=None):
+def decode(model, rows, cfg, V, stats, cache=None):
     """Continue rows (Row objects) together until all have finished, and yield them after each step; with num_beams continue the
-    only row, and yield its best endings so far. Only ids below `limit` are drawn. Rows that finish leave the batch. The cache
+    only row, and yield its best endings so far. Only ids below V are drawn. Rows that finish leave the batch. The cache
     never holds a row's last id: each step feeds it, with a draft of what may follow. cache: where the only row has its earlier
     text. stats: a Counter of tokens, seconds, steps and bytes read; prompts are counted separately."""
     device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
@@ -323,7 +323,7 @@ def decode(model, rows, cfg, limit, stats, cache=None):
     written = lambda: sum(len(row.logprobs) for row in found)
     def work(cache, lengths, new, u, *seen):    # feed's inputs -> tokens, their log-probabilities (R, T); beams: logits (R, T, V)
         cache.lengths.copy_(lengths)
-        own = model.head(model.hidden(new, cache))[:, :, :limit].float()
+        own = model.head(model.hidden(new, cache))[:, :, :V].float()
         logits = penalise(own, *seen, cfg.repetition_penalty) if seen else own
         picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
         return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)] + ([logits] if beams else [])
@@ -346,7 +346,7 @@ def decode(model, rows, cfg, limit, stats, cache=None):
         if static and room < cfg.speculate: room = 0            # two shapes to compile, not one per length of a draft
         drafts = [row.draft(min(room, row.limit - len(row.logprobs) - 1)) for row in live]
         T = 1 + (room if static else max(map(len, drafts)))
-        inputs = feed(live, drafts, T, limit, cfg)
+        inputs = feed(live, drafts, T, V, cfg)
         if static and T not in recorded:
             recorded[T] = record(step, inputs, device)
             clock = time.perf_counter()                         # compiling and recording do not count as decoding

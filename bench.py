@@ -27,7 +27,7 @@ if "tokenizer" not in sys.argv[1:2]:        # its seconds and memory count from 
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     import flash_attn, prepare, sample as sampler, train as trainer
-    from model import GPT, hf_config, pick_device, stretched, why_not_compile
+    from model import GPT, hf_config, pick_device, position_table, stretched, why_not_compile
 
 # ---------------------------------------------------------------------------- tools
 
@@ -301,17 +301,18 @@ def bench_context(argv):
     starts = np.linspace(0, len(data) - 8 * n - 1, 24).astype(int)[:, None]
     texts = torch.tensor(data[starts + np.arange(8 * n + 1)].astype(np.int64), device=plain.transformer.wte.weight.device)
 
-    def perplexity(model, x, length):                   # x (24, >= last, C): the hidden states of tokens up to `length`
-        nats = -model.log_probs(x[:, -last:], texts[:, length - last + 1:length + 1])           # (24,)
+    def perplexity(x, length):                          # x (24, >= last, C): the hidden states of tokens up to `length`
+        nats = -plain.log_probs(x[:, -last:], texts[:, length - last + 1:length + 1])           # (24,)
         return math.exp(nats.mean().item() / last)
 
+    scaled = copy.deepcopy(plain)                       # the same weights, with other positions
     for kind in ("none", "linear", "ntk", "yarn", "llama3") if plain.config.pos == "rope" else ():
         rows.append([f"rope_scaling={kind}"])
         for length in lengths:
             scale = dict(rope_scaling=kind, rope_factor=length / trained) if kind != "none" and length > n else {}
-            shape = vars(replace(plain.config, block_size=length, rope_trained=trained, **scale))
-            model = GPT.from_checkpoint(dict(config=shape, model=plain.state_dict())).requires_grad_(False).to(texts.device)
-            rows[-1].append(perplexity(model, model.hidden(texts[:, :length]), length))
+            scaled.config = replace(plain.config, block_size=length, rope_trained=trained, **scale)
+            scaled.table = position_table(scaled.config).to(texts.device)
+            rows[-1].append(perplexity(scaled.hidden(texts[:, :length]), length))
     for sinks in (0, min(4, (n - 1) // 2)):
         cache, kept = sampler.new_cache(plain, len(texts), n), []
         rows.append([f"window, sinks={sinks}"])
@@ -319,7 +320,7 @@ def bench_context(argv):
             if cache.span == n:
                 cache.set_lengths([sampler.make_room(plain, cache, r, n, x[:t].tolist(), sinks) for r, x in enumerate(texts)])
             kept = kept[-last + 1:] + [plain.hidden(texts[:, t:t + 1], cache)]
-            if t + 1 in lengths: rows[-1].append(perplexity(plain, torch.cat(kept, 1), t + 1))
+            if t + 1 in lengths: rows[-1].append(perplexity(torch.cat(kept, 1), t + 1))
     table(["perplexity before"] + [f"{length:,} tokens" for length in lengths], rows)
 
 # ---------------------------------------------------------------------------- training

@@ -4974,6 +4974,8 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     rows = re.findall(r"^rope_scaling=\w+ +[\d,.]+ +([\d,.]+) ", capsys.readouterr().out, re.M)
     assert len(set(rows)) == 5
+    bench.main(["context", "--out_dir=out/x", "--device=cpu", "--quantize=int8"])
+    assert capsys.readouterr().out.count("rope_scaling=") == 5
     data[:8 * n].tofile("data/d/val.bin")
     with pytest.raises(ValueError, match="val.bin has 128 tokens"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])

@@ -38,7 +38,7 @@ def table(header, rows):
     widths = [max(map(len, column)) for column in zip(*text)]
     for row in text: print("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))), flush=True)
 
-def draw(path, panels, styles={}, **labels):
+def plot(path, panels, styles={}, **labels):
     """Plot {title: {line: [(x, y), ..]}}, up to four panels in a row, above one legend. A leading _ keeps a line out of it."""
     from matplotlib.figure import Figure
     rows, columns = math.ceil(len(panels) / 4), min(len(panels), 4)
@@ -138,7 +138,7 @@ def bench_attention(argv):
     os.makedirs("out/bench", exist_ok=True)
     with open("out/bench/attention.csv", "w", newline="") as f: csv.writer(f).writerows([header, *rows])
     print("wrote out/bench/attention.csv")
-    if peer("matplotlib"): draw("out/bench/attention.png", plots, xscale="log", xlabel="T = S", ylabel="TFLOP/s")
+    if peer("matplotlib"): plot("out/bench/attention.png", plots, xscale="log", xlabel="T = S", ylabel="TFLOP/s")
 
 def attention_without_gpu():
     """The memory a layer keeps for its backward pass and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
@@ -412,7 +412,7 @@ def bench_plot(argv):
             for axis in panels: panels[axis][label] = [(r[axis], y) for r, y in points] or [(math.nan, math.nan)]
     if not importlib.util.find_spec("matplotlib"): raise ValueError("plot needs matplotlib: pip install matplotlib")
     unit = "bits per byte" if bits else "nats per token"
-    draw(os.path.join(argv[0], "loss.png"), panels, styles, ylabel=f"{unit}: pale = training, dots = validation")
+    plot(os.path.join(argv[0], "loss.png"), panels, styles, ylabel=f"{unit}: pale = training, dots = validation")
 
 def fit_law(compute, loss):
     """(E, A, a) of loss = E + A * compute^-a (Kaplan et al. 2020, arXiv:2001.08361; Hoffmann et al. 2022): fits a line in log-log

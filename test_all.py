@@ -4860,9 +4860,9 @@ def test_bench_plot_peer_matplotlib(tmp_path, monkeypatch):
         lines += [dict(step=8, tokens=80, seconds=4.0, val_loss=v, val_bpb=v / 4) for v in (1.5, 1.0, 2.0)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
         (tmp_path / name / "config.json").write_text("{}")
-    names, draw = [], bench.draw
-    spied = lambda path, panels, *args, **kw: (names.extend(panels["step"]), draw(path, panels, *args, **kw))
-    monkeypatch.setattr(bench, "draw", spied)
+    names, plot = [], bench.plot
+    spied = lambda path, panels, *args, **kw: (names.extend(panels["step"]), plot(path, panels, *args, **kw))
+    monkeypatch.setattr(bench, "plot", spied)
     bench.main(["plot", str(tmp_path / "a"), str(tmp_path / "b")])
     assert names[1] == f"{tmp_path / 'a'}, best 0.2500"               # bits per byte: the runs' tokenizers may differ
     assert (tmp_path / "a" / "loss.png").read_bytes()[:4] == b"\x89PNG"

@@ -412,20 +412,17 @@ def report(stats, device):
     say(f"\n{prefilled}decode {written:,} at {written / stats['seconds']:,.1f} tok/s, {written / stats['steps']:.2f} per pass | "
         f"weights and cache read at {used:.1f} GB/s, {used / peak:.0%} of the {peak:.1f} GB/s that a plain sum reaches")
 
-def turn(tok, ids, begin, line):
-    """The ids of a line typed after the text `ids`, which began with `begin`: the line and its end, or, for a chat model, a turn
-    of the template."""
-    if not tok.chat: return tok.encode(line + "\n", "all")
-    end = [tok.special_tokens[ENDOFTEXT]]       # after every answer, even one that was cut short
-    return (end if ids != begin and ids[-1:] != end else []) + tok.encode(prepare.prompt_of(line), "all")
-
 def interact(model, tok, cfg, begin, ends, stops):
-    """A conversation that starts with the ids `begin`: each line typed (see turn) goes to the cache and is continued."""
+    """A conversation that starts with the ids `begin`: each line typed goes to the cache and is continued, or, for a chat model,
+    is put into the template and answered."""
     cache, row = new_cache(model, 1, model.config.block_size), Row(begin, cfg.seed - 1, tok, cfg)
     say(f"each line {'is a message' if tok.chat else 'is continued'}; Ctrl-C ends an answer, Ctrl-D the conversation")
     while True:
-        try: line = turn(tok, row.ids, begin, input("> " * os.isatty(0)))
+        try: line = input("> " * os.isatty(0))
         except (EOFError, RuntimeError): return             # RuntimeError: stdin is closed
+        if tok.chat and row.ids != begin and row.ids[-1] != tok.special_tokens[ENDOFTEXT]:
+            row.ids.append(tok.special_tokens[ENDOFTEXT])   # it ends every answer, even one that was cut short
+        line = tok.encode(prepare.prompt_of(line) if tok.chat else line + "\n", "all")
         before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops, row.read, row.length)
         try:
             for _ in decode(model, [row], cfg, tok.vocab_size, Counter(), cache):

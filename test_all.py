@@ -4530,17 +4530,17 @@ def test_sample_interactive_speaks_the_template_of_a_chat_model(tmp_path, monkey
     model_py.save_checkpoint(path, checkpoint | dict(meta=dict(form="answers"), config=checkpoint["config"] | dict(alien=3)))
     rows, Row, eot = [], sample.Row, [sample_TOK.special_tokens["<|endoftext|>"]]
     monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nvu\n"))
-    sample.main(config.load([f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0"]))
-    assert "knobs that this version ignores: alien=3" in capsys.readouterr().err
-    _, first, second = rows
-    assert first.prompt == eot + sample_TOK.encode("User: the cat\n\nAssistant:")
-    begin = sample_TOK.encode("System: purr\n\n")
-    tok = copy.copy(sample_TOK)
-    tok.chat = True
-    assert sample.turn(tok, begin, begin, "vu") == sample_TOK.encode("User: vu\n\nAssistant:")        # no answer was before
-    ended = first.ids if first.finish == "end" else first.ids + eot
-    assert second.prompt == ended + sample_TOK.encode("User: vu\n\nAssistant:")
+    (tmp_path / "system.txt").write_text("System: purr\n\n")
+    for more, begin in (([], eot), ([f"--start=FILE:{tmp_path}/system.txt"], sample_TOK.encode("System: purr\n\n"))):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nvu\n"))
+        rows.clear()
+        sample.main(config.load([f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0", *more]))
+        assert "knobs that this version ignores: alien=3" in capsys.readouterr().err
+        _, first, second = rows
+        assert first.prompt == begin + sample_TOK.encode("User: the cat\n\nAssistant:")     # no answer was before
+        answer = first.tokens[:len(first.logprobs)]
+        ended = first.prompt + (answer if first.finish == "end" else answer + eot)
+        assert second.prompt == ended + sample_TOK.encode("User: vu\n\nAssistant:")
 
 
 def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(tmp_path, monkeypatch, capsys):

@@ -4119,22 +4119,15 @@ def test_sample_beam_search_passes_the_context():
 
 def test_sample_window_equals_a_slow_twin():
     """Past its context, the rolling cache equals a fresh pass over the tokens it keeps, with positions counted from 0 again."""
-    for pos, kw in (("rope", {}), ("rope", dict(rope_scaling="yarn", rope_factor=2.0))):
-        model = sample_gpt(pos=pos, n_layer=1, block_size=32, **kw)         # one layer: keys depend only on their tokens
-        rows = sample_rows(model, [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2)
-        for row in rows:
+    for shape, drop in ((dict(n_layer=1), 30 // 8), (dict(n_layer=1, rope_scaling="yarn", rope_factor=2.0), 30 // 8),
+                        (dict(pos="learned"), 32 // 2)):        # RoPE: one layer, whose keys depend only on their own tokens
+        model = sample_gpt(block_size=32, **shape)
+        for row in sample_rows(model, [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2):
             kept = list(row.prompt)
             for t in row.tokens:
                 assert model(torch.tensor([kept]))[0][0, -1, :280].argmax().item() == t
-                if len(kept) == 32: kept = kept[:2] + kept[2 + (32 - 2) // 8:]
+                if len(kept) == 32: kept = kept[:2] + kept[2 + drop:]
                 kept.append(t)
-    model = sample_gpt(pos="learned", block_size=32)        # the same, but it reads its newer half again
-    for row in sample_rows(model, [[1, 2, 3], list(range(20))], max_new_tokens=60, temperature=0, sinks=2):
-        kept = list(row.prompt)
-        for t in row.tokens:
-            assert model(torch.tensor([kept]))[0][0, -1, :280].argmax().item() == t
-            if len(kept) == 32: kept = kept[:2] + kept[2 + 32 // 2:]
-            kept.append(t)
 
 
 def test_sample_rows_past_the_context_do_not_depend_on_neighbours():
@@ -4523,35 +4516,37 @@ def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkey
     assert model(torch.tensor([ids]))[0][0, -1, :sample_TOK.vocab_size].argmax().item() == after
 
 
+def sample_talk(folder, monkeypatch, lines, *argv):
+    """The Row objects of a conversation in which `lines` are typed, the first of which holds its beginning."""
+    rows, Row = [], sample.Row
+    with monkeypatch.context() as m:
+        m.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
+        m.setattr(sys, "stdin", io.StringIO(lines))
+        sample.main(config.load([f"--out_dir={folder}", "--interactive", "--max_new_tokens=5", "--temperature=0", *argv]))
+    return rows
+
+
 def test_sample_interactive_speaks_the_template_of_a_chat_model(tmp_path, monkeypatch, capsys):
     sample_checkpoint(tmp_path)
     path = str(tmp_path / "ckpt.pt")
     checkpoint = model_py.load_checkpoint(path)
     model_py.save_checkpoint(path, checkpoint | dict(meta=dict(form="answers"), config=checkpoint["config"] | dict(alien=3)))
-    rows, Row, eot = [], sample.Row, [sample_TOK.special_tokens["<|endoftext|>"]]
-    monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
-    (tmp_path / "system.txt").write_text("System: purr\n\n")
-    for more, begin in (([], eot), ([f"--start=FILE:{tmp_path}/system.txt"], sample_TOK.encode("System: purr\n\n"))):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nvu\n"))
-        rows.clear()
-        sample.main(config.load([f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0", *more]))
+    system, eot = "System: purr\n\n", [sample_TOK.special_tokens["<|endoftext|>"]]
+    (tmp_path / "system.txt").write_text(system)
+    for more, begin in (([], eot), ([f"--start=FILE:{tmp_path}/system.txt"], sample_TOK.encode(system))):
+        _, first, second = sample_talk(tmp_path, monkeypatch, "the cat\nvu\n", *more)
         assert "knobs that this version ignores: alien=3" in capsys.readouterr().err
-        _, first, second = rows
         assert first.prompt == begin + sample_TOK.encode("User: the cat\n\nAssistant:")     # no answer was before
         answer = first.tokens[:len(first.logprobs)]
         ended = first.prompt + (answer if first.finish == "end" else answer + eot)
         assert second.prompt == ended + sample_TOK.encode("User: vu\n\nAssistant:")
 
 
-def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(tmp_path, monkeypatch, capsys):
+def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(tmp_path, monkeypatch):
     sample_checkpoint(tmp_path)
-    rows, Row, argv = [], sample.Row, [f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0"]
-    monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
     for more in ([], ["--past_context=error"]):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("the mat\n" + "xyz " * 40 + "\nvu\n"))
-        rows.clear()
-        sample_main(capsys, *argv, *more, "--start=the cat sat. ")
-        _, first, too_long, last = rows
+        lines = "the mat\n" + "xyz " * 40 + "\nvu\n"
+        _, first, too_long, last = sample_talk(tmp_path, monkeypatch, lines, "--start=the cat sat. ", *more)
         assert first.prompt == sample_TOK.encode("the cat sat. ") + sample_TOK.encode("the mat\n") and not too_long.tokens
         assert last.prompt == first.ids + sample_TOK.encode("vu\n")
         ids = torch.tensor([last.ids])
@@ -4559,20 +4554,18 @@ def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(
         assert logits[0, len(last.prompt) - 1:-1, :sample_TOK.vocab_size].argmax(-1).tolist() == last.tokens
 
 
-def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monkeypatch, capsys):
+def test_sample_interrupted_answers_leave_the_conversation_whole(tmp_path, monkeypatch):
     """Ctrl-C during the prefill of a line, and in the middle of an answer: the next answer still follows from the whole text."""
     sample_checkpoint(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe mat\non the rat\n"))
-    rows, Row, hidden, calls = [], sample.Row, model_py.GPT.hidden, itertools.count(1)
+    hidden, calls = model_py.GPT.hidden, itertools.count(1)
     def interrupted(self, idx, cache=None):
         x = hidden(self, idx, cache)
         if next(calls) in (1, 5): raise KeyboardInterrupt           # prefill of line 1; step 3 of answer 2
         return x
     monkeypatch.setattr(model_py.GPT, "hidden", interrupted)
-    monkeypatch.setattr(sample, "Row", lambda *args: rows.append(Row(*args)) or rows[-1])
-    sample_main(capsys, f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=5", "--temperature=0")
+    _, first, second, third = sample_talk(tmp_path, monkeypatch, "the cat\nthe mat\non the rat\n")
     monkeypatch.setattr(model_py.GPT, "hidden", hidden)
-    model, (_, first, second, third) = sample.load(config.Config(out_dir=str(tmp_path)))[0], rows
+    model = sample.load(config.Config(out_dir=str(tmp_path)))[0]
     assert (len(first.tokens), len(second.tokens), third.finish) == (0, 2, "length")
     assert (first.seed, second.seed, third.seed) == (1337, 1338, 1339)
     assert second.prompt == first.prompt + sample_TOK.encode("the mat\n")

@@ -4527,19 +4527,21 @@ def sample_talk(folder, monkeypatch, lines, *argv):
 
 
 def test_sample_interactive_speaks_the_template_of_a_chat_model(tmp_path, monkeypatch, capsys):
-    sample_checkpoint(tmp_path)
-    path = str(tmp_path / "ckpt.pt")
-    checkpoint = model_py.load_checkpoint(path)
-    model_py.save_checkpoint(path, checkpoint | dict(meta=dict(form="answers"), config=checkpoint["config"] | dict(alien=3)))
-    system, eot = "System: purr\n\n", [sample_TOK.special_tokens["<|endoftext|>"]]
+    path = sample_checkpoint(tmp_path)
+    checkpoint = model_py.load_checkpoint(path) | dict(meta=dict(form="answers"))
+    checkpoint["config"]["alien"], head = 3, checkpoint["model"]["lm_head.weight"]
+    system, eot = "System: purr\n\n", sample_TOK.special_tokens["<|endoftext|>"]
     (tmp_path / "system.txt").write_text(system)
-    for more, begin in (([], eot), ([f"--start=FILE:{tmp_path}/system.txt"], sample_TOK.encode(system))):
+    likely = -3 * head[eot]                 # makes it the likeliest token of these answers
+    for more, begin, finish in (([], [eot], "length"), ([], [eot], "end"),
+                                ([f"--start=FILE:{tmp_path}/system.txt"], sample_TOK.encode(system), "end")):
+        if finish == "end": head[eot] = likely
+        model_py.save_checkpoint(path, checkpoint)
         _, first, second = sample_talk(tmp_path, monkeypatch, "the cat\nvu\n", *more)
         assert "knobs that this version ignores: alien=3" in capsys.readouterr().err
         assert first.prompt == begin + sample_TOK.encode("User: the cat\n\nAssistant:")     # no answer was before
-        answer = first.tokens[:len(first.logprobs)]
-        ended = first.prompt + (answer if first.finish == "end" else answer + eot)
-        assert second.prompt == ended + sample_TOK.encode("User: vu\n\nAssistant:")
+        assert first.finish == finish and second.prompt.count(eot) == begin.count(eot) + 1      # one more, in either case
+        assert second.prompt == first.prompt + first.tokens + sample_TOK.encode("User: vu\n\nAssistant:")
 
 
 def test_sample_interactive_begins_with_the_prompt_and_survives_a_line_too_long(tmp_path, monkeypatch):

@@ -56,10 +56,10 @@ def peer(name):
     except ImportError: print(f"{name} is left out: pip install {name}", file=sys.stderr)
 
 def seconds(work):
-    """How long work() takes, including what it left running on the GPU."""
+    """How long work() takes, including what it left running on a GPU (CUDA or MPS)."""
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    if torch.accelerator.is_available(): torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 def take_turns(contestants, rounds, measure=seconds):

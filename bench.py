@@ -318,7 +318,7 @@ def bench_context(argv):
         rows.append([f"window, sinks={sinks}"])
         for t in range(lengths[-1]):
             if cache.span == n:
-                cache.set_lengths([sampler.make_room(plain, cache, r, n, x[:t].tolist(), sinks) for r, x in enumerate(texts)])
+                cache.set_lengths([n - sampler.make_room(plain, cache, r, n, x[:t].tolist(), sinks) for r, x in enumerate(texts)])
             kept = kept[-last + 1:] + [plain.hidden(texts[:, t:t + 1], cache)]
             if t + 1 in lengths: rows[-1].append(perplexity(torch.cat(kept, 1), t + 1))
     table(["perplexity before"] + [f"{length:,} tokens" for length in lengths], rows)

@@ -153,19 +153,20 @@ def export(cfg):
 class Row:
     """One continuation: its prompt and seed, the ids of the prompt and those drawn, the text that is safe to show. `finish` says
     why it ended: "end" (an end token), "stop" (a stop string) or "length"; None while it goes on. uniform[i] draws token i."""
-    def __init__(self, prompt, seed, tok, cfg, ends=(), stops=(), read=0, length=0):
+    def __init__(self, prompt, seed, tok, cfg, ends=(), stops=(), read=0, dropped=0):
         self.prompt, self.seed, self.tok, self.ends, self.stops, self.limit = prompt, seed, tok, ends, stops, cfg.max_new_tokens
         self.ids, self.logprobs, self.held, self.text, self.finish = list(prompt), [], b"", "", None
-        self.read, self.length = read, length       # ids that the cache has read, and how many it still holds (see make_room)
+        self.read, self.dropped = read, dropped     # ids that the cache has read, and how many of them it forgot (see make_room)
         self.uniform = torch.rand(self.limit + cfg.speculate + 1, generator=torch.Generator().manual_seed(seed)).tolist()
 
     tokens = property(lambda self: self.ids[len(self.prompt):])
+    length = property(lambda self: self.read - self.dropped)        # in the cache
 
     def add(self, token, logprob):
         """Append one token. A stop string cuts the text off where the string begins, even if that was several tokens ago."""
         self.ids.append(token)
         self.logprobs.append(logprob)
-        self.read, self.length = self.read + 1, self.length + 1     # the cache has just read the token before this one
+        self.read += 1              # the cache has just read the token before this one
         if token in self.ends: self.finish = "end"
         else:
             self.held += self.tok.decode_bytes([token])
@@ -239,7 +240,7 @@ def new_cache(model, rows, length):
     return KVCache(model.config, rows, min(length, model.config.block_size), weight.device, weight.dtype)
 
 def make_room(model, cache, row, length, text, sinks, need=1):
-    """Free at least `need` positions in one row of the cache and return its new length; text: the ids it has read. RoPE: drop
+    """Free at least `need` positions in one row of the cache, and return how many. text: the ids that it has read. RoPE: drop
     the oldest after the first `sinks`, rotate the later keys back by as many. Else: read the sinks and the newer half again."""
     size, sinks = cache.max_len, min(sinks, (cache.max_len - 1) // 2)
     drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once, so it happens rarely
@@ -253,14 +254,14 @@ def make_room(model, cache, row, length, text, sinks, need=1):
         fresh, text = new_cache(model, 1, end), text[:sinks] + text[-kept:]
         model.hidden(torch.tensor([text], device=cache.lengths.device), fresh)
         for store, again in zip(cache.k + cache.v, fresh.k + fresh.v): store[row, :, :end] = again[0]
-    return end
+    return drop
 
 def align(model, cache, rows, need, cfg):
     """Give every row room for `need` more tokens, and tell the cache how many positions each row holds."""
     for r, row in enumerate(rows):
         if (over := row.length + need - cache.max_len) > 0:
             if cfg.past_context == "error": raise ValueError(f"block_size={cache.max_len} is full: use --past_context=window")
-            row.length = make_room(model, cache, r, row.length, row.ids[:row.read], cfg.sinks, over)
+            row.dropped += make_room(model, cache, r, row.length, row.ids[:row.read], cfg.sinks, over)
     if not cache.static: cache.set_lengths([row.length for row in rows])        # a static step gets the lengths from feed
 
 def prefill(model, rows, cfg, stats, cache=None, static=False):
@@ -275,7 +276,7 @@ def prefill(model, rows, cfg, stats, cache=None, static=False):
         cache = new_cache(model, len(unique), 1 << (length - 1).bit_length() if static else length)     # few shapes to compile
     idx = nn.utils.rnn.pad_sequence([torch.tensor(text).long() for text in unique], batch_first=True).to(cache.lengths.device)
     for i in range(0, idx.shape[1], cfg.prefill_chunk): model.hidden(idx[:, i:i + cfg.prefill_chunk], cache)
-    for row, text in zip(rows, texts): row.read, row.length = row.read + len(text), row.length + len(text)
+    for row, text in zip(rows, texts): row.read += len(text)
     if len(unique) < len(rows): cache.reorder([unique.index(text) for text in texts])
     cache.static = static
     cache.set_lengths([row.length for row in rows])
@@ -423,7 +424,7 @@ def interact(model, tok, cfg, begin, ends, stops):
         if tok.chat and row.ids != begin and row.ids[-1] != tok.special_tokens[ENDOFTEXT]:
             row.ids.append(tok.special_tokens[ENDOFTEXT])   # it ends every answer, even one that was cut short
         line = tok.encode(prepare.prompt_of(line) if tok.chat else line + "\n", "all")
-        before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops, row.read, row.length)
+        before, shown, row = row, 0, Row(row.ids + line, row.seed + 1, tok, cfg, ends, stops, row.read, row.dropped)
         try:
             for _ in decode(model, [row], cfg, tok.vocab_size, Counter(), cache):
                 print(row.text[shown:], end="", flush=True)

@@ -401,8 +401,9 @@ def bench_plot(argv):
     if not argv: raise ValueError("name the runs to draw: python bench.py plot out/a out/b")
     panels, styles, pale, dots = {"step": {}, "tokens": {}, "seconds": {}}, {}, dict(alpha=0.4), dict(marker="o")
     logs = {folder: read_run(folder)[1] for folder in argv}
+    # of each run: the bits per byte in one nat per token, 0 if no evaluation tells; nats alone depend on the tokenizer
     scales = [next((r["val_bpb"] / r["val_loss"] for r in log if r.get("val_bpb")), 0) for log in logs.values()]
-    bits = all(scales)                  # nats per token depend on the tokenizer
+    bits = all(scales)                  # then all runs are drawn in bits per byte
     for n, (folder, log) in enumerate(logs.items()):
         scale = scales[n] if bits else 1
         best = scale * min((r["val_loss"] for r in log if r.get("val_loss")), default=math.nan)

@@ -484,25 +484,23 @@ def safetensors():
     return safetensors
 
 def hf_shape(hf):
-    """The contents of a config.json by transformers 4 or 5 -> (family, GPTConfig). ValueError lists all that is unsupported."""
-    if "model_type" not in hf: raise KeyError("model_type")
+    """The contents of a config.json by transformers 4 or 5 -> the same, flat and without nulls, and our GPTConfig. ValueError
+    lists all that is unsupported."""
     hf = hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})       # transformers 4 and 5 nest RoPE's settings here
     hf = {key: value for key, value in hf.items() if value is not None}
     scaling = hf.setdefault("rope_type", hf.get("type", "default"))
     wrong = [f"{key}={hf[key]!r}" + (f", not in {allowed}" if allowed else "")
              for key, allowed in ALLOWED.items() if key in hf and hf[key] not in allowed]
     if set(hf.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
-    biased = hf.get("attention_bias", False) or hf.get("mlp_bias", False)       # if one of the two, load_hf adds zeros
-    if biased and hf["model_type"] == "qwen3": wrong.append("attention_bias")
     if wrong: raise ValueError(f"it has settings that are not supported here: {', '.join(wrong)}")
     family = FAMILIES[hf["model_type"]]
     shape = family["shape"] | {field: hf[key] for key, field in family["keys"].items() if key in hf or field not in OPTIONAL}
     if scaling != "default" and hf["factor"] != 1:
         trained = hf.get("original_max_position_embeddings", shape["block_size"])
         shape |= dict(rope_scaling=scaling, rope_factor=float(hf["factor"]), rope_trained=trained)
-    if family is LLAMA: shape["bias"] = biased
+    if hf.get("attention_bias") or hf.get("mlp_bias"): shape["bias"] = True     # if only one of the two, load_hf adds zeros
     if hf.get("hidden_act") == "relu": shape["mlp"] = "relu2"           # if gate_proj equals up_proj: load_hf checks that
-    return hf["model_type"], GPTConfig(**shape, zero_init=False)
+    return hf, GPTConfig(**shape, zero_init=False)
 
 def hf_config(folder):
     """hf_shape of a folder's config.json; ValueError names the file and what is wrong with it."""
@@ -513,14 +511,18 @@ def hf_config(folder):
     except KeyError as e: raise ValueError(f"{path} has no entry {e}") from None
     except (ValueError, TypeError, AttributeError) as e: raise ValueError(f"cannot read {path}: {e}") from None
 
-def hf_places(config, family):
+def hf_places(config, hf):
     """{their name: (our names, shape, transposed)}: their tensor is ours, each of that shape, concatenated along dim 0, and then
-    transposed where GPT-2 has a Conv1D. ReLU^2 is relu(gate) * up with gate and up both our c_fc."""
-    fields, places = family["shape"] | dict(n_inner=config.inner, tie_weights=config.tie_weights), {}
+    transposed where GPT-2 has a Conv1D. ReLU^2 is relu(gate) * up with gate and up both our c_fc. Llama may have biases in
+    attention or MLP alone, Qwen3 only in attention; we have them in both."""
+    family, places = FAMILIES[hf["model_type"]], {}
+    fields = family["shape"] | dict(n_inner=config.inner, tie_weights=config.tie_weights)
     with torch.device("meta"): model = GPT(replace(config, **fields))       # our model with all the parameters that theirs has
     for ours, p in model.named_parameters():
         theirs, transposed = ours, family is GPT2 and ".h." in ours and p.dim() == 2
         for old, new in family["names"].items(): theirs = theirs.replace(old, new)
+        biased = hf.get("mlp_bias" if ".mlp." in theirs else "attention_bias", family is GPT2)
+        if theirs.endswith(".bias") and not biased: continue
         if config.mlp == "relu2": ours = ours.replace("c_gate", "c_fc")
         places.setdefault(theirs, ([], p.shape, transposed))[0].append(ours)
     return places
@@ -544,8 +546,8 @@ def hf_tensors(folder):
 def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     """The GPT in a Hugging Face folder, in evaluation mode. config: that of hf_config, perhaps with another block_size, RoPE
     scaling or dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
-    family, found = hf_config(folder)
-    config, places, state = config or found, hf_places(found, FAMILIES[family]), {}
+    hf, found = hf_config(folder)
+    config, places, state = config or found, hf_places(found, hf), {}
     missing = set(places)
     if found.tie_weights:       # some files store the head, too
         places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
@@ -566,13 +568,10 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
             t = torch.empty(t.shape, dtype=dtype, device=device).copy_(t)
             if not torch.equal(state.setdefault(ours, t), t):       # read twice: a tied head, or the gate and up of ReLU^2
                 raise ValueError(f"{path}: {key} differs from its twin: tied weights must be equal, so must relu's gate and up")
-    attn, mlp = ({name for name in places if part in name and name.endswith(".bias")} for part in (".self_attn.", ".mlp."))
-    if family == "llama" and (attn <= missing) != (mlp <= missing):         # biases in one of the two alone: zeros in the other
-        for name in attn if attn <= missing else mlp:
-            state |= {ours: torch.zeros(places[name][1], dtype=dtype, device=device) for ours in places[name][0]}
-            missing.discard(name)
     if missing: raise ValueError(f"{folder} lacks {len(missing)} tensors, such as {min(missing)}: are all its files there?")
     with torch.device("meta"): model = GPT(config)
+    for ours, p in model.named_parameters():        # biases that theirs does not have
+        if ours not in state: state[ours] = torch.zeros(p.shape, dtype=dtype, device=device)
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_weights: model.lm_head.weight = model.transformer.wte.weight      # assign=True has replaced wte
     return model.to(device).eval()
@@ -601,7 +600,7 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd}, not divisible by n_head={c.n_head}")
     if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")
     if wrong: raise ValueError(f"cannot export: transformers' {name} does not support {', '.join(wrong)}")
-    for theirs, (parts, shape, transposed) in hf_places(c, family).items():
+    for theirs, (parts, shape, transposed) in hf_places(c, hf).items():
         parts = [state[ours].cpu() if ours in state else torch.full(shape, float("weight" in ours)) for ours in parts]
         # a single part is copied only for ReLU^2, which stores c_fc twice: tensors in a file must not share memory
         whole = torch.cat(parts) if len(parts) > 1 or c.mlp == "relu2" else parts[0]

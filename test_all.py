@@ -713,13 +713,16 @@ def hf_same(ours, theirs):
     assert theirs.shape[1] == 14 + new and torch.equal(ours.generate(idx, new, temperature=0), theirs)
 
 
-@pytest.mark.parametrize("part", ["attention_bias", "mlp_bias"])
-def test_model_llama_with_biases_in_one_part_peer(part, tmp_path):
+@pytest.mark.parametrize("name, part", [("llama", "attention_bias"), ("llama", "mlp_bias"), ("qwen3", "attention_bias")])
+def test_model_with_biases_in_one_part_peer(name, part, tmp_path):
     """Here a model has biases everywhere or nowhere: zeros stand for those that the file has not."""
-    theirs = hf_made("llama", **{part: True})
+    theirs = hf_made(name, **{part: True})
     theirs.save_pretrained(tmp_path / "one")
     hf_same(ours := model_py.GPT.load(str(tmp_path / "one")), theirs)
     os.mkdir(tmp_path / "back")
+    if name == "qwen3":
+        with pytest.raises(ValueError, match="qwen3 does not support bias=True"): model_py.save_hf(ours, str(tmp_path / "back"))
+        return
     model_py.save_hf(ours, str(tmp_path / "back"))
     hf_same(ours, type(theirs).from_pretrained(tmp_path / "back").eval())
 
@@ -805,8 +808,8 @@ HF_BAD = {      # name: (changes to config.json, or a file and what is done to i
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
     "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"),
-    "biases": (dict(attention_bias=True), "lacks 21 tensors, such as model.layers.0.mlp.down_proj.bias"),
-    "qwen3 biases": (dict(attention_bias=True, model_type="qwen3"), "not supported here: attention_bias"),
+    "biases": (dict(attention_bias=True), "lacks 12 tensors, such as model.layers.0.self_attn.k_proj.bias"),
+    "both biases": (dict(attention_bias=True, mlp_bias=True), "lacks 21 tensors, such as model.layers.0.mlp.down_proj.bias"),
     "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     "quantised": (dict(quantization_config={"bits": 4}), "quantization_config="),
     "yarn": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"),

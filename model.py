@@ -142,7 +142,6 @@ class RMSNorm(nn.RMSNorm):
 def norm(config, width, kind="rmsnorm"):
     """LayerNorm has a gain; RMSNorm only with norm_gain (without, the next matrix absorbs it, except after QK-norm)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
-    assert kind == "rmsnorm"
     return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
 class LoRALinear(nn.Linear):

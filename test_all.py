@@ -3022,6 +3022,7 @@ def test_flash_gpu_memory_is_linear():
 
 TRAIN_SMALL = dict(dataset="tiny", tokenizer="bpe", vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4,
                    max_iters=20, eval_interval=10, eval_tokens=400, log_interval=1, device="cpu", dtype="float32", workers=1)
+TRAIN_ALONE = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
 
 
 @pytest.fixture(scope="module")
@@ -3121,7 +3122,6 @@ def test_train_lr_factor():
 def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
     np.random.default_rng(0).integers(61, size=331).astype("<u2").tofile(tmp_path / "v.bin")
     model, cfg = tiny_gpt(dropout=0.5), config.Config(**{**vars(tiny()), "block_size": 32}, batch_size=3, eval_tokens=tokens)
-    run = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
     data = torch.from_numpy(np.fromfile(tmp_path / "v.bin", dtype="<u2").astype(np.int64))
     starts, losses, n = {0: range(0, 330, 32), 100: [0, 3 * 32, 7 * 32], 37: [0], 9999: range(0, 330, 32)}[tokens], [], 0
     for s in starts:                                                            # evenly spread, whole rows but for the last
@@ -3129,7 +3129,7 @@ def test_train_evaluate_is_the_mean_over_fixed_windows(tmp_path, tokens):
         losses.append(torch.nn.functional.cross_entropy(model(data[None, s:e])[0][0], data[s + 1:e + 1], reduction="sum").item())
         n += e - s
     state = torch.get_rng_state()
-    loss, _ = train.evaluate(model.train(), train.Batches(tmp_path / "v.bin", 32, 0), cfg, run)
+    loss, _ = train.evaluate(model.train(), train.Batches(tmp_path / "v.bin", 32, 0), cfg, TRAIN_ALONE)
     assert loss == pytest.approx(sum(losses) / n, rel=1e-5)
     assert torch.equal(state, torch.get_rng_state()) and model.training         # no dropout inside, training mode after
 
@@ -3603,10 +3603,9 @@ def test_train_fine_tuning_resumes_bit_for_bit_and_samples_peer(monkeypatch, tun
     before = [r["step"] for r in train_log(tmp_path / "whole")][0] == 0
     assert before == (kind == "answers")            # dpo's loss before training is log 2 whatever the data
     if kind == "answers":
-        run = train.Machine(config.Config(device="cpu", dtype="float32"))
         monkeypatch.chdir(tune_dir)
         val, cfg = train.Batches("data/answers/val.bin", 32, 0), config.Config(batch_size=4)
-        assert log[0] == pytest.approx(train.evaluate(model_py.GPT.load("base"), val, cfg, run)[0], rel=1e-4)
+        assert log[0] == pytest.approx(train.evaluate(model_py.GPT.load("base"), val, cfg, TRAIN_ALONE)[0], rel=1e-4)
     else: assert train_log(tmp_path / "whole")[-1]["val_right"] > 0.5
     assert log[-1] < log[0] and log[-1:] == [r["val_loss"] for r in train_log(tmp_path / "half") if "val_loss" in r][-1:]
     if kind != "answers":
@@ -3666,9 +3665,8 @@ def test_train_masked_batches_and_evaluation_peer(tune_dir, monkeypatch):
         assert batches.weigh(rows) == mask[at].sum()
         seen += at.tolist()
     assert len(set(seen)) == len(seen) == 32 * batches.n
-    run = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
-    spans, ranks = batches.spans(0, 12), [types.SimpleNamespace(rank=i, world=2, device=run.device) for i in (0, 1)]
-    one, *two = (list(batches.share(spans, 2, r)) for r in (run, *ranks))
+    spans, ranks = batches.spans(0, 12), [types.SimpleNamespace(rank=i, world=2, device=TRAIN_ALONE.device) for i in (0, 1)]
+    one, *two = (list(batches.share(spans, 2, r)) for r in (TRAIN_ALONE, *ranks))
     assert sum(weight for *_, weight in one) == batches.weigh(batches.read(spans)) and len({weight for *_, weight in one}) > 2
     for (x, y, weight), (x2, y2, weight2) in zip(one, itertools.chain(*zip(*two)), strict=True):    # ranks take turns
         assert torch.equal(x, x2) and torch.equal(y, y2) and weight == weight2
@@ -3679,7 +3677,7 @@ def test_train_masked_batches_and_evaluation_peer(tune_dir, monkeypatch):
         logp = model(data[None, s:min(s + 32, len(ids) - 1)])[0][0].log_softmax(-1)
         for j, row in enumerate(logp):
             if mask[s + j + 1]: total, n = total - row[data[s + j + 1]].item(), n + 1
-    assert train.evaluate(model, batches, cfg, run)[0] == pytest.approx(total / n, rel=1e-5)
+    assert train.evaluate(model, batches, cfg, TRAIN_ALONE)[0] == pytest.approx(total / n, rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -3715,10 +3713,10 @@ def test_train_dpo_equals_a_reference_written_out_in_float64_peer(tune_dir, monk
     losses = train.objective(model, x, y, cfg, start)
     loss = losses.mean()
     loss.backward()
-    run = types.SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.autocast("cpu", enabled=False))
     margins = -torch.log(torch.exp(losses) - 1)         # the loss of each pair is log(1 + exp(-beta * margin))
     pairs.windows = lambda tokens: pairs.spans(0, 8)
-    assert train.evaluate(model, pairs, cfg, run, start) == pytest.approx([loss.item(), (margins > 0).double().mean().item()])
+    found = train.evaluate(model, pairs, cfg, TRAIN_ALONE, start)
+    assert found == pytest.approx([loss.item(), (margins > 0).double().mean().item()])
     assert loss.item() == pytest.approx(total.item(), rel=1e-6) and loss.item() != pytest.approx(math.log(2), abs=1e-3)
     compared = 0
     for p, q in zip(model.parameters(), policy.parameters()):

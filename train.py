@@ -201,7 +201,7 @@ def as_saved(cfg, run, old):
             "choose another --out_dir")
     if old["step"] >= cfg.max_iters: run.say(f"the run has its {old['step']} steps already: to go on, raise --max_iters")
     run.say(f"resuming at step {old['step']} of {cfg.max_iters}, knobs changed: {', '.join(changed.values()) or 'none'}")
-    keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # prepare_data checks a changed one's hash
+    keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # a changed tokenizer: prepare_data compares its hash
     return dataclasses.replace(cfg, **{k: v for k, v in old["config"].items() if k in keep})
 
 def as_pretrained(cfg, run, folder):
@@ -219,8 +219,8 @@ def prepare_data(cfg, run, old):
     """Training and validation batches, meta.json's contents, tokenizer; prepares a missing dataset. old: a checkpoint or {}."""
     if not prepare.prepared(cfg): run.say(f"data/{cfg.dataset} is not there yet: preparing it first")
     elif prepare.outdated(cfg) and old: run.say(f"{cfg.input} is newer than data/{cfg.dataset}: run prepare.py to use it")
-    changed = lambda: not old and prepare.outdated(cfg) and prepare.verify(cfg)     # verify: not if the knobs differ, too
-    run.in_turn(lambda: prepare.prepared(cfg) and not changed() or prepare.main(cfg))
+    newer = lambda: not old and prepare.outdated(cfg) and prepare.verify(cfg)   # verify: ValueError if the knobs differ, too
+    run.in_turn(lambda: prepare.prepared(cfg) and not newer() or prepare.main(cfg))
     meta, folder = prepare.verify(cfg), Path("data", cfg.dataset)
     pairs = meta.get("form") == "pairs"
     require(pairs == (cfg.objective == "dpo"), f"{cfg.dataset} has {'' if pairs else 'no '}preference pairs, see prepare.py: "
@@ -422,7 +422,7 @@ def train(cfg, run):
         if reference: record, unit = dict(val_right=right), f", {right:.1%} of pairs right"
         else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
         log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
-        save(*["best"] * better, *["ckpt"] * (step > 0), *[f"ckpt_{step:06d}"] * (cfg.keep_checkpoints > 0 < step))
+        save(*["best"] * better, *["ckpt"] * (step > 0), *[f"ckpt_{step:06d}"] * (step > 0 and cfg.keep_checkpoints > 0))
         if sample and run.rank == 0: show_sample(out_dir, run, greeting)
         log.began = time.perf_counter() - log.seconds       # leave out evaluation
 
@@ -457,9 +457,9 @@ def train(cfg, run):
         evaluating = step % cfg.eval_interval == 0 or step == cfg.max_iters or sampling         # a sample needs a checkpoint
         if step % cfg.log_interval == 0 or step == 1 or evaluating or stopping:
             log.line(step, factor, norm)
-            again = f"resume from {last}" if os.path.exists(last) else "no checkpoint is saved yet, start again"
+            advice = f"resume from {last}" if os.path.exists(last) else "no checkpoint is saved yet, start again"
             require(log.skipped_in_a_row < cfg.max_bad_steps, f"{log.skipped_in_a_row} steps in a row had a non-finite gradient: "
-                    f"{again} with a lower learning rate or --dtype=float32")
+                    f"{advice} with a lower learning rate or --dtype=float32")
         if stopping: save("ckpt")               # before any evaluation: the process may be killed soon after the signal
         if evaluating: validate(sampling and not stopping)
         if stopping: return run.say(f"stopped by a signal, saved {last}: give the same command with --init_from=resume to go on")

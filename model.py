@@ -161,7 +161,7 @@ class LoRALinear(nn.Linear):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.config, self.layer, self.window, self.backend = config, layer, config.windows[layer], "sdpa"
+        self.config, self.layer, self.window = config, layer, config.windows[layer]
         C, HD, kv = config.n_embd, config.n_head * config.head_dim, config.kv_heads * config.head_dim
         self.c_q = nn.Linear(C, HD, bias=config.bias)   # three matrices, not one: Muon orthogonalises each separately
         self.c_k = nn.Linear(C, kv, bias=config.bias)
@@ -179,10 +179,10 @@ class CausalSelfAttention(nn.Module):
         # and k together, and their backward in another. type_as: under autocast, the float32 RoPE table has promoted q and k
         return q.type_as(v).transpose(1, 2), k.type_as(v).transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, rope, cache, pos, masks):
+    def forward(self, x, rope, cache, pos, backend, masks):
         q, k, v = self.qkv(x, rope)
         if cache is not None: k, v = cache.update(self.layer, pos, k, v)       # (B, K, S, D)
-        y = attention(q, k, v, self.backend, cache, self.window, masks[self.window], self.config.dropout * self.training)
+        y = attention(q, k, v, backend, cache, self.window, masks[self.window], self.config.dropout * self.training)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, H*D)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
 
@@ -207,8 +207,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = norm(config, config.n_embd, config.norm), CausalSelfAttention(config, layer)
         self.ln_2, self.mlp = norm(config, config.n_embd, config.norm), MLP(config)
 
-    def forward(self, x, rope, cache, pos, masks):
-        x = x + self.attn(self.ln_1(x), rope, cache, pos, masks)
+    def forward(self, x, rope, cache, pos, backend, masks):
+        x = x + self.attn(self.ln_1(x), rope, cache, pos, backend, masks)
         return x + self.mlp(self.ln_2(x))
 
 # ---------------------------------------------------------------------------- the loss
@@ -299,7 +299,6 @@ class GPT(nn.Module):
             q = torch.empty(1, 1, 1, self.config.head_dim, device=device, dtype=torch.bfloat16)
             why_not = flash_attn.why_not(q, q, q, dropout_p=self.config.dropout if training else 0.0)
         self.backend = "sdpa" if why_not else "flash_attn"
-        for block in self.transformer.h: block.attn.backend = self.backend
         return f"torch SDPA ({why_not})" if why_not else "flash_attn.py, Triton kernels"
 
     def add_lora(self, rank):
@@ -346,7 +345,7 @@ class GPT(nn.Module):
         masks = {w: doc_start if flash else sdpa_mask(pos, S, w, doc_start) for w in set(self.config.windows)}  # one per window
         recompute = self.grad_checkpoint and self.training and cache is None
         for block in self.transformer.h:
-            args = x, rope, cache, pos, masks
+            args = x, rope, cache, pos, self.backend, masks
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self.transformer.ln_f(x)
 

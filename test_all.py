@@ -396,8 +396,7 @@ def model_by_kernels(model):
     """The same model with flash_attn.py's kernels for attention, on the GPU if there is one."""
     if needs_flash.args[0]: pytest.skip(needs_flash.kwargs["reason"])
     torch.set_float32_matmul_precision("highest")       # an earlier test of train.py may have turned TF32 on
-    model.to(flash_device).set_backend()
-    for part in (model, *(block.attn for block in model.transformer.h)): part.backend = "flash_attn"
+    model.to(flash_device).backend = "flash_attn"
     return model
 
 

@@ -509,13 +509,12 @@ def hf_config(folder):
     except KeyError as e: raise ValueError(f"{path} has no entry {e}") from None
     except (ValueError, TypeError, AttributeError) as e: raise ValueError(f"cannot read {path}: {e}") from None
 
-def hf_places(config, hf):
-    """{their name: (our names, shape, transposed)}: their tensor is ours, each of that shape, concatenated along dim 0, and then
-    transposed where GPT-2 has a Conv1D. ReLU^2 is relu(gate) * up with gate and up both our c_fc. Llama may have biases in
-    attention or MLP alone, Qwen3 only in attention; we have them in both."""
+def hf_places(hf, config):
+    """For what hf_shape returns: {their name: (our names, shape, transposed)}. Their tensor is ours, each of that shape, joined
+    along dim 0, and then transposed where GPT-2 has a Conv1D. ReLU^2 is relu(gate) * up with gate and up both our c_fc. Llama may
+    have biases in attention or MLP alone, Qwen3 only in attention; we have them in both."""
     family, places = FAMILIES[hf["model_type"]], {}
-    fields = family["shape"] | dict(n_inner=config.inner, tie_weights=config.tie_weights)
-    with torch.device("meta"): model = GPT(replace(config, **fields))       # our model with all the parameters that theirs has
+    with torch.device("meta"): model = GPT(replace(config, mlp=family["shape"]["mlp"], n_inner=config.inner))
     for ours, p in model.named_parameters():
         theirs, transposed = ours, family is GPT2 and ".h." in ours and p.dim() == 2
         for old, new in family["names"].items(): theirs = theirs.replace(old, new)
@@ -545,7 +544,7 @@ def load_hf(folder, device="cpu", dtype=torch.float32, config=None):
     """The GPT in a Hugging Face folder, in evaluation mode. config: that of hf_config, perhaps with another block_size, RoPE
     scaling or dropout. Tensors are read one by one: memory holds the model and at most two of the file's matrices."""
     hf, found = hf_config(folder)
-    config, places, state = config or found, hf_places(found, hf), {}
+    config, places, state = config or found, hf_places(hf, found), {}
     missing = set(places)
     if found.tie_weights:       # some files store the head, too
         places["lm_head.weight"] = ["transformer.wte.weight"], (found.vocab_size, found.n_embd), False
@@ -592,13 +591,13 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     if c.rope_scaling == "llama3": hf["rope_scaling"] |= llama3
     try: back = explicit(hf_shape(hf)[1])
     except ValueError as e: raise ValueError(f"cannot export: transformers' {name} cannot have this shape ({e})") from None
-    # these may differ: they do not change the outputs, or are filled in below
+    # what may differ: what does not change the outputs (rope_trained: llama3's is checked below), and what is filled in
     may_differ = ["dropout", "zero_init", "rope_theta", "rope_trained"] + [f for f in ("bias", "norm_gain") if not getattr(c, f)]
     wrong = [f"{field}={ours!r}" for field, ours in vars(c).items() if ours != getattr(back, field) and field not in may_differ]
     if name == "llama" and c.n_embd % c.n_head: wrong.append(f"n_embd={c.n_embd}, not divisible by n_head={c.n_head}")
     if c.rope_scaling == "llama3" and c.trained_length % 1: wrong.append(f"block_size / rope_factor = {c.trained_length}")
     if wrong: raise ValueError(f"cannot export: transformers' {name} does not support {', '.join(wrong)}")
-    for theirs, (parts, shape, transposed) in hf_places(c, hf).items():
+    for theirs, (parts, shape, transposed) in hf_places(hf, back).items():
         parts = [state[ours].cpu() if ours in state else torch.full(shape, float("weight" in ours)) for ours in parts]
         # a single part is copied only for ReLU^2, which stores c_fc twice: tensors in a file must not share memory
         whole = torch.cat(parts) if len(parts) > 1 or c.mlp == "relu2" else parts[0]

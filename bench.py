@@ -129,7 +129,7 @@ def bench_attention(argv):
     for B, H, K, T, S, D, mask in cases:
         found = attention_case(B, H, K, T, S, D, mask, device, measure)
         for (which, name), (ms, mib) in found.items():
-            keys = {"causal": S / 2, "full": S, "window": WINDOW}[mask]                         # that a query sees, on average
+            keys = {"causal": S / 2, "full": S, "window": WINDOW - WINDOW ** 2 / (2 * S)}[mask]     # a query sees, on average
             flops = 4 * B * H * T * D * keys * (2.5 if which == "backward" else 1)
             rate, ours = flops / ms / 1e9, found[which, "ours"][0]                              # TFLOP/s
             rows.append([B, H, K, T, S, D, mask, which, name, ms * 1e3, rate, 100 * rate / peak, mib, ms / ours])

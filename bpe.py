@@ -22,6 +22,7 @@ import base64, codecs, collections, functools, hashlib, itertools, json, operato
 import unicodedata
 import numpy as np
 
+# The regexes name the rules and serve tiktoken; split_gpt2 and split_gpt4 carry the rules out. To change one, change both.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 # Variants of GPT-4's: in tiktoken's cl100k_base, white space at the end of the text is one word; in Qwen's, each digit is a word.
@@ -56,7 +57,7 @@ def classes(code):
     found = CLASS.take(code)
     if (found == UNKNOWN).any():
         import tiktoken
-        new = np.add.outer(np.unique(code[found == UNKNOWN] >> 10) << 10, np.arange(1 << 10, dtype="<u4"))   # in blocks
+        new = np.add.outer(np.unique(code[found == UNKNOWN] >> 10) << 10, np.arange(1 << 10, dtype="<u4"))   # in blocks of 1,024
         new = new[CLASS[new] == UNKNOWN]
         text, ranks = new.tobytes().decode("utf-32-le"), {bytes([i]): i for i in range(256)}
         for cls, regex in (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (WHITE, r"\s+"):
@@ -178,7 +179,7 @@ def groups(items, size, length=len):
 # ---- Words to numbers ---------------------------------------------------------------------------------------------------------
 
 U = np.uint64
-MIX = np.frombuffer(os.urandom(24), U) | U(1)              # odd multipliers
+MIX = np.frombuffer(os.urandom(24), U) | U(1)              # odd, so that multiplying loses no bits
 KEEP = np.array([(1 << 8 * i) - 1 for i in range(9)], U)   # KEEP[i] keeps the first i bytes
 
 def word_keys(raw, starts, lens):
@@ -237,7 +238,7 @@ def work(function, pipe):
         except Exception as e: result = None, e
         pipe.send(result)
 
-def start(process):
+def start_process(process):
     """Start a process, and delay Ctrl-C meanwhile: in the middle of a fork Python would print a traceback for it, or lose it.
     Masking the signal would not help, as another thread would take it. Only the main thread handles signals."""
     if threading.current_thread() is not threading.main_thread(): return process.start()
@@ -268,7 +269,7 @@ def in_order(function, jobs, workers):
         for job in itertools.islice(jobs, workers):
             pipe, worker_end = context.Pipe()
             team.append(context.Process(target=work, args=(function, worker_end), daemon=True))
-            start(team[-1])
+            start_process(team[-1])
             worker_end.close()      # then the pipe closes when the worker dies
             talk(pipe.send, job)
             busy.append(pipe)
@@ -341,7 +342,7 @@ class Pairs:
             pos = pos[(i - np.maximum.accumulate(np.where(begins_run, i, 0))) % 2 == 0]
             which = which[:len(pos)]
         right, w = self.nxt[pos], self.weight[pos]
-        for beside in right, self.prv[pos]:    # the pairs on both sides disappear; where there is none, -1 is the unused last one
+        for beside in right, self.prv[pos]:    # the pairs on both sides disappear; without one, pid is -1: the last count, unused
             np.subtract.at(self.count, self.pid[beside], w)
             self.pid[beside] = -1              # subtle: a pair between two merges is subtracted only once
         self.count[pairs], self.pid[pos] = 0, -1
@@ -359,7 +360,7 @@ def learn_merges(words, n_merges, add=lambda n: None):
     old one would, too, and the old one touches p1. Hence: walk down the order and stop at the first pair that touches an earlier
     one (l == b or r == a) or is (a, a), which overlaps itself and goes alone. What was passed is what one merge at a time takes.
 
-    A batch may end sooner: only `hot` pairs are considered, all those up to a last one, and only the first of them are sorted."""
+    `hot` holds every pair that ranks as high as the HOT-th did when it was last filled; a batch takes at most its first 64."""
     pairs, merges, hot = Pairs(words), [], []
     def first(count, key, n):   # indices of the first n pairs, in order
         limit = np.partition(count, -n)[-n] if len(count) > n else 1
@@ -416,7 +417,7 @@ class Tokenizer:
         self._tokens, self.special_tokens = tokens, special_tokens
         self.vocab = {i: token for token, i in tokens.items()} | {i: as_bytes(t) for t, i in special_tokens.items()}
         self.vocab_size = max(self.vocab) + 1
-        twice = self._own and len(tokens) < len(vocab) or len(self.vocab) < len(tokens) + len(special_tokens)   # token; id
+        twice = self._own and len(tokens) < len(vocab) or len(self.vocab) < len(tokens) + len(special_tokens)   # a token; an id
         if twice or min(self.vocab) < 0 or "" in special_tokens or not all(bytes([b]) in tokens for b in range(256)):
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
 
@@ -541,7 +542,7 @@ class Tokenizer:
             for group in groups(batch, CHUNK):
                 raw, starts, lens, ends = split(group, self.pattern)
                 chunks.append((words.number(raw, starts, lens), ends))
-            if new := list(itertools.islice(reversed(words), len(words) - known))[::-1]:    # words[known:], from the near end
+            if new := list(itertools.islice(reversed(words), len(words) - known))[::-1]:    # words[known:]; a dict has no slices
                 more, sizes = self._merge(new)
                 start, ids = np.append(start, start[-1] + np.cumsum(sizes)), np.append(ids, more.astype(narrow))
             if len(words) <= CACHE and len(ids) <= 8 * CACHE: self._cache = words, start, ids

@@ -15,9 +15,10 @@ Notation, here and in the code:
 Plain attention writes s and p, T x S each, to GPU memory and reads them back, which takes longer than the arithmetic. Here a
 program (a thread block of the GPU) owns a tile of queries, loops over blocks of keys, and keeps no block's scores once used.
 
-Forward: the online softmax (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022). Over the keys seen so far, each query
-keeps the largest score m (subtracted so that exp cannot overflow), the sum l = sum_j exp(s_ij - m), and the unnormalised output
-a = sum_j exp(s_ij - m) v_j. The next block of keys may raise the maximum to m': rescale the old sums, then add the block's terms,
+Forward: the online softmax (Milakov & Gimelshein 2018; FlashAttention, Dao et al. 2022), dividing only at the end, as in
+FlashAttention-2 (Dao 2023). Over the keys seen so far, each query keeps the largest score m (subtracted so that exp cannot
+overflow), the sum l = sum_j exp(s_ij - m), and the unnormalised output a = sum_j exp(s_ij - m) v_j. The next block of
+keys may raise the maximum to m': rescale the old sums, then add the block's terms,
 
     alpha = exp(m - m')        l <- alpha l + sum_j exp(s_ij - m')        a <- alpha a + sum_j exp(s_ij - m') v_j        m <- m'
 
@@ -25,8 +26,8 @@ At the end o = a / l. Also stored is the log-sum-exp L = m + log l, one number i
 weight without a division, and without overflow, as L_i >= every s_ij seen: p_ij = exp(s_ij - L_i). The hardware computes exp(x)
 as exp2(x log2(e)). The code puts log2(e) into scale, once, not into each score: m and L are in base 2.
 
-Backward (FlashAttention-2, Dao 2023). do_i is the loss's gradient with respect to o_i; likewise dv, dp, ds, dq and dk. The chain
-rule, through o_i = sum_j p_ij v_j, then the softmax (the derivative of p_ij by s_ik is p_ij ([j = k] - p_ik)), then the scores:
+Backward (FlashAttention). do_i is the loss's gradient with respect to o_i; likewise dv, dp, ds, dq and dk. The chain rule,
+through o_i = sum_j p_ij v_j, then the softmax (the derivative of p_ij by s_ik is p_ij ([j = k] - p_ik)), then the scores:
 
     dv_j = sum_i p_ij do_i                     dp_ij = do_i.v_j
     ds_ij = p_ij (dp_ij - delta_i)             delta_i = sum_j p_ij dp_ij = do_i.(sum_j p_ij v_j) = do_i.o_i
@@ -34,13 +35,14 @@ rule, through o_i = sum_j p_ij v_j, then the softmax (the derivative of p_ij by 
 
 delta_i, a sum over all keys, is thus a product of two rows already in memory: a small kernel computes it first. A second kernel
 owns a tile of keys and sums its dk and dv over queries; a third owns a tile of queries and sums its dq over keys. Both recompute
-s and dp (7 products instead of 5); in return no two programs add to the same gradient: no atomics, every run gives the same bits.
+s and dp: 7 products, where FlashAttention-2 has 5 and adds dq by atomics. In return no two programs add to the same gradient, and
+every run gives the same bits.
 
 The mask. Query i is at position pos = i + (S - T), so that the last query is level with the last key (T = 2, S = 5: 11110 and
 11111), and sees the keys first <= j < end. end is pos + 1 if causal, else S; first is 0, or more: pos - window + 1 with a window,
 doc_start[b, i] with documents. A query that sees no key yields zeros and passes no gradient: its L is +inf, which makes every
-p_ij zero. Blocks that no query of the tile sees are skipped; only those crossed by an edge of the mask ("edge" blocks, not
-"full") are masked. T = S = 4 blocks, causal:  E . . . / F E . . / F F E . / F F F E  (F full, E edge, . skipped).
+p_ij zero. Blocks before the first key that the tile sees and after its last are skipped; only those crossed by an edge of the
+mask ("edge" blocks, not "full") are masked. Causal, T = S = 4 blocks, Full, Edge, .: skipped:  E... / FE.. / FFE. / FFFE
 """
 import math, os, re, shutil, subprocess, sysconfig
 
@@ -197,12 +199,13 @@ def forward_kernel(Q, K, V, Out, LSE, Doc, q_strides, k_strides, v_strides, o_st
         for i in tl.range(0, edges if EDGE else full, disable_licm=True):
             n = block(i, EDGE, start, before, full) * BLOCK_N
             k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
+            # subtle: v before the products: a wait for it after them keeps tile 0's softmax from starting during tile 1's product
+            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
             s = [dot(x, k.T, zero) for x in q]
             if EDGE:
                 cols = n + tl.arange(0, BLOCK_N)[None, :]
                 s = [hide(s[t], cols, mask[t][0][:, None], mask[t][1][:, None], float("-inf"), WINDOW or DOC)
                      for t in (0, 1)[:COUNT]]
-            v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
             state = [online_softmax(s[t], v, *state[t], scale) for t in (0, 1)[:COUNT]]
 
     lse = LSE + tl.cast(pid // tiles, tl.int64) * T_pad                 # LSE[b, h]: (B, H, T_pad), see new_stats
@@ -228,7 +231,8 @@ def delta_kernel(Out, dOut, Delta, o_strides, do_strides, H, T, T_pad, D: tl.con
 @jit
 def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_strides, v_strides, do_strides, dk_strides,
                 dv_strides, H, G, T, S, T_pad, window, scale, scale_log2, D: tl.constexpr, WIDTH: tl.constexpr,
-                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                GROUPED: tl.constexpr):
     """dk and dv of one tile of keys, from every query that sees it, in all G heads of the group. Scores are transposed, (keys,
     queries), so that p and ds are the left operands of dv and dk without a detour through shared memory."""
     tiles = tl.cdiv(S, BLOCK_N)
@@ -257,7 +261,8 @@ def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_str
         # subtle: from i // number the compiler infers number > 0, and would prefetch for an iteration that may never come
         each = tl.where(number > 0, number, 1)
         for i in tl.range(0, G * number, disable_licm=True):            # (head of the group, block) in one loop: two would spill
-            h, m = kv * G + i // each, block(i % each, EDGE, start, before, full) * BLOCK_M
+            g, j = (i // each, i % each) if GROUPED else (0, i)         # a division per block is 8% of the loop's instructions
+            h, m = kv * G + g, block(j, EDGE, start, before, full) * BLOCK_M
             rows = m + tl.arange(0, BLOCK_M)
             stats = (tl.cast(b, tl.int64) * H + h) * T_pad + rows       # past T, LSE is +inf and p is 0
             q = load(Q, q_strides, b, h, m, T, EDGE, D, BLOCK_M, WIDTH)
@@ -361,7 +366,7 @@ def combine_kernel(Part, LSE, Out, o_strides, H, T, splits, D: tl.constexpr, WID
 TILES = {
     "forward": {80: {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 4, 2)},
                 90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-                100: {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}},
+                100: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}},
     "dkdv": {80: {64: (32, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
              90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
     "dq": {80: {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)},
@@ -411,8 +416,8 @@ def backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window
         inputs = (tiled(q, M), tiled(k, N), tiled(v, N), tiled(dout, M), lse, delta)
         if which == "dkdv":
             ends = lse if doc_start is None else document_ends(doc_start, S, N)
-            launches.append((dkdv_kernel, triton.cdiv(S, N) * K * B,
-                             (*inputs, dk, dv, doc, ends, *strides, dk.stride(), dv.stride(), *sizes), options))
+            args = (*inputs, dk, dv, doc, ends, *strides, dk.stride(), dv.stride(), *sizes)
+            launches.append((dkdv_kernel, triton.cdiv(S, N) * K * B, args, options | dict(GROUPED=H > K)))
         else:
             launches.append((dq_kernel, triton.cdiv(T, M) * H * B, (*inputs, dq, doc, *strides, dq.stride(), *sizes), options))
     return launches
@@ -491,9 +496,11 @@ decode_op.register_fake(lambda q, k, v, lengths, window, scale: empty_like(q))
 
 def save_for_backward(ctx, inputs, output):
     q, k, v, ctx.causal, ctx.window, ctx.scale, doc_start = inputs
+    ctx.set_materialize_grads(False)                        # or autograd fills a tensor with zeros for dlse
     ctx.save_for_backward(q, k, v, *output, doc_start)
 
-def backward(ctx, dout, dlse):                              # lse stays inside flash_attention: dlse is zero
+def backward(ctx, dout, dlse):                              # lse stays inside flash_attention: dlse is None
+    if dout is None: return (None,) * 7
     *saved, doc_start = ctx.saved_tensors
     return *backward_op(dout, *saved, ctx.causal, ctx.window, ctx.scale, doc_start), None, None, None, None
 
@@ -537,8 +544,8 @@ def check(q, k, v, window, scale):
             0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
                          "q must be (B, H, T, D), k and v (B, K, S, D), H a multiple of K")
-    if not isinstance(window, (int, torch.SymInt)) or window < 0:
-        raise ValueError(f"window is {window}: give the number of keys a query may see, or 0 for all")
+    if not isinstance(window, (int, torch.SymInt)) or isinstance(window, bool) or window < 0:
+        raise ValueError(f"window is {window!r}: give the number of keys a query may see, or 0 for all")
     if isinstance(scale, Tensor): raise ValueError("scale is a tensor: give a number, or multiply q by it")
     if reason := why_not(q, k, v): raise ValueError(f"{reason}; or use attention_ref or torch SDPA, with one type and device")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -549,18 +556,21 @@ def check(q, k, v, window, scale):
 def flash_attention(q, k, v, causal=True, window=0, scale=None, doc_start=None):
     """softmax(scale * q k^T + mask) v. q: (B, H, T, D) (in Dao's flash_attn (B, T, H, D): transpose(1, 2)); k, v: (B, K, S, D), H
     a multiple of K: query head h reads kv head h // (H / K). float16, bfloat16 or float32 (autocast: its type); D up to 256; any
-    lengths and strides -> (B, H, T, D). Differentiable once, by backward(); torch.func.grad and jvp are not supported, vmap is.
+    lengths and strides -> (B, H, T, D). Differentiable once, by backward(); torch.func.grad and jvp are not supported; vmap
+    is, by a loop of launches.
 
     causal: query i sees keys up to its own position, pos = i + (S - T), so that the last query sees the last key. Torch SDPA is
-        not causal by default, and its is_causal has the first query see the first key only, which differs if T != S
-    window: if > 0, query i sees only keys > pos - window: if causal, the last `window`, its own included; if not, all later, too
+        and Dao's flash_attn are not causal by default. Dao's causal is ours; SDPA's is_causal has the first query see the first
+        key only, which differs if T != S
+    window: if > 0, query i sees only keys > pos - window: if causal, the last `window`, its own included (Dao's window_size of
+        (window - 1, 0)); if not, all later, too
     scale: None for 1 / sqrt(D)
     doc_start: integers (B, T); query i of batch row b sees no key before doc_start[b, i]. If causal, it serves
         sequences packed into one row, bounds cu (cu_seqlens): cu[:-1].repeat_interleave(cu.diff(), output_size=T)[None]
         padding on the left, pads (B,) tokens: pads[:, None].expand(B, T); on the right it needs no mask
     A query that may see nothing yields zeros. ValueError if arguments do not fit or the kernels cannot run here (see why_not)."""
     if not isinstance(causal, (bool, torch.SymBool)):
-        raise ValueError(f"causal is {causal!s:.20}: True or False; there is no mask or dropout argument")
+        raise ValueError(f"causal is {causal!r:.20}: True or False; there is no mask or dropout argument")
     q, k, v, scale = check(q, k, v, window, scale)
     if doc_start is not None:
         if doc_start.shape != (shape := (q.shape[0], q.shape[2])) or doc_start.dtype not in (torch.int32, torch.int64):
@@ -572,10 +582,11 @@ def flash_decode(q, k, v, lengths, window=0, scale=None):
     """Causal attention of the newest T tokens of each batch row over a cache whose rows differ in length. No gradient.
 
     q: (B, H, T, D); k, v: (B, K, S, D), the cache or a slice of it; lengths: integers (B,), the cached tokens of each row
-    INCLUDING the new ones: query i of row b is at position lengths[b] - T + i. Keys beyond are not read -> (B, H, T, D)"""
+    INCLUDING the new ones: query i of row b is at position lengths[b] - T + i. Keys beyond are not read. A length beyond S counts
+    as S, a query at a negative position yields zeros -> (B, H, T, D)"""
     q, k, v, scale = check(q, k, v, window, scale)
-    if lengths.shape != (q.shape[0],) or lengths.is_floating_point():
-        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}: it must be integers (B,) = {(q.shape[0],)}")
+    if lengths.shape != (q.shape[0],) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}: must be int32 or int64 (B,) = {(q.shape[0],)}")
     return decode_op(q, k, v, lengths.to(q.device, torch.int32).contiguous(), window, scale)
 
 # ---------------------------------------------------------------------------- the report, for GPUs this machine need not have
@@ -603,13 +614,15 @@ def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, H=
 
 def usage(kernel, arch):
     """What a compiled kernel uses: registers per thread, bytes spilled, shared memory; ptxas warnings; programs that fit on one
-    multiprocessor, with its 65536 registers (in eights per thread), shared memory (1 KB more per program) and 64 warps."""
+    multiprocessor, with its 65536 registers (in eights per thread), shared memory (1 KB more per program), 64 warps and, on
+    sm_100, 512 columns of tensor memory."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
     command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", "/dev/stdin", "-o", "/dev/null"]
     log = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
     registers, spilled = int(re.search(r"Used (\d+) registers", log)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     warps, shared, room = kernel.metadata.num_warps, kernel.metadata.shared, {80: 164, 90: 228, 100: 228}[arch] * 1024
-    programs = min(65536 // (triton.cdiv(registers, 8) * 8 * 32 * warps), room // (shared + 1024), 64 // warps)
+    columns = getattr(kernel.metadata, "tmem_size", 0) or 1
+    programs = min(65536 // (triton.cdiv(registers, 8) * 8 * 32 * warps), room // (shared + 1024), 64 // warps, 512 // columns)
     return dict(registers=registers, spilled=spilled, shared=shared, warps=warps, programs=programs,
                 warnings=re.findall(r"C75\d\d", log))
 

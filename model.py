@@ -2,7 +2,7 @@
 A GPT in one file: a modern one by default, exactly GPT-2 with other settings of the same config. Plus the KV cache for sampling.
 
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
-    logits, loss = model(idx, targets)                   # training
+    _, loss = model(idx, targets)                        # training: a fused loss, so there are no logits
     logits, _ = model(idx, cache=KVCache(...))           # inference: idx holds only the new tokens
     model = GPT.load("out/stdlib/ckpt.pt")               # or a Hugging Face folder
 
@@ -290,7 +290,7 @@ class GPT(nn.Module):
             if p.dim() == 2: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             if name.endswith("bias") or config.zero_init and (residual or p is self.lm_head.weight): nn.init.zeros_(p)
         self.backend, self.grad_checkpoint = None, False
-        self.doc_mask = None        # the end-of-text id: it begins a document, and without a cache, tokens see only their own
+        self.eot = None         # for doc_mask, the end-of-text id: a document begins with it and sees only itself (not with a cache)
 
     def set_backend(self, training=True):
         """Use the kernels of flash_attn.py if they run on the weights' device, else SDPA; return a line that says which."""
@@ -340,8 +340,8 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         device = x.device.type      # the stream in bfloat16, too: half the bytes for norms and sums, saves 5% of a step on a CPU
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16: x = x.bfloat16()
-        if self.doc_mask is not None and cache is None:
-            doc_start = torch.where(idx == self.doc_mask, pos, 0).cummax(1).values              # (B, T)
+        if self.eot is not None and cache is None:
+            doc_start = torch.where(idx == self.eot, pos, 0).cummax(1).values              # (B, T)
         masks = {w: doc_start if flash else sdpa_mask(pos, S, w, doc_start) for w in set(self.config.windows)}  # one per window
         recompute = self.grad_checkpoint and self.training and cache is None
         for block in self.transformer.h:
@@ -372,17 +372,19 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, cfg):
         """cfg: a config.Config -> list of optimizers, with each trained parameter in exactly one group. adamw: weight decay on
-        matrices, not on gains and biases (as in GPT-1, Radford et al. 2018). muon: Muon for the blocks' matrices, AdamW for the
-        rest. The embedding, of which a step changes few rows, has a higher rate than the head or learned positions, of which it
-        changes all. With LoRA, only its own matrices are trained, by AdamW."""
+        matrices, not on gains and biases (as in GPT-1, Radford et al. 2018). muon: torch's Muon for the blocks' matrices, AdamW
+        for the rest. Muon steps along U V^T, where U S V^T is the matrix's momentum (nearly: by five Newton-Schulz iterations),
+        so a step moves all its directions alike, by matrix_lr, times sqrt(rows / columns) if that is above 1. The embedding, of
+        which a step changes few rows, has a higher rate than the head or learned positions, of which it changes all. With LoRA,
+        only its own matrices are trained, by AdamW."""
         def make(kind, groups, **kw):
             if not cfg.shard_optimizer: return kind(groups, **kw)
             from torch.distributed.optim import ZeroRedundancyOptimizer     # here: importing it takes a second
             return ZeroRedundancyOptimizer(groups, kind, **kw)
         matrices, embedding, head, rest = [], [], [], []
         for name, p in self.named_parameters():
-            sparse = name == "transformer.wte.weight" and not self.config.tie_weights
-            group = rest if p.dim() < 2 else matrices if ".h." in name else embedding if sparse else head
+            untied = name == "transformer.wte.weight" and not self.config.tie_weights
+            group = rest if p.dim() < 2 else matrices if ".h." in name else embedding if untied else head
             if p.requires_grad: group.append(p)
         muon = cfg.optimizer == "muon" and len(head) > 0            # with LoRA, no head is trained
         if muon: groups = [dict(params=embedding, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr)]

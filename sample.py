@@ -102,8 +102,8 @@ def ids_of(tok, *names):
 
 def load(cfg, pack=False):
     """(model, tokenizer, a line about them) from out_dir, from the newest run, or, with init_from and no out_dir, from a Hugging
-    Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with without a prompt;
-    tokenizer.chat: whether the model was fine-tuned on chats."""
+    Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with if there is no
+    prompt; tokenizer.chat: whether the model was fine-tuned on chats."""
     device, meta, int8 = pick_device(cfg.device), {}, cfg.quantize == "int8"
     auto = torch.float32 if device.type == "cpu" and not int8 else torch.bfloat16       # the CPU's int8 kernel needs bfloat16
     dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -266,7 +266,7 @@ def align(model, cache, rows, need, cfg):
 
 def prefill(model, rows, cfg, stats, cache=None, static=False):
     """Read every row's ids except its last, cfg.prefill_chunk at a time; return the cache, ready for a step. static: see KVCache.
-    cache: where the only row has its earlier text; None: make one. Short texts are padded on the right: attention is causal, so
+    cache: one with the only row's earlier text; None: make one. Short texts are padded on the right: attention is causal, so
     no token sees the padding."""
     clock, texts = time.perf_counter(), [tuple(row.ids[row.read:-1]) for row in rows]
     unique = list(dict.fromkeys(texts))         # equal prompts are read once
@@ -314,7 +314,7 @@ def record(step, inputs, device):
 def decode(model, rows, cfg, V, stats, cache=None):
     """Continue rows (Row objects) together until all have finished, and yield them after each step; with num_beams continue the
     only row, and yield its best endings so far. Only ids below V are drawn. Rows that finish leave the batch. The cache
-    never holds a row's last id: each step feeds it, with a draft of what may follow. cache: where the only row has its earlier
+    never holds a row's last id: each step feeds it, with a draft of what may follow. cache: one with the only row's earlier
     text. stats: a Counter of tokens, seconds, steps and bytes read; prompts are counted separately."""
     device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
     gpu, live, found = device.type == "cuda", rows, [] if beams else rows

@@ -437,7 +437,7 @@ def test_model_document_mask_equals_each_document_alone(backend):
     cuts = [(9, 10), (1, 16)]           # where documents begin, with an end-of-text token; a row may begin inside one
     for row, at in zip(ids, cuts): row[list(at)] = end
     device = model.lm_head.weight.device
-    model.doc_mask, model.grad_checkpoint, twin, ids = end, True, tiny_gpt(**shape).to(device), ids.to(device)
+    model.eot, model.grad_checkpoint, twin, ids = end, True, tiny_gpt(**shape).to(device), ids.to(device)
     logits, loss = model(ids)[0], model(ids[:, :-1], ids[:, 1:])[1]
     loss.backward()
     losses = []
@@ -461,7 +461,7 @@ def test_model_windows_and_documents_compile_with_dropout_and_no_mask_is_built_t
     model = tiny_gpt(n_layer=3, window_pattern="SSL", window=4, dropout=0.5).train()
     ids, made, real = torch.randint(61, (2, 16)), [], model_py.sdpa_mask
     model.set_backend()
-    model.doc_mask, model.grad_checkpoint = 60, True
+    model.eot, model.grad_checkpoint = 60, True
     monkeypatch.setattr(model_py, "sdpa_mask", lambda *args: made.append(args[2]) or real(*args))
     model(ids, ids)[1].backward()
     assert sorted(made) == [0, 4]
@@ -2816,7 +2816,7 @@ def test_flash_says_what_is_wrong():
     attend = flash_attn.flash_attention
     for match, call in (("multiple of K", lambda: attend(q[:, :3], k, v)), (r"\(B, K, S, D\)", lambda: attend(q, k, v[:, :, :3])),
                         ("window is -1", lambda: attend(q, k, v, window=-1)), ("must be one of", lambda: attend(q.half(), k, v)),
-                        ("window is None", lambda: attend(q, k, v, window=None)),
+                        ("window is True", lambda: attend(q, k, v, window=True)), ("window is None", lambda: attend(q, k, v, window=None)),
                         (r"window is \(3, 0\)", lambda: attend(q, k, v, window=(3, 0))),
                         ("window is 2.0", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([9]), 2.0)),
                         ("causal is None: True or False; there is no mask", lambda: attend(q, k, v, None)),     # SDPA's attn_mask
@@ -2828,6 +2828,7 @@ def test_flash_says_what_is_wrong():
                         ("head dim is 512", lambda: attend(*flash_tensors(1, 1, 1, 1, 1, 512, torch.float32))),
                         ("doc_start is", lambda: attend(q, k, v, doc_start=torch.zeros(1, 4, dtype=torch.int32))),
                         ("doc_start is", lambda: attend(q, k, v, doc_start=torch.zeros(1, 5))),
+                        ("lengths is", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([True]))),
                         ("lengths is", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([9, 9])))):
         with pytest.raises(ValueError, match=match) as error:
             call()
@@ -2896,7 +2897,7 @@ import torch, triton, flash_attn
 arch, found = int(sys.argv[1]), []
 tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 masked, fp16 = dict(window=256, docs=True, K=2), dict(causal=False, dtype=torch.float16)
-configurations = [(64, {}), (128, {})] + {80: [(64, masked)], 90: [(256, {}), (128, masked), (128, fp16)], 100: []}[arch]
+configurations = [(64, {}), (128, {})] + {80: [(64, masked)], 90: [(256, {}), (128, masked), (128, fp16)], 100: [(64, fp16)]}[arch]
 if sys.argv[2] == "all":
     configurations += [(64, masked), (128, masked), (256, {}), (64, fp16), (128, fp16)]
     configurations += [(80, dict(T=1, S=1, H=1, K=1, causal=False))]
@@ -2948,7 +2949,7 @@ FLASH_MUTATIONS = {
     "the window is one too wide": ("tl.maximum(rows + (S - T + 1) - window, 0)", "tl.maximum(rows + (S - T) - window, 0)"),
     "dk forgets delta": ("(dot(v, do.T, zero) - tl.load(Delta + stats)[None, :])", "dot(v, do.T, zero)"),
     "dq forgets delta": ("(dot(do, v.T, zero) - delta)", "dot(do, v.T, zero)"),
-    "dk and dv see one head of the group": ("i // each, block(i % each", "0 * i, block(i % each"),
+    "dk and dv see one head of the group": ("kv * G + g, block", "kv * G + 0 * g, block"),
     "dk and dv stop early": ("tl.minimum(T, n_last - past + window)", "tl.minimum(T, n_last - past + window - 64)"),
     "dv ignores the mask": ("p = hide(p, n + tl.arange(0, BLOCK_N)[:, None]", "p_ = hide(p, n + tl.arange(0, BLOCK_N)[:, None]"),
     "documents end a block early": ("torch.searchsorted(falling, first + block)", "torch.searchsorted(falling, first)"),
@@ -3167,7 +3168,7 @@ def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(m
     losses, starts, ticks = iter((3.0, 2.0, 2.5)), [], itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) + 1000 * len(starts))        # as if an evaluation took 1000 s
     monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.doc_mask) or (next(losses), 0.0))
+    monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.eot) or (next(losses), 0.0))
     last = train_here(monkeypatch, train_dir, tmp_path, max_iters=3, eval_interval=1, doc_mask=True)
     best = model_py.load_checkpoint(str(tmp_path / "run" / "best.pt"))
     assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 3, 2.0) and starts == [last["meta"]["eot"]] * 3
@@ -3760,6 +3761,19 @@ def test_train_goes_on_when_its_reader_is_gone(train_dir, tmp_path):
     process.stdout.close()
     assert process.wait() == 0, process.stderr.read()
     assert [r["step"] for r in train_log(tmp_path / "a 'b") if "loss" in r] == [1, 2, 3]
+
+
+def test_config_help_for_head_ends_without_an_error():
+    shell = f'"{sys.executable}" sample.py --help | head -1'
+    result = subprocess.run(shell, shell=True, cwd=HERE, capture_output=True, text=True)
+    assert result.stdout.startswith("Every knob") and result.stderr == ""
+
+
+def test_train_warns_of_a_learning_rate_that_no_parameter_has(monkeypatch, train_dir, tmp_path, capsys):
+    for knobs, warns in ((dict(), 0), (dict(learning_rate=0.01), 1), (dict(learning_rate=0.01, norm_gain=True), 0),
+                         (dict(learning_rate=0.01, optimizer="adamw"), 0)):
+        train_here(monkeypatch, train_dir, tmp_path, out=f"{knobs}", max_iters=1, **knobs)
+        assert capsys.readouterr().out.count("WARNING: learning_rate is not used") == warns, knobs
 
 
 def test_train_leaves_signals_as_they_were_and_runs_in_a_thread(monkeypatch, train_dir, tmp_path):

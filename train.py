@@ -5,13 +5,13 @@ Train a GPT: one process or many, from a config to a checkpoint and a first samp
     python train.py config/shakespeare.py --max_iters=2000          # every knob can be set (--help lists them)
     torchrun --nproc_per_node=8 train.py config/gpt2_124m.py        # DDP: NCCL on GPUs, gloo on CPUs
     python train.py config/stdlib.py --init_from=resume             # continue from out_dir/ckpt.pt, exactly
-    python train.py config/finetune_shakespeare.py --lora_rank=8 --learning_rate=1e-3   # GPT-2, learning 0.5% as many weights
-    python train.py --init_from=FOLDER --dataset=notes --input=.. --optimizer=adamw --learning_rate=3e-5    # or other weights
-    python train.py --dataset=prefs --objective=dpo ..              # learn which answers people preferred, see prepare.py
+    python train.py config/finetune_shakespeare.py --lora_rank=8 --learning_rate=1e-3   # GPT-2, training 0.5% as many weights
+    python train.py --init_from=FOLDER --dataset=notes --input=FILES --optimizer=adamw --learning_rate=3e-5     # or other weights
+    python train.py --dataset=prefs --input=prefs.jsonl --objective=dpo     # learn which answers people preferred, see prepare.py
 
 A step is tokens_per_step tokens, however many devices share them. Batches are a pure function of (seed, step, position), so one
 process and eight see the same data, and a resumed run continues as if it had never stopped.
-Writes to out_dir: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per logged step), config.json.
+Writes to out_dir: ckpt.pt (last), best.pt (lowest validation loss), log.jsonl (a line per report or evaluation), config.json.
 """
 import contextlib, copy, dataclasses, datetime, errno, functools, json, math, os, platform, re, shlex, signal, subprocess
 import sys, threading, time, warnings
@@ -46,7 +46,7 @@ class Batches:
         mask = os.path.splitext(path)[0] + ".mask"
         self.masked = os.path.exists(mask)
         self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if self.masked else np.broadcast_to(True, len(self.data))
-        self.n, self.pairs = len(self.data) // block_size, None
+        self.n, self.pairs = len(self.data) // block_size, None         # n: rows an epoch; pairs: (n/2, 2, 2), start and stop
         if eot is not None:
             stop = np.flatnonzero(self.data == eot) + 1
             start = np.maximum(np.append(0, stop[:-1]), stop - block_size - 1)          # a prompt too long loses its beginning
@@ -65,7 +65,7 @@ class Batches:
         return np.array([self.epoch(i // self.n)[i % self.n] for i in range(first, first + count)])
 
     def windows(self, tokens):
-        """Spans for evaluation: all rows of the text, from its start (0), or as many as hold `tokens`, evenly spread over it."""
+        """Spans for evaluation: all rows of the text if `tokens` is 0, else as many as hold that many, evenly spread over it."""
         start = np.arange(0, len(self.data) - 1, self.T)
         rows = np.stack((start, np.minimum(start + self.T + 1, len(self.data))), axis=1) if self.pairs is None else self.pairs
         count = min(max(tokens // (self.T * rows[0].size // 2), 1), len(rows)) if tokens else len(rows)
@@ -96,9 +96,9 @@ class Batches:
 # ---------------------------------------------------------------------------- the step
 
 def objective(model, x, y, cfg, reference=None):
-    """The loss of a batch: nats per token, or for each of its preference pairs, (B/2,), -log sigmoid(beta * margin), with margin
-    how many nats more the model prefers the chosen answer than the reference does: DPO, Rafailov et al. 2023, arXiv:2305.18290,
-    eq. 7."""
+    """The loss of a batch: nats per token, or for each of its preference pairs, (B/2,), -log sigmoid(beta * margin). margin is
+    by how many nats the model prefers the chosen answer to the rejected one, less the same of the reference: DPO, Rafailov et al.
+    2023, arXiv:2305.18290, eq. 7."""
     if cfg.objective == "tokens": return model(x, y)[1]
     chosen, rejected = (model(x, y, by_row=True)[1] - reference(x, y, by_row=True)[1]).view(-1, 2).T    # (B/2,) each
     return -F.logsigmoid(cfg.dpo_beta * (chosen - rejected))
@@ -128,7 +128,7 @@ def lr_factor(step, cfg):
 @torch.no_grad()
 def update(optimizers, bad):
     """Step every optimizer, or none if `bad` is set. The flag is on the device and the host never waits for its value: AdamW's
-    fused kernel takes the flag; Muon gets its momentum as the gradient, which leaves it unchanged, and its old weights back."""
+    fused kernel takes the flag; Muon gets its momentum as the gradient, so that the momentum stays, and its old weights back."""
     for optimizer in optimizers:
         inner, before = getattr(optimizer, "optim", optimizer), {}      # optim: this rank's part of a sharded optimizer
         if inner.defaults.get("fused"): inner.found_inf = bad.float()
@@ -361,7 +361,7 @@ def build(cfg, run, folder, old, eot):
             for new, was in zip(optimizer.param_groups, saved["param_groups"]): was.update(new, params=was["params"])
             optimizer.load_state_dict(saved)
         if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if that run had none
-    model.grad_checkpoint, model.doc_mask = cfg.grad_checkpoint, eot if cfg.doc_mask else None
+    model.grad_checkpoint, model.eot = cfg.grad_checkpoint, eot if cfg.doc_mask else None
     wrapped = torch.compile(model) if run.compile else model
     warnings.filterwarnings("ignore", "`broadcast_buffers`")        # torch 2.13 has a new name for it, which 2.11 does not know
     if run.world > 1: wrapped = DDP(wrapped, [run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
@@ -391,6 +391,9 @@ def train(cfg, run):
         best = math.inf         # that was on other text
     del old
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    unused = len(optimizers) > 1 and all(p.dim() > 1 for p in raw_model.parameters())       # no gains, no biases
+    if unused and cfg.learning_rate != config.Config.learning_rate:
+        run.say("WARNING: learning_rate is not used: Muon's rates are matrix_lr, embedding_lr and unembedding_lr\n")
     val_tokens = int((np.diff(val_batches.windows(cfg.eval_tokens)) - 1).sum())
     about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")

@@ -247,6 +247,7 @@ def run(main, parse=load):
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # for file names it cannot encode
     sys.stderr = sys.stderr or open(os.devnull, "w")        # it is None when closed by 2>&-
     try: main(parse(sys.argv[1:]))
+    except BrokenPipeError: os._exit(1)         # such as by `| head`
     except (ValueError, OSError) as e: sys.exit(f"error: {e}")
     except MemoryError: sys.exit("error: out of memory")
     except KeyboardInterrupt:

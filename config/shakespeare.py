@@ -5,4 +5,4 @@ n_layer, n_head, n_embd, block_size = 4, 4, 128, 64
 batch_size, max_iters = 8, 600
 eval_interval = 100
 unembedding_lr = 0.012                  # the default is for wider models
-beta2 = 0.99                            # small batches are noisy: average over more steps
+beta1, beta2 = 0.5, 0.99                # a short run: little momentum; small batches are noisy: a long average of squares

@@ -6,4 +6,4 @@ batch_size, max_iters = 8, 350
 eval_interval = 350                     # once, at the end, on the whole validation split
 start = "def main"                      # of the sample at the end
 unembedding_lr = 0.012                  # the default is for wider models
-beta2 = 0.99                            # small batches are noisy: average over more steps
+beta1, beta2 = 0.5, 0.99                # a short run: little momentum; small batches are noisy: a long average of squares

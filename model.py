@@ -179,6 +179,7 @@ class CausalSelfAttention(nn.Module):
         # and k together, and their backward in another. type_as: under autocast, the float32 RoPE table has promoted q and k
         return q.type_as(v).transpose(1, 2), k.type_as(v).transpose(1, 2), v.transpose(1, 2)
 
+    # rope: (cos, sin) or None; pos: (T,) or (B, T), where the cache takes the new keys; masks: {window: mask}. See GPT.hidden
     def forward(self, x, rope, cache, pos, backend, masks):
         q, k, v = self.qkv(x, rope)
         if cache is not None: k, v = cache.update(self.layer, pos, k, v)       # (B, K, S, D)
@@ -341,7 +342,7 @@ class GPT(nn.Module):
         device = x.device.type      # the stream in bfloat16, too: half the bytes for norms and sums, saves 5% of a step on a CPU
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16: x = x.bfloat16()
         if self.eot is not None and cache is None:
-            doc_start = torch.where(idx == self.eot, pos, 0).cummax(1).values              # (B, T)
+            doc_start = torch.where(idx == self.eot, pos, 0).cummax(1).values                   # (B, T)
         masks = {w: doc_start if flash else sdpa_mask(pos, S, w, doc_start) for w in set(self.config.windows)}  # one per window
         recompute = self.grad_checkpoint and self.training and cache is None
         for block in self.transformer.h:

@@ -3161,7 +3161,7 @@ def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path
     assert step["mfu"] is None and step["tokens"] == val["tokens"] == 2 * 64            # 64 a step; a CPU's peak is unknown
     assert val["val_bpb"] == pytest.approx(val["val_loss"] / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"])
     rates = [group["lr"] for state in checkpoint["optimizers"] for group in state["param_groups"]]
-    assert rates == pytest.approx([rate * step["lr"] for rate in (0.05, 0.004, 0.01)]) and step["lr"] < 1
+    assert rates == pytest.approx([rate * step["lr_factor"] for rate in (0.05, 0.004, 0.01)]) and step["lr_factor"] < 1
 
 
 def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(monkeypatch, train_dir, tmp_path):

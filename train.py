@@ -333,7 +333,7 @@ class Log:
         more = (f" | mfu {mfu:.1%}" if mfu else "") + (f" | {skipped} skipped, not finite" if skipped else "")
         self.step, self.seconds = step, seconds
         text = f"loss {loss:.4f} | lr {factor:.3f} of peak | norm {norm:.3f} | {rate:,.0f} tok/s{more} | {left} left"
-        self.write(step, text, loss=loss, lr=factor, norm=norm, skipped=skipped, tok_per_s=rate, mfu=mfu)
+        self.write(step, text, loss=loss, lr_factor=factor, norm=norm, skipped=skipped, tok_per_s=rate, mfu=mfu)
         self.sums.zero_()
 
 def show_sample(out_dir, run, start):

@@ -366,7 +366,7 @@ def combine_kernel(Part, LSE, Out, o_strides, H, T, splits, D: tl.constexpr, WID
 TILES = {
     "forward": {80: {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 4, 2)},
                 90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-                100: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}},
+                100: {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)}},
     "dkdv": {80: {64: (32, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
              90: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}},
     "dq": {80: {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 8, 1)},
@@ -417,7 +417,8 @@ def backward_launches(q, k, v, out, lse, dout, dq, dk, dv, delta, causal, window
         if which == "dkdv":
             ends = lse if doc_start is None else document_ends(doc_start, S, N)
             args = (*inputs, dk, dv, doc, ends, *strides, dk.stride(), dv.stride(), *sizes)
-            launches.append((dkdv_kernel, triton.cdiv(S, N) * K * B, args, options | dict(GROUPED=H > K)))
+            options |= dict(GROUPED=H > K or not tma)       # loads by pointers: without the division, registers spill
+            launches.append((dkdv_kernel, triton.cdiv(S, N) * K * B, args, options))
         else:
             launches.append((dq_kernel, triton.cdiv(T, M) * H * B, (*inputs, dq, doc, *strides, dq.stride(), *sizes), options))
     return launches

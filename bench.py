@@ -113,7 +113,7 @@ def attention_case(B, H, K, T, S, D, mask, device, measure):
 def bench_attention(argv):
     """Tables, attention.csv and a plot. FLOPs are counted as usual: 4*B*H*T*S*D, half if causal, 2.5 times that backward."""
     if argv: raise ValueError(f"attention takes no arguments, not {argv[0]!r}: it always measures the same list of cases")
-    if not torch.cuda.is_available(): return attention_without_gpu()
+    if not torch.cuda.is_available() or flash_attn.MISSING: return attention_without_gpu()
     from triton.testing import do_bench
     warnings.simplefilter("ignore")             # torch explains each refusal at length
     # subtle: do_bench puts GPU events around each of many runs, waits for none, and overwrites the L2 cache before each
@@ -142,12 +142,13 @@ def bench_attention(argv):
 
 def attention_without_gpu():
     """The memory a layer keeps for its backward pass and, under TRITON_INTERPRET=1, the kernels' error on a small case."""
-    print("no CUDA GPU: speed not measured. MiB a layer keeps for its backward pass, without q, k, v and output; H 12, bf16:")
+    print(f"{flash_attn.MISSING or 'no CUDA GPU'}: speed not measured. MiB a layer keeps for its backward pass, without q, k, v "
+          "and output; H 12, bf16:")
     for T in (1024, 4096, 16384):
         flash, naive = flash_attn.new_stats(torch.empty(1, 12, T, 64, device="meta")).nbytes, 12 * T * T * 2
         print(f"  T {T:6}: flash {flash / 2 ** 20:8.2f}   naive {naive / 2 ** 20:9.1f}   {naive / flash:7.0f} x")
     qkv, results = torch.randn(3, 1, 2, 150, 64, generator=torch.Generator().manual_seed(0)), []
-    if flash_attn.why_not(*qkv): return print("correctness not measured: set TRITON_INTERPRET=1 to run the kernels on the CPU")
+    if why := flash_attn.why_not(*qkv): return print(f"correctness not measured: {why}")
     for attend, dtype in ((flash_attn.flash_attention, torch.float32), (flash_attn.attention_ref, torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in qkv]
         y = attend(*inputs)
@@ -159,7 +160,6 @@ def attention_without_gpu():
 
 def contender(job, name, path, vocab_size, vocab, started):
     """One training or encoding, in a process of its own. Prints seconds, peak MB, tokens and a digest of the result as JSON."""
-    import resource                             # not on Windows
     module, size, f, ids = importlib.import_module(name), int(vocab_size), open(path, "rb"), []
     if job == "encode":
         ours = bpe.Tokenizer.load(vocab)
@@ -191,7 +191,10 @@ def contender(job, name, path, vocab_size, vocab, started):
     elif name == "rustbpe": result = [bytes(word) for word, _ in tok.get_mergeable_ranks()]        # in the order of ids
     else: result = []       # Hugging Face breaks ties by its own order of the bytes: test_all.py renumbers, then compares
     digest = hashlib.sha256(b"\0".join(result)).hexdigest() if result else ""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = 0.0
+    with contextlib.suppress(ImportError):      # not on Windows
+        from resource import RUSAGE_SELF, getrusage
+        peak = getrusage(RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)     # macOS counts bytes
     print(json.dumps(dict(seconds=spent, tokens=len(ids), digest=digest, MB=peak)))
 
 def contend(job, name, *words):

@@ -252,8 +252,7 @@ def talk(transfer, *args):
     """transfer(*args), a pipe's send or recv: the worker at the other end may have died, even halfway through a message."""
     try: return transfer(*args)
     except (EOFError, OSError):
-        raise OSError("a worker process died, perhaps because memory ran out, or, on macOS and Windows, because the calling "
-                      "script has no if __name__ == '__main__': run again with --workers=1") from None
+        raise OSError("a worker process died, perhaps because memory ran out: run again with --workers=1") from None
 
 def in_order(function, jobs, workers):
     """Yield function(job) for each job, in order. `workers` processes hold one job each, so memory is bounded. OSError if one
@@ -263,16 +262,19 @@ def in_order(function, jobs, workers):
     jobs, team, busy = itertools.chain(head, jobs), [], collections.deque()
     if workers == 1 or len(head) < 3: return (yield from map(function, jobs))     # starting processes would take longer
     import multiprocessing
-    # fork where it is safe: a spawned worker imports the caller's script again, which for train.py means all of torch
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")       # fork where it is safe
+    first, script = list(itertools.islice(jobs, workers)), sys.modules["__main__"]
     try:
-        for job in itertools.islice(jobs, workers):
+        # a spawned worker imports the caller's script, which for train.py means all of torch: hide it, unless function is in it
+        if getattr(function, "func", function).__module__ != "__main__": sys.modules["__main__"] = type(sys)("__main__")
+        for _ in first:
             pipe, worker_end = context.Pipe()
             team.append(context.Process(target=work, args=(function, worker_end), daemon=True))
             start_process(team[-1])
             worker_end.close()      # then the pipe closes when the worker dies
-            talk(pipe.send, job)
             busy.append(pipe)
+        sys.modules["__main__"] = script
+        for pipe in busy: talk(pipe.send, first.pop(0))     # only now: a spawned worker does not read before its imports are done
         while busy:
             pipe = busy.popleft()
             result, error = talk(pipe.recv)
@@ -282,6 +284,7 @@ def in_order(function, jobs, workers):
                 busy.append(pipe)
             yield result
     finally:
+        sys.modules["__main__"] = script
         for process in filter(lambda process: process.pid, team):       # those that were started
             process.kill()
             process.join()

@@ -476,7 +476,7 @@ OPTIONAL = ("n_inner", "n_kv_head", "head_size", "bias", "rope_theta", "tie_weig
 # other keys of a config.json, each with the values that can be read here; a missing key is fine, too
 ALLOWED = dict(model_type=tuple(FAMILIES), activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
                add_cross_attention=(False,), scale_attn_by_inverse_layer_idx=(False,), hidden_act=("silu", "relu"),
-               use_sliding_window=(False,), rope_type=("default", "linear", "llama3"), low_freq_factor=(1,),
+               rope_type=("default", "linear", "llama3"), low_freq_factor=(1,),
                high_freq_factor=(4,), partial_rotary_factor=(1,), quantization_config=())
 
 def safetensors():
@@ -492,13 +492,16 @@ def hf_shape(hf):
     scaling = hf.setdefault("rope_type", hf.get("type", "default"))
     wrong = [f"{key}={hf[key]!r}" + (f", not in {allowed}" if allowed else "")
              for key, allowed in ALLOWED.items() if key in hf and hf[key] not in allowed]
-    if set(hf.get("layer_types", ())) - {"full_attention"}: wrong.append("layer_types other than full_attention")
+    kinds = hf.get("layer_types", ["sliding_attention"] * bool(hf.get("use_sliding_window")))
+    pattern = "".join(dict(full_attention="L", sliding_attention="S").get(kind, "?") for kind in kinds)
+    if not re.fullmatch("([LS]*L)?" if hf["model_type"] == "qwen3" else "L*", pattern): wrong.append(f"layer_types={kinds}")
     if wrong: raise ValueError(f"it has settings that are not supported here: {', '.join(wrong)}")
     family = FAMILIES[hf["model_type"]]
     shape = family["shape"] | {field: hf[key] for key, field in family["keys"].items() if key in hf or field not in OPTIONAL}
     if scaling != "default" and hf["factor"] != 1:
         trained = hf.get("original_max_position_embeddings", shape["block_size"])
         shape |= dict(rope_scaling=scaling, rope_factor=float(hf["factor"]), rope_trained=trained)
+    if "S" in pattern: shape |= dict(window_pattern=pattern, window=hf["sliding_window"])
     if hf.get("attention_bias") or hf.get("mlp_bias"): shape["bias"] = True     # if only one of the two, load_hf adds zeros
     if hf.get("hidden_act") == "relu": shape["mlp"] = "relu2"           # if gate_proj equals up_proj: load_hf checks that
     return hf, GPTConfig(**shape, zero_init=False)
@@ -580,7 +583,8 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     """Write config.json and model.safetensors as GPT-2, Llama or Qwen3, whichever fits the model, and return its name. begin,
     end: ids of the tokens that begin and end a text. What only theirs has is filled in: zeros for biases, ones for gains.
     ValueError if hf_shape would not read back the same model."""
-    def explicit(c): return replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner)
+    def explicit(c): return replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner, window=max(c.windows),
+                                    window_pattern="".join("LS"[window > 0] for window in c.windows))
     c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}
     name = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
     family = FAMILIES[name]
@@ -589,6 +593,8 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
         bos_token_id=begin, eos_token_id=end)
     if name == "gpt2": hf |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
     else: hf["hidden_act"] = "relu" if c.mlp == "relu2" else "silu"
+    if c.window: hf |= dict(use_sliding_window=True, sliding_window=c.window, layer_types=[
+        "sliding_attention" if window else "full_attention" for window in c.windows])
     if c.rope_scaling in ("linear", "llama3"): hf["rope_scaling"] = dict(rope_type=c.rope_scaling, factor=c.rope_factor)
     llama3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=round(c.trained_length))
     if c.rope_scaling == "llama3": hf["rope_scaling"] |= llama3

@@ -105,7 +105,7 @@ def load(cfg, pack=False):
     Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with if there is no
     prompt; tokenizer.chat: whether the model was fine-tuned on chats."""
     device, meta, int8 = pick_device(cfg.device), {}, cfg.quantize == "int8"
-    auto = torch.float32 if device.type == "cpu" and not int8 else torch.bfloat16       # the CPU's int8 kernel needs bfloat16
+    auto = torch.bfloat16 if device.type == "cuda" or device.type == "cpu" and int8 else torch.float32    # the CPU's int8 kernel
     dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
     if path: tok, model = bpe.Tokenizer.load(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)
@@ -506,7 +506,7 @@ def main(cfg):
             data = dict(prompt=text, sample=j, text=row.text, seed=row.seed, tokens=len(row.logprobs), finish=row.finish,
                         logprob=sum(row.logprobs))
             if cfg.logprobs: data["token_logprobs"] = [(tok.decode([t]), p) for t, p in zip(row.tokens, row.logprobs)]
-            print(json.dumps(data, ensure_ascii=False), flush=True)
+            print(json.dumps(data), flush=True)
     report(stats, model.transformer.wte.weight.device)
 
 if __name__ == "__main__":

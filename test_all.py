@@ -34,6 +34,8 @@ import prepare
 import sample
 import train
 
+torch.backends.mps.is_available = lambda: False         # on a Mac, too, the tests compare with the CPU
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: fork and /proc")
 
 # ======================================================== config/: defaults, files and flags in order; errors name the knob
 
@@ -672,6 +674,8 @@ HF_MODELS = {
     "llama biases": ("Llama", dict(HF_SIZES, attention_bias=True, mlp_bias=True)),
     "qwen3": ("Qwen3", dict(HF_SIZES, head_dim=12)),
     "qwen3 tied": ("Qwen3", dict(HF_SIZES, head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "qwen3 windows": ("Qwen3", dict(HF_SIZES, use_sliding_window=True, sliding_window=5, layer_types=[
+        "sliding_attention", "full_attention", "full_attention"])),
 }
 OUR_MODELS = {
     "classic": CLASSIC,
@@ -683,7 +687,8 @@ OUR_MODELS = {
     "llama": dict(qk_norm=False, mlp="swiglu", bias=True, rope_scaling="llama3", rope_factor=4.0),
     "relu2": dict(qk_norm=False, bias=True),
     "linear": dict(rope_scaling="linear", rope_factor=2.0, norm_gain=True),
-    "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6)}
+    "trained shorter": dict(rope_scaling="llama3", rope_factor=4.0, rope_trained=6),
+    "windows": dict(n_layer=4, window_pattern="SL", window=3)}
 
 
 def hf_made(name, **changes):
@@ -775,7 +780,8 @@ def test_model_to_transformers_peer(name, tmp_path):
     (dict(CLASSIC, qk_norm=True), "qk_norm=True"), (dict(n_embd=34, head_size=8, qk_norm=False), "n_embd=34"),
     (dict(rope_scaling="yarn", rope_factor=2.0), "rope_scaling='yarn'"),
     (dict(CLASSIC, n_head=3, n_kv_head=0, head_size=8), "gpt2 cannot have this shape"),
-    (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66")])
+    (dict(rope_scaling="llama3", rope_factor=3.0), "block_size / rope_factor = 10.66"),
+    (dict(qk_norm=False, window_pattern="SL", window=3), "layer_types=['sliding_attention', 'full_attention']")])
 def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     pytest.importorskip("safetensors", reason="not installed: pip install safetensors")
     with pytest.raises(ValueError, match="export: .*" + re.escape(named)) as e: model_py.save_hf(tiny_gpt(**kw), str(tmp_path))
@@ -801,8 +807,9 @@ HF_BAD = {      # name: (changes to config.json, or a file and what is done to i
     "architecture": (dict(model_type="bloom"), "model_type='bloom', not in ('gpt2', 'llama', 'qwen3')"),
     "no architecture": (dict(model_type=None), "has no entry 'model_type'"),
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
-    "window": (dict(use_sliding_window=True), "use_sliding_window=True"),
-    "layer types": (dict(layer_types=["sliding_attention"] * 3), "layer_types"),
+    "window": (dict(use_sliding_window=True), "layer_types=['sliding_attention']"),
+    "window in the last layer": (dict(model_type="qwen3", layer_types=["sliding_attention"] * 3), "layer_types=['sliding_attention',"),
+    "layer types": (dict(layer_types=["sliding_attention", "full_attention"]), "layer_types=['sliding_attention', 'full_attention']"),
     "biases": (dict(attention_bias=True), "lacks 12 tensors, such as model.layers.0.self_attn.k_proj.bias"),
     "both biases": (dict(attention_bias=True, mlp_bias=True), "lacks 21 tensors, such as model.layers.0.mlp.down_proj.bias"),
     "rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
@@ -1633,6 +1640,21 @@ if __name__ == '__main__':
     assert out == "True\n" and "Traceback" not in err, err
 
 
+@pytest.mark.parametrize("function, times", [("operator.neg", 1), ("job", 3)])
+def test_bpe_spawned_workers_import_the_script_only_if_they_need_it(tmp_path, function, times):
+    """For train.py, that would be all of torch."""
+    out, err = bpe_script(tmp_path, f"""
+import operator, os, sys, bpe
+with open("imports", "a") as f: f.write("x")
+def job(i): return -i
+if __name__ == '__main__':
+    sys.platform = 'elsewhere'
+    print(list(bpe.in_order({function}, range(5), 2)), sys.modules['__main__'].job is job, os.path.getsize("imports"))
+""").communicate(timeout=100)
+    assert out == f"[0, -1, -2, -3, -4] True {times}\n", (out, err)
+
+
+@needs_fork
 @pytest.mark.parametrize("fork", [1, 2])
 def test_bpe_ctrl_c_in_the_middle_of_a_fork_waits(tmp_path, fork):
     out, err = bpe_script(tmp_path, f"""
@@ -1685,9 +1707,10 @@ if __name__ == '__main__':
     try: print([time.sleep(1) or len(result) for result in bpe.in_order(job, range(8), 2)])
     except OSError as e: print(e)
 """).communicate(timeout=60)
-    assert out.startswith("a worker process died") and "has no if __name__ == '__main__'" in out, err
+    assert out.startswith("a worker process died") and "--workers=1" in out, err
 
 
+@needs_fork
 def test_bpe_interrupted_training_ends_at_once(tmp_path):
     """Ctrl-C, which the terminal sends to the workers too: none of them finishes its job first."""
     with bpe_script(tmp_path, """
@@ -1969,7 +1992,7 @@ config.run(prepare.main)
 """
 
 
-def prepare_kill_and_restart(kills, seed, sig=signal.SIGKILL):
+def prepare_kill_and_restart(kills, seed, sig=9):
     """Start prepare.py and kill it at a random moment, `kills` times; then let it finish. -> runs killed midway, last output."""
     r, words = random.Random(seed), ["--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
     command = [sys.executable, "-c", PREPARE_KILLED, *words]
@@ -2867,6 +2890,7 @@ def test_flash_report_under_the_interpreter_says_so():
 
 
 def test_flash_says_what_triton_lacks_to_build_its_launchers(monkeypatch, tmp_path):
+    monkeypatch.setattr(flash_attn, "triton", flash_attn.triton or True)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no C compiler: install gcc" in flash_attn.missing_tool()
@@ -3331,11 +3355,23 @@ def test_train_full_or_read_only_disk_is_one_line_and_keeps_the_last_checkpoint(
         train_here(monkeypatch, train_dir, small_disk, out="new", **kw)
 
 
-def test_train_out_of_memory_is_one_line(monkeypatch, train_dir, tmp_path):
-    def forward(*args, **kw): raise torch.OutOfMemoryError("CUDA out of memory")
+OOM = "^out of memory: halve --batch_size=4 and set --tokens_per_step=64"
+
+@pytest.mark.parametrize("error, message", [
+    (torch.OutOfMemoryError("CUDA out of memory"), OOM), (RuntimeError("MPS backend out of memory"), OOM),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OOM), (RuntimeError("a bug"), "^a bug$")])
+def test_train_out_of_memory_is_one_line(error, message, monkeypatch, train_dir, tmp_path):
+    def forward(*args, **kw): raise error
     monkeypatch.setattr(model_py.GPT, "forward", forward)
-    with pytest.raises(ValueError, match="^out of memory: halve --batch_size=4 and set --tokens_per_step=64"):
-        train_here(monkeypatch, train_dir, tmp_path)
+    with pytest.raises(ValueError if message == OOM else RuntimeError, match=message): train_here(monkeypatch, train_dir, tmp_path)
+
+
+@pytest.mark.parametrize("kw, world", [(dict(), 2), (dict(grad_checkpoint=True, dropout=0.1), 1)])
+def test_train_on_mps_refuses_what_torch_cannot_do_there(monkeypatch, kw, world):
+    """gloo has no MPS, and checkpointing does not restore its random numbers."""
+    monkeypatch.setattr(train, "pick_device", lambda *args: torch.device("mps"))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ValueError, match="^on MPS there is no torchrun, .*: add --device=cpu"): train.Machine(config.Config(**kw))
 
 
 @pytest.mark.parametrize("kw, message", [
@@ -3445,6 +3481,7 @@ def test_train_kill_and_sigterm_then_resume(monkeypatch, train_dir, tmp_path):
     assert [r["step"] for r in train_log(tmp_path / "killed") if "loss" in r] == list(range(1, 61))
 
 
+@needs_fork
 def test_train_rank_killed_under_torchrun_resumes_by_itself(train_dir, tmp_path):
     words = train_words(max_iters=25, eval_interval=5, batch_size=2, tokens_per_step=64, shard_optimizer=True)
     undisturbed = train_run(train_dir, *words, f"--out_dir={tmp_path}/whole", processes=2, wait=False)

@@ -149,7 +149,9 @@ class Machine:
         self.world, self.restarts = int(env.get("WORLD_SIZE", 1)), int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.nodes, self.launcher = self.world // int(env.get("LOCAL_WORLD_SIZE", 1)), f"{platform.node()} {os.getppid()}"
         self.device = pick_device(cfg.device, self.local_rank)
-        gpu = self.device.type == "cuda"
+        gpu, mps = self.device.type == "cuda", self.device.type == "mps"
+        require(not mps or self.world == 1 and not (cfg.grad_checkpoint and cfg.dropout), "on MPS there is no torchrun, and "
+                "grad_checkpoint would redraw dropout: add --device=cpu, or leave that out")
         if gpu: torch.cuda.set_device(self.device)
         if self.world > 1:
             # subtle: torchrun's store outlives a restart and still has the dead ranks' addresses (pytorch/pytorch#135712). On one
@@ -369,7 +371,7 @@ def build(cfg, run, folder, old, eot):
 
 def train(cfg, run):
     """The whole run, from its first line to the final sample."""
-    out_dir, asked = cfg.out_dir or os.path.join("out", cfg.dataset), dataclasses.asdict(cfg)
+    out_dir, asked = cfg.out_dir or f"out/{cfg.dataset}", dataclasses.asdict(cfg)
     last = os.path.join(out_dir, "ckpt.pt")
     require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer needs several ranks: start with torchrun, or leave it out")
     again = run.restarts and os.path.exists(last) and (run.nodes > 1 or launched_by(out_dir) == run.launcher)
@@ -475,7 +477,8 @@ def main(cfg):
     run = Machine(cfg)
     try:
         with contextlib.ExitStack() as run.at_end: train(cfg, run)      # a profiler still running would crash Python at exit
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:       # on a GPU torch.OutOfMemoryError, elsewhere a plain one
+        if not re.search("out of memory|t allocate memory|not enough memory", str(e)): raise
         tokens = cfg.tokens_per_step or cfg.batch_size * cfg.block_size
         raise ValueError(f"out of memory: halve --batch_size={cfg.batch_size} and set --tokens_per_step={tokens} to train "
                          "the same way in less memory, or use --grad_checkpoint") from None

@@ -171,7 +171,7 @@ def sources(cfg):
         found = walk(item) if os.path.isdir(item) else [item] if item.lower().endswith(ENDINGS) and os.path.isfile(item) else []
         require(found, f"nothing to read in {item!r}, only {' '.join(ENDINGS)}: write it as .jsonl, e.g. by datasets' to_json")
         paths += found
-    require(paths, f"nothing to read: this Python's library, {sysconfig.get_path('stdlib')}, has no .py files: use --input=FILES")
+    require(paths, f"nothing to read for dataset={cfg.dataset!r}, such as .py files in this Python's library: use --input=FILES")
     spans = [span(path, "jsonl" if path.lower().endswith(".jsonl") else "text") for path in paths]
     full = [s for s in spans if s.stop]
     if [s.kind for s in full] != ["text"]: return spans

@@ -6,7 +6,7 @@ What every stage promises, each promise checked against an independent twin: nai
     python -m pytest test_all.py -k peer            # against optional libraries: pip install transformers tokenizers ..
 """
 import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
-import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, warnings, weakref, zipfile
+import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, typing, warnings, weakref, zipfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -111,6 +111,7 @@ def test_config_every_knob_is_used():
     """No dead options: every knob is read by a script or checked in config itself."""
     source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in ("prepare", "train", "sample", "bench", "model"))
     source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
+    assert not [word for kind in config.KINDS.values() for word in typing.get_args(kind) if str(word) not in source]  # no branch
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"\b(cfg|config|self|c)\.{f.name}\b", source)]
 
 
@@ -400,6 +401,30 @@ def model_by_kernels(model):
     torch.set_float32_matmul_precision("highest")       # an earlier test of train.py may have turned TF32 on
     model.to(flash_device).backend = "flash_attn"
     return model
+
+
+@pytest.mark.parametrize("H, K, window, docs", [(4, 4, 0, False), (4, 2, 5, False), (6, 1, 3, True)])
+def test_model_whole_attention_against_float64(H, K, window, docs, monkeypatch):
+    """Training in bfloat16 on a CPU: outputs and gradients as good as SDPA's, and SDPA wherever else."""
+    T, wholes, whole = 33, [], model_py.whole_attention
+    monkeypatch.setattr(model_py, "whole_attention", lambda *args: wholes.append(1) or whole(*args))
+    make = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(2, heads, T, 16, generator=make).bfloat16() for heads in (H, K, K, H))
+    doc = flash_documents(2, T, T) if docs else None
+    mask = model_py.sdpa_mask(torch.arange(T), T, window, doc)
+
+    def run(attend, dtype):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        return [y := attend(*inputs), *torch.autograd.grad(y, inputs, dy.to(dtype))]
+    right = run(lambda *x: flash_attn.attention_ref(*x, window=window, doc_start=doc), torch.float64)
+    for a, b in zip(run(lambda *x: model_py.attention(*x, mask=mask), torch.bfloat16), right, strict=True):
+        assert a.dtype == torch.bfloat16 and (a - b).abs().max() < 0.01 * b.abs().max()
+    with torch.no_grad(): drawn = torch.stack([whole(q, k, v, mask, 0.5) for _ in range(400)]).double().mean(0)
+    assert wholes == [1] and (drawn - right[0]).abs().max() < 0.3 * right[0].abs().max()       # dropout keeps the mean
+    assert (whole(q, k, v, mask, 0.5) - right[0]).abs().max() > 0.3 * right[0].abs().max()
+    run(lambda *x: model_py.attention(*x, mask=mask), torch.float32)
+    model_py.attention(q, k, v, mask=mask)
+    assert wholes == [1]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn"])

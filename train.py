@@ -133,7 +133,7 @@ def update(optimizers, bad):
         inner, before = getattr(optimizer, "optim", optimizer), {}      # optim: this rank's part of a sharded optimizer
         if inner.defaults.get("fused"): inner.found_inf = bad.float()
         elif isinstance(inner, torch.optim.Muon):
-            before = {p: p.clone() for group in optimizer.param_groups for p in group["params"]}
+            before = {p: p.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
             for p in before: p.grad = torch.where(bad, inner.state.get(p, {}).get("momentum_buffer", 0), p.grad)
         elif bad: continue                                      # no fused AdamW on this device: the host waits here
         optimizer.step()

@@ -310,7 +310,7 @@ def bench_context(argv):
 
     scaled = copy.deepcopy(plain)                       # the same weights, with other positions
     for kind in ("none", "linear", "ntk", "yarn", "llama3") if plain.config.pos == "rope" else ():
-        rows.append([f"rope_scaling={kind}"])
+        rows.append(["as trained" if kind == "none" else f"rope_scaling={kind}"])
         for length in lengths:
             scale = dict(rope_scaling=kind, rope_factor=length / trained) if kind != "none" and length > n else {}
             scaled.config = replace(plain.config, block_size=length, rope_trained=trained, **scale)
@@ -493,7 +493,8 @@ def read_question(item):
     return asked, list(letters), letters.index(answer) if isinstance(answer, str) else int(answer)
 
 def read_task(task, lines, tok, size):
-    """[(ids of the context, ids of each ending, letters of each, index of the right one)]; a long context loses its beginning."""
+    """[(ids of the context, ids of each ending, letters of each, index of the right one)]; a long context loses its beginning.
+    Context and endings are stripped and joined by one blank."""
     questions, begin = [], sampler.ids_of(tok, sampler.BEGIN)
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue

@@ -2,7 +2,7 @@
 FlashAttention in one file: exact attention, forward and backward, without ever storing the T x S matrix of scores.
 
     from flash_attn import flash_attention          # rename this file where Dao's flash_attn package is installed
-    y = flash_attention(q, k, v, causal=True)       # for F.scaled_dot_product_attention, with differences: see it
+    y = flash_attention(q, k, v, causal=True)       # for F.scaled_dot_product_attention; its docstring says what differs
     y = flash_decode(q, k, v, lengths)              # the newest tokens against a cache; both on NVIDIA GPUs from Ampere on
     $ python flash_attn.py                          # compile the main configurations, no GPU needed, and print what they use
     $ TRITON_INTERPRET=1 python your_script.py      # run the same kernels on CPU tensors: slow, but print and breakpoints work

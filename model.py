@@ -303,7 +303,7 @@ class GPT(nn.Module):
             if p.dim() > 1: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             if name.endswith("bias") or config.zero_init and (residual or p is self.lm_head.weight): nn.init.zeros_(p)
         self.backend, self.grad_checkpoint = None, False
-        self.eot = None         # for doc_mask, the end-of-text id: a document begins with it and sees only itself (not with a cache)
+        self.eot = None         # for doc_mask: the end-of-text id that begins a document, which sees only itself (not with a cache)
 
     def set_backend(self, training=True):
         """Use the kernels of flash_attn.py if they run on the weights' device, else SDPA; return a line that says which."""
@@ -414,7 +414,8 @@ class GPT(nn.Module):
         """Continue idx (B, T) to (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its newer half is
         fed again into an empty cache, so the length has no limit. sample.py has all other sampling options."""
         weight, size = self.lm_head.weight, self.config.block_size
-        if temperature < 0: raise ValueError(f"temperature={temperature} must not be negative: 0 is argmax")
+        if temperature < 0 or (top_k or 0) < 0:
+            raise ValueError(f"temperature={temperature} (0 is argmax) and top_k={top_k} (0 keeps all) must not be negative")
         if not idx.shape[1]: raise ValueError("nothing to continue: begin with an end-of-text token, or a line end")
         idx = new = idx.to(weight.device)
         cache = KVCache(self.config, len(idx), min(size, idx.shape[1] + max_new_tokens), weight.device, weight.dtype)
@@ -452,7 +453,7 @@ class GPT(nn.Module):
 def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """logits (B, V) -> logits / temperature, with -inf for tokens that must not be drawn: all but the top_k likeliest, all but
     the likeliest that add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), and those less than min_p times as likely as the
-    likeliest (arXiv:2407.01082). subtle: a filter sees -inf for what others dropped, and in sample.py's draw only top_k columns."""
+    likeliest (arXiv:2407.01082). subtle: a filter sees -inf for what others dropped; in sample.py's draw, top_k columns alone."""
     logits = logits.float() / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -499,6 +500,7 @@ def safetensors():
 def hf_shape(hf):
     """The contents of a config.json by transformers 4 or 5 -> the same, flat and without nulls, and our GPTConfig. ValueError
     lists all that is unsupported."""
+    if "model_type" not in hf: raise KeyError("model_type")         # such as the config.json of a run of ours
     hf = hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})       # transformers 4 and 5 nest RoPE's settings here
     hf = {key: value for key, value in hf.items() if value is not None}
     scaling = hf.setdefault("rope_type", hf.get("type", "default"))
@@ -506,7 +508,9 @@ def hf_shape(hf):
              for key, allowed in ALLOWED.items() if key in hf and hf[key] not in allowed]
     kinds = hf.get("layer_types", ["sliding_attention"] * bool(hf.get("use_sliding_window")))
     pattern = "".join(dict(full_attention="L", sliding_attention="S").get(kind, "?") for kind in kinds)
-    if not re.fullmatch("([LS]*L)?" if hf["model_type"] == "qwen3" else "L*", pattern): wrong.append(f"layer_types={kinds}")
+    fits = not pattern or len(pattern) == hf.get("num_hidden_layers") and ("S" not in pattern or hf.get("use_sliding_window"))
+    if not fits or not re.fullmatch("([LS]*L)?" if hf["model_type"] == "qwen3" else "L*", pattern):
+        wrong.append(f"layer_types={kinds}")
     if wrong: raise ValueError(f"it has settings that are not supported here: {', '.join(wrong)}")
     family = FAMILIES[hf["model_type"]]
     shape = family["shape"] | {field: hf[key] for key, field in family["keys"].items() if key in hf or field not in OPTIONAL}

@@ -190,7 +190,8 @@ def cut(span):
 
 def parse(item):
     """The JSON object of one line -> its form and its parts, [(text, counts)]. A part that counts is trained on and ends in an
-    end-of-text; the others are only context. What follows the last answer is left out. Only here is the template, plain text:
+    end-of-text; the others are only context. What follows the last answer is left out. Only here, and in CHAT_TEMPLATE, is the
+    template, plain text:
     {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
     def exchange(question, answer): return [("user", question), ("assistant", answer)]
     if isinstance(item, list): item = {"messages": item}
@@ -211,6 +212,11 @@ def parse(item):
 def prompt_of(text):
     """A user's text as the template has it: "Hi" -> "User: Hi\n\nAssistant:"."""
     return parse(dict(prompt=text, response=""))[1][0][0]
+
+# parse's template for other programs, in Jinja
+CHAT_TEMPLATE = ("{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {{ m.content }}<|endoftext|>{% else %}"
+                 "{{ m.role | capitalize }}: {{ m.content }}\n\n{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}Assistant:{% endif %}")
 
 def to_bytes(text):
     try: return text.encode("utf-8", "surrogateescape")                         # bytes that were not UTF-8 come back unchanged

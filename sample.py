@@ -125,7 +125,9 @@ def load(cfg, pack=False):
     # a model trained on a single document has never seen what follows an end-of-text token: it begins with a line end instead
     first = ids_of(tok, BEGIN, ENDOFTEXT)[:1] if meta.get("documents", {}).get("train") != 1 else []
     tok.first = first or tok.encode("\n")
-    tok.chat = "form" in meta           # trained on the answers in prepare.py's template
+    about_tok = Path(path, "tokenizer_config.json")         # of a folder: export writes the template there
+    exported = about_tok.is_file() and json.dumps(prepare.CHAT_TEMPLATE) in about_tok.read_text(encoding="utf-8")
+    tok.chat = "form" in meta or exported                   # trained on the answers in prepare.py's template
     about = f"{path} | {model.num_params():,} parameters | {device}, {str(dtype)[6:]}{', int8 weights' if int8 else ''}"
     return place(model, device, dtype, int8, pack), tok, about
 
@@ -144,6 +146,7 @@ def export(cfg):
         tok.to_hf(os.path.join(whole, "tokenizer.json"), first_of((BEGIN,)))
         about_tok = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=begin, eos_token=end, pad_token=end,
                          model_max_length=model.config.block_size, clean_up_tokenization_spaces=False)
+        if tok.chat: about_tok["chat_template"] = prepare.CHAT_TEMPLATE
         Path(whole, "tokenizer_config.json").write_text(json.dumps(about_tok, indent=1), encoding="utf-8")
         os.rename(whole, folder)
     print(f"{about} -> {folder}: {family}, {dtype}, {tok.vocab_size:,} tokens")
@@ -221,8 +224,9 @@ def branch(beams, logits, done, cfg):
     n, V, grown, logp = cfg.num_beams, logits.shape[-1], [], logits.log_softmax(-1)
     enough = n * max(2, 1 + len(beams[0].ends))         # leaves n that go on, even if every beam draws every end token
     total = logp + torch.tensor([[sum(beam.logprobs)] for beam in beams], device=logits.device)
-    likeliest = total.flatten().topk(min(enough, total.numel())).indices.tolist()
-    for parent, token in (divmod(i, V) for i in likeliest):
+    likeliest = total.flatten().topk(total.numel() if beams[0].stops else min(enough, total.numel())).indices.tolist()
+    for rank, (parent, token) in enumerate(divmod(i, V) for i in likeliest):    # a stop string may end any number of them
+        if rank >= enough and (len(grown) == n or len(beams[0].logprobs) + 1 == cfg.max_new_tokens): break
         new = copy.copy(beams[parent])
         new.ids, new.logprobs = new.ids[:], new.logprobs[:]         # copies: its siblings append to them, too
         new.add(token, logp[parent, token].item())
@@ -245,7 +249,7 @@ def make_room(model, cache, row, length, text, sinks, need=1):
     size, sinks = cache.max_len, min(sinks, (cache.max_len - 1) // 2)
     drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once, so it happens rarely
     kept, end = length - sinks - drop, length - drop        # positions after the sinks that stay; the new length
-    if kept <= 0: raise ValueError(f"{need} more tokens do not fit block_size={size}: give a shorter text")
+    if kept <= 0: raise ValueError(f"the text is {1 - kept} tokens too long for block_size={size}: give a shorter one")
     if model.config.pos == "rope":
         cos, sin = nn.functional.normalize(model.table[:, drop], dim=0)     # (D/2,) each; YaRN scales them, a rotation must not
         for store in cache.k: store[row, :, sinks:end] = apply_rope(store[row, :, length - kept:length].float(), cos, -sin)

@@ -625,7 +625,8 @@ def test_model_generate_matches_argmax_recompute_and_passes_the_context():
     assert torch.equal(model.generate(idx, 9, temperature=1e-4), out[:, :14])   # nearly zero: the argmax
     a, b, c = (model.generate(idx, 9, top_k=None, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    with pytest.raises(ValueError, match="temperature=-1.0 must not be negative"): model.generate(idx, 9, temperature=-1.0)
+    for wrong in (dict(temperature=-1.0), dict(top_k=-1)):
+        with pytest.raises(ValueError, match="must not be negative"): model.generate(idx, 9, **wrong)
     with pytest.raises(ValueError, match="nothing to continue"): model.generate(idx[:, :0], 9)
 
 
@@ -834,6 +835,9 @@ HF_BAD = {      # name: (changes to config.json, or a file and what is done to i
     "activation": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "window": (dict(use_sliding_window=True), "layer_types=['sliding_attention']"),
     "window in the last layer": (dict(model_type="qwen3", layer_types=["sliding_attention"] * 3), "layer_types=['sliding_attention',"),
+    "window without a switch": (dict(model_type="qwen3", sliding_window=4, layer_types=["sliding_attention"] + 2 * ["full_attention"]),
+                                "layer_types=['sliding_attention', 'full_attention', 'full_attention']"),
+    "too few layer types": (dict(layer_types=["full_attention"]), "layer_types=['full_attention']"),
     "layer types": (dict(layer_types=["sliding_attention", "full_attention"]), "layer_types=['sliding_attention', 'full_attention']"),
     "biases": (dict(attention_bias=True), "lacks 12 tensors, such as model.layers.0.self_attn.k_proj.bias"),
     "both biases": (dict(attention_bias=True, mlp_bias=True), "lacks 21 tensors, such as model.layers.0.mlp.down_proj.bias"),
@@ -4127,8 +4131,8 @@ def test_sample_reads_stops():
     with pytest.raises(ValueError, match=re.escape("<|no|>")): sample.read_stops(config.Config(stop="<|no|>"), sample_TOK)
 
 
-def sample_beams(model, prompt, cfg, V, ends=()):
-    for found in sample.decode(model, [sample.Row(prompt, 0, sample_TOK, cfg, ends)], cfg, V, Counter()): pass
+def sample_beams(model, prompt, cfg, V, ends=(), stops=()):
+    for found in sample.decode(model, [sample.Row(prompt, 0, sample_TOK, cfg, ends, stops)], cfg, V, Counter()): pass
     return found
 
 
@@ -4153,14 +4157,15 @@ def test_sample_beam_search_equals_exhaustive_search(penalty):
         assert greedy == sample_recomputed(model, [1, 0], 0, L, temperature=0)
 
 
-def sample_naive_beams(model, prompt, n, V, end, L, penalty):
+def sample_naive_beams(model, prompt, n, V, ends, L, penalty):
     """Beam search that recomputes every step from the whole text and never stops early."""
     live, done = [(0.0, [])], []
     while live:
         logp = model(torch.tensor([prompt + seq for _, seq in live]))[0][:, -1, :V].log_softmax(-1).tolist()
         grown, live = [(total + p[t], seq + [t]) for (total, seq), p in zip(live, logp) for t in range(V)], []
-        for total, seq in sorted(grown, reverse=True)[:2 * n]:
-            if seq[-1] == end or len(seq) == L: done.append((total / len(seq) ** penalty, seq))
+        for rank, (total, seq) in enumerate(sorted(grown, reverse=True)):
+            if rank >= 2 * n and (len(live) == n or len(seq) == L): break
+            if seq[-1] in ends or len(seq) == L: done.append((total / len(seq) ** penalty, seq))
             elif len(live) < n: live.append((total, seq))
     return [seq for _, seq in sorted(done, reverse=True)[:n]]
 
@@ -4171,9 +4176,11 @@ def test_sample_narrow_beams_equal_a_naive_search_that_never_stops_early():
         model, V, L = sample_gpt(seed=seed, vocab_size=6, noise=0.2), 6, 9
         cfg = config.Config(num_beams=n, temperature=0, max_new_tokens=L, length_penalty=penalty)
         found = sample_beams(model, [1, 0], cfg, V, {2})
-        want = sample_naive_beams(model, [1, 0], n, V, 2, L, penalty)
+        want = sample_naive_beams(model, [1, 0], n, V, {2}, L, penalty)
         assert found[0].tokens == want[0] and [r.tokens for r in found] == want
         lengths.add(len(want[0]))
+        found = sample_beams(model, [1, 0], cfg, V, {2}, [b"\3", b"\4", b"\5"])        # tokens 3, 4, 5 end a beam, too
+        assert [r.tokens for r in found] == sample_naive_beams(model, [1, 0], n, V, {2, 3, 4, 5}, L, penalty)
     assert len(lengths) > 2
 
 
@@ -4754,6 +4761,21 @@ def test_sample_llama3_export_begins_texts_peer(tmp_path):
     assert Tokenizer.load(str(tmp_path / "hf" / "tokenizer.json")).encode("ab cd") == tok.encode("ab cd")
 
 
+def test_sample_export_keeps_the_chat_template_peer(tmp_path):
+    """transformers writes a conversation out as prepare.py does, and the folder is a chat model here, too."""
+    transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
+    path = sample_checkpoint(tmp_path)
+    for chat in (False, True):
+        if chat: model_py.save_checkpoint(path, model_py.load_checkpoint(path) | dict(meta=dict(form="answers")))
+        sample.export(config.Config(out_dir=str(tmp_path), export=str(folder := tmp_path / f"hf{chat}")))
+        assert sample.load(config.Config(init_from=str(folder)))[1].chat == chat
+    turns = [dict(role=role, content=f"the {role}\nsat") for role in ("system", "user", "assistant", "user", "assistant")]
+    want = "".join(text + "<|endoftext|>" * counts for text, counts in prepare.parse(dict(messages=turns))[1])
+    write = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template
+    assert write(turns, tokenize=False) == want
+    assert want.startswith(write(turns[:-1], tokenize=False, add_generation_prompt=True) + " the assistant")
+
+
 def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_path, capsys):
     """Train, export, load in transformers, fine-tune the export: data prepared with the same tokenizer can be used again."""
     transformers = pytest.importorskip("transformers", reason="not installed: pip install transformers")
@@ -5021,7 +5043,7 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     Path("data/d/meta.json").write_text(json.dumps({"tokenizer_hash": sample_TOK.hash}))
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     out = capsys.readouterr().out
-    rows, full = (dict(re.findall(rf"^(rope_scaling=\w+|window, sinks=\d) +{which}", out, re.M))
+    rows, full = (dict(re.findall(rf"^(as trained|rope_scaling=\w+|window, sinks=\d) +{which}", out, re.M))
                   for which in (r"([\d,.]+) ", "(.*)"))
     texts = torch.tensor(np.stack([data[i:i + n + 1] for i in np.linspace(0, 29, 24).astype(int)]).astype(np.int64))
     logp = model(texts[:, :-1])[0].log_softmax(-1).gather(2, texts[:, 1:, None])[:, n // 2:]
@@ -5032,10 +5054,10 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     scaled.load_state_dict(model.state_dict())
     sample_checkpoint("out/x", scaled)
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
-    rows = re.findall(r"^rope_scaling=\w+ +[\d,.]+ +([\d,.]+) ", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^(?:as trained|rope_scaling=\w+) +[\d,.]+ +([\d,.]+) ", capsys.readouterr().out, re.M)
     assert len(set(rows)) == 5
     bench.main(["context", "--out_dir=out/x", "--device=cpu", "--quantize=int8"])
-    assert capsys.readouterr().out.count("rope_scaling=") == 5
+    assert capsys.readouterr().out.count("rope_scaling=") == 4
     data[:8 * n].tofile("data/d/val.bin")
     with pytest.raises(ValueError, match="val.bin has 128 tokens"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])

@@ -8,10 +8,11 @@ What every stage promises, each promise checked against an independent twin: nai
 import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
 import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, typing, warnings, weakref, zipfile
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # set before importing numpy and torch: such small matrices only lose by threads
+os.environ["NO_PROXY"] = "127.0.0.1"            # where the tests' own servers are
 import numpy as np
 import pytest
 import tiktoken
@@ -19,6 +20,7 @@ import torch
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")    # before anything imports triton
 HERE = os.path.dirname(os.path.abspath(__file__))
+os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", HERE)])         # for scripts in other folders
 sys.path.insert(0, HERE)
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +38,29 @@ import train
 
 torch.backends.mps.is_available = lambda: False         # on a Mac, too, the tests compare with the CPU
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: fork and /proc")
+flash_gpu = torch.cuda.is_available()
+flash_device = torch.device("cuda" if flash_gpu else "cpu")
+flash_numpy = flash_attn.triton is not None and not flash_gpu and flash_attn.triton.__version__ < "3.7" and \
+    tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+needs_flash = pytest.mark.skipif(
+    flash_attn.triton is None or flash_numpy,
+    reason="no Triton: pip install triton (Linux only)" if flash_attn.triton is None else
+    "the interpreter of Triton before 3.7 fails with NumPy 2.4: pip install 'triton>=3.7' or 'numpy<2.4', or run on a GPU")
+needs_gpu = pytest.mark.skipif(not flash_gpu or torch.cuda.get_device_capability()[0] < 8,
+                               reason="no CUDA GPU: run on a machine with one of compute capability 8.0 or newer")
+
+
+def raising(error):
+    """A function that raises it, whatever it is called with."""
+    def fail(*args, **kw): raise error
+    return fail
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """tmp_path, made the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 # ======================================================== config/: defaults, files and flags in order; errors name the knob
 
@@ -60,6 +85,7 @@ def test_config_order_types_and_flags():
     found = cfg.dataset, cfg.max_iters, cfg.start, cfg.bias, cfg.compile, cfg.dropout
     assert found == ("stdlib", 1000, "a=b", False, True, 0.0)
     assert isinstance(cfg.dropout, float) and config.load(["--compile=none"]).compile is None
+    assert config.load(["--rope_theta=1e20"]).rope_theta == 1e20
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -74,6 +100,7 @@ def test_config_order_types_and_flags():
     (["--learning_rate=nan"], "wants float, not nan"), (["--learning_rate=1e999"], "wants float"),
     # out of range
     (["--max_iters=-3"], "negative"), (["--batch_size=0"], "at least 1"), (["--top_p=0"], "(0, 1]"), (["--beta2=1"], "below 1"),
+    (["--top_p=1.1"], "(0, 1]"), (["--repetition_penalty=0"], "above 0"), (["--temperature=1e-40"], "0 or at least"),
     (["--dropout=-0.1"], "negative"), (["--dropout=1"], "below 1"), (["--min_p=1.5"], "in [0, 1]"),
     (["--val_fraction=1"], "in (0, 1)"),
     # knobs that contradict each other
@@ -81,7 +108,8 @@ def test_config_order_types_and_flags():
     (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"), (["--n_embd=12"], "must be even"),
     (["--tie_weights"], "zero_init"), (["--norm_gain", "--norm=layernorm"], "norm_gain"),
     (["--window_pattern=SX", "--window=8"], "'SX'"), (["--pos=sinusoidal", "--n_embd=33", "--n_head=3"], "even n_embd"),
-    (["--dpo_beta=0"], "above 0"), (["--num_beams=2", "--temperature=0", "--speculate=1"], "speculate=0"),
+    (["--dpo_beta=0"], "above 0"), (["--num_beams=2"], "temperature=0"),
+    (["--num_beams=2", "--temperature=0", "--speculate=1"], "speculate=0"),
     (["--num_beams=2", "--temperature=0", "--num_samples=3"], "num_samples <= num_beams")])
 def test_config_errors(argv, message):
     with pytest.raises(ValueError) as e: config.load(argv)
@@ -101,8 +129,7 @@ def test_config_file_errors(tmp_path):
 
 def test_config_run_turns_errors_into_a_line_and_a_code(capsys):
     for error, code in ((ValueError("bad"), "error: bad"), (KeyboardInterrupt(), 130)):
-        def main(words): raise error
-        with pytest.raises(SystemExit) as e: config.run(main, parse=list)
+        with pytest.raises(SystemExit) as e: config.run(raising(error), parse=list)
         assert e.value.code == code
     assert capsys.readouterr().err == "\ninterrupted\n"
 
@@ -111,11 +138,12 @@ def test_config_every_knob_is_used():
     """No dead options: every knob is read by a script or checked in config itself."""
     source = "".join(open(os.path.join(HERE, f"{s}.py")).read() for s in ("prepare", "train", "sample", "bench", "model"))
     source += open(os.path.join(HERE, "config", "__init__.py")).read().split("head_dim = ")[1].split("@dataclass")[0]
-    assert not [word for kind in config.KINDS.values() for word in typing.get_args(kind) if str(word) not in source]  # no branch
+    for kind in config.KINDS.values():      # a branch for each choice but one, which may be the `else`
+        assert sum(isinstance(choice, str) and f'"{choice}"' not in source for choice in typing.get_args(kind)) <= 1, kind
     assert not [f.name for f in dataclasses.fields(config.Config) if not re.search(rf"\b(cfg|config|self|c)\.{f.name}\b", source)]
 
 
-def test_config_files_load(monkeypatch, capsys):
+def test_config_files_load(capsys):
     """Any script can load any config file: they all call main(load(words)), and load is shared."""
     for path in CONFIG_FILES:
         cfg = config.load([path, "--seed=7"])
@@ -123,12 +151,29 @@ def test_config_files_load(monkeypatch, capsys):
     with pytest.raises(SystemExit): config.load([path, "--help"])
     said = re.findall(r"^  --(\w+) .*\w.* \(default .+\)$|^  --(.*)", capsys.readouterr().out, re.M)
     assert said == [(knob, "") for knob in config.KINDS]                # every knob with its comment, and nothing else
+
+
+def test_config_fills_in_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
     cfg = config.load(["--out_dir=~/a~", "--input=~, ~/b,c/~", "--start=~"])            # shells leave the ~ after a =
     assert (cfg.out_dir, cfg.input, cfg.start) == ("/h/a~", "/h, /h/b,c/~", "~")
-    assert config.load(["--rope_theta=1e20"]).rope_theta == 1e20
-    for bad in ("inf", "nan", "1e400"):
-        with pytest.raises(ValueError, match="rope_theta wants float"): config.load([f"--rope_theta={bad}"])
+
+
+def test_config_help_for_head_ends_without_an_error():
+    shell = f'"{sys.executable}" sample.py --help | head -1'
+    result = subprocess.run(shell, shell=True, cwd=HERE, capture_output=True, text=True)
+    assert result.stdout.startswith("Every knob") and result.stderr == ""
+
+
+@pytest.mark.parametrize("line, message", [
+    ("prepare.py --dataset=x --input=nowhere", "--input: there is no file or folder 'nowhere'\n"),
+    ("train.py --max_iter=3", "--max_iter: unknown knob 'max_iter', did you mean 'max_iters'"),
+    ("sample.py", "no checkpoint in out/*: check --out_dir, or: python train.py")])
+def test_config_scripts_end_user_errors_with_one_line_and_code_1(line, message, tmp_path):
+    script, *words = line.split()
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not os.listdir(tmp_path)
 
 # ======================================================== model.py: naive float64 models; transformers
 
@@ -221,9 +266,10 @@ def test_model_classic_against_naive_gpt2():
     torch.testing.assert_close(model(idx)[0].double(), naive_gpt2(model.state_dict(), idx, 4, 2), atol=2e-4, rtol=1e-4)
 
 
-def test_model_modern_against_naive():
-    """RMSNorm, QK-norm, RoPE, ReLU^2, soft-cap and an untied head, written out independently in float64."""
-    model, idx = tiny_gpt(logit_softcap=3.0, n_kv_head=2), torch.randint(61, (2, 11))
+@pytest.mark.parametrize("K", [4, 2, 1])
+def test_model_modern_against_naive(K):
+    """RMSNorm, QK-norm, RoPE, grouped queries, ReLU^2, soft-cap, untied head, written out independently in float64."""
+    model, idx = tiny_gpt(logit_softcap=3.0, n_kv_head=K), torch.randint(61, (2, 11))
     p = {k: v.double() for k, v in model.state_dict().items()}
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     angle = torch.arange(11.0).double()[:, None] * 10000.0 ** -(torch.arange(4).double() / 4)
@@ -305,16 +351,6 @@ def test_model_cache_size_is_the_formula():
         with pytest.raises(AssertionError): cache.set_lengths(lengths)
 
 
-def test_model_gqa_equals_mha_with_repeated_heads():
-    gqa, mha = tiny_gpt(n_kv_head=2), tiny_gpt()
-    state = gqa.state_dict()
-    for name in [n for n in state if "c_k" in n or "c_v" in n]:
-        state[name] = state[name].view(2, 8, -1).repeat_interleave(2, dim=0).flatten(0, 1)
-    mha.load_state_dict(state)
-    idx = torch.randint(61, (2, 13))
-    torch.testing.assert_close(gqa(idx)[0], mha(idx)[0], atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("kw", SHAPES)
 def test_model_is_causal(kw):
     model, idx = tiny_gpt(**kw), torch.randint(61, (1, 16))
@@ -358,6 +394,14 @@ def test_model_optimizers_cover_every_parameter_once(kw, optimizer):
         assert outside.pop("transformer.wte.weight") == (head if tied else cfg.embedding_lr) and {*outside.values()} == {head}
         assert {rate[i] for i in muon} == {cfg.matrix_lr}
     else: assert set(rate.values()) == {cfg.learning_rate}
+
+
+def test_model_optimizers_are_sharded_if_asked():
+    """The weights are the same either way, in two ranks or one: only the optimizers' kind tells."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try: kinds = [type(o).__name__ for o in model_py.GPT(tiny()).configure_optimizers(config.Config(shard_optimizer=True))]
+    finally: torch.distributed.destroy_process_group()
+    assert kinds == ["ZeroRedundancyOptimizer"] * 2
 
 
 def test_model_muon_multiplies_in_float32_where_bfloat16_is_emulated(monkeypatch):
@@ -538,7 +582,7 @@ def test_model_fused_loss_against_plain_cross_entropy(cap, padding):
 
 def test_model_fused_loss_in_float16_keeps_the_gradients_of_many_rows():
     """Divided by so many rows, gradients underflow float16, and the loss scale multiplies them only later: keep them."""
-    x, w = (torch.randn(n, 8, requires_grad=True) for n in (20000, 512))
+    x, w = (torch.randn(n, 8).mul_(0.01).requires_grad_() for n in (20000, 512))
     targets = torch.randint(512, (20000,))
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ w.T, targets), (x, w))
     with torch.autocast("cpu", torch.float16): loss = model_py.LinearCrossEntropy.apply(x, w, targets, 512, 0.0)
@@ -660,7 +704,7 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     again = model_py.GPT.load(path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with monkeypatch.context() as m:
-        m.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file")))
+        m.setattr(torch, "save", raising(RuntimeError("PytorchStreamWriter failed writing file")))
         with pytest.raises(OSError, match="free space"): model_py.save_checkpoint(path, {})
     assert os.listdir(tmp_path) == ["ckpt.pt"] and model_py.load_checkpoint(path)      # the old file, and nothing beside it
     data = (tmp_path / "ckpt.pt").read_bytes()
@@ -814,11 +858,6 @@ def test_model_export_refuses_by_name_peer(kw, named, tmp_path):
     assert "\n" not in str(e.value) and not os.listdir(tmp_path)
 
 
-def hf_int8(path):
-    from safetensors.torch import save_file
-    save_file({"lm_head.weight": torch.ones(2, dtype=torch.int8)}, path)
-
-
 def hf_shards(index):
     """Replaces the file by part-2.safetensors, which holds a third of it, and this index."""
     def cut(path):
@@ -864,11 +903,13 @@ HF_BAD = {      # name: (changes to config.json, or a file and what is done to i
     "header text": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:8] + b"x" + p.read_bytes()[9:]),
                     "model.safetensors is damaged"),
     "cut": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-9]), "model.safetensors is damaged"),
-    "shard": ("model.safetensors", hf_shards(dict(weight_map=dict(a="part-1.safetensors", b="part-2.safetensors"))), "part-1.safetensors is missing: download"),
+    "shard": ("model.safetensors", hf_shards(dict(weight_map=dict(a="part-1.safetensors", b="part-2.safetensors"))),
+              "part-1.safetensors is missing: download"),
     "index": ("model.safetensors", hf_shards(dict(weight_map=[3])), "model.safetensors.index.json: "),
     "no map": ("model.safetensors", hf_shards({}), "model.safetensors.index.json: 'weight_map'"),
     "too few": ("model.safetensors", hf_shards(dict(weight_map=dict(b="part-2.safetensors"))), "lacks 21 tensors, such as "),
-    "int8": ("model.safetensors", hf_int8, "lm_head.weight is quantised (torch.int8): use")}
+    "int8": ("model.safetensors", lambda p: importlib.import_module("safetensors.torch").save_file(
+        {"lm_head.weight": torch.ones(2, dtype=torch.int8)}, p), "lm_head.weight is quantised (torch.int8): use")}
 
 
 def rewrite_json(path, **changes):
@@ -969,35 +1010,36 @@ def bpe_engine_split(text, pattern, guess):
     """The words of a str as tiktoken's engine splits them. The engine returns tokens, and a word that is a token stays whole: so
     every word of `guess` is made a token and, so that a boundary only in `guess` would show, every two neighbours joined."""
     ranks = dict(BPE_BYTES)
-    for word in [*guess, *(a + b for a, b in zip(guess, guess[1:]))]:
-        ranks.setdefault(word, len(ranks))
+    for word in [*guess, *(a + b for a, b in zip(guess, guess[1:]))]: ranks.setdefault(word, len(ranks))
     engine = tiktoken.Encoding("split", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return engine.decode_tokens_bytes(engine.encode_ordinary(text))
 
 
 def bpe_naive_train(words, n_merges):
-    """The textbook algorithm: recount all pairs after each merge. words: {bytes: count}."""
-    words = {tuple(w): k for w, k in words.items()}
-    merges = []
+    """The textbook algorithm, one merge at a time in plain dicts: the most frequent pair, then the smallest. words: {bytes: count}.
+    Counts are updated, not recounted: fast enough for thousands of merges."""
+    seqs, counts, pairs, where, merges = [list(w) for w in words], list(words.values()), Counter(), {}, []
+    for i, (s, k) in enumerate(zip(seqs, counts)):
+        for p in zip(s, s[1:]):
+            pairs[p] += k
+            where.setdefault(p, set()).add(i)
     for new in range(256, 256 + n_merges):
-        pairs = {}
-        for w, k in words.items():
-            for p in zip(w, w[1:]):
-                pairs[p] = pairs.get(p, 0) + k
-        if not pairs:
-            break
-        best = min(pairs, key=lambda p: (-pairs[p], p))
+        best = min(pairs, key=lambda p: (-pairs[p], p), default=None)
+        if not best: break
         merges.append(best)
-        merged = {}
-        for w, k in words.items():
-            out, i = [], 0
-            while i < len(w):
-                if w[i:i + 2] == best:
-                    out, i = out + [new], i + 2
-                else:
-                    out, i = out + [w[i]], i + 1
-            merged[tuple(out)] = merged.get(tuple(out), 0) + k
-        words = merged
+        for i in where.pop(best):
+            s, k, out, j = seqs[i], counts[i], [], 0
+            while j < len(s):
+                pair = tuple(s[j:j + 2]) == best
+                out.append(new if pair else s[j])
+                j += 2 if pair else 1
+            for p in zip(s, s[1:]):
+                pairs[p] -= k
+                if not pairs[p]: del pairs[p]
+            for p in zip(out, out[1:]):
+                pairs[p] += k
+                where.setdefault(p, set()).add(i)
+            seqs[i] = out
     return merges
 
 
@@ -1005,20 +1047,13 @@ def bpe_naive_encode(word, merges):
     """Apply each merge in the order it was learned, left to right."""
     ids = list(word)
     for new, pair in enumerate(merges, 256):
-        i = 0
-        while i + 1 < len(ids):
-            if (ids[i], ids[i + 1]) == pair:
-                ids[i:i + 2] = [new]
-            i += 1
+        for i in range(len(ids)):
+            if tuple(ids[i:i + 2]) == pair: ids[i:i + 2] = [new]
     return ids
 
 
 def bpe_counts(texts, pattern):
-    words = {}
-    for text in texts:
-        for w in bpe_split(text.encode() if isinstance(text, str) else text, pattern):
-            words[w] = words.get(w, 0) + 1
-    return words
+    return Counter(w for text in texts for w in bpe_split(text.encode() if isinstance(text, str) else text, pattern))
 
 
 BPE_CHARS = ["a", "b", "e", "l", "r", "s", "t", "v", "L", "S", "Z", "'", "'", " ", " ", " ", "\n", "\r", "\t", "\x0b", "\x1c",
@@ -1072,10 +1107,8 @@ def bpe_random_corpus(rng):
         letters = "ab" if rng.random() < 0.5 else "abcdeé中"
         word = lambda: "".join(rng.choices(letters, k=rng.randint(1, 9)))
         return [" ".join(word() for _ in range(rng.randint(1, 25))) for _ in range(rng.randint(1, 4))]
-    if kind < 0.6:
-        return [" ".join(rng.choice("ab") * rng.randint(1, 30) for _ in range(rng.randint(1, 12)))]
-    if kind < 0.8:
-        return [bpe_random_bytes(rng, rng.randint(0, 80)) for _ in range(rng.randint(1, 5))]
+    if kind < 0.6: return [" ".join(rng.choice("ab") * rng.randint(1, 30) for _ in range(rng.randint(1, 12)))]
+    if kind < 0.8: return [bpe_random_bytes(rng, rng.randint(0, 80)) for _ in range(rng.randint(1, 5))]
     return ["", bpe_random_text(rng, rng.randint(0, 80)), ""]
 
 
@@ -1098,42 +1131,13 @@ def test_bpe_train_equals_naive_and_encode_equals_tiktoken(monkeypatch):
             assert tok.decode_bytes(tok.encode(data)) == data
 
 
-def bpe_incremental_train(words, n_merges):
-    """One merge at a time in plain dicts whose counts are updated, not recounted: fast enough for thousands of merges."""
-    seqs, counts, pairs, where, merges = [list(w) for w in words], list(words.values()), {}, {}, []
-    for i, (s, k) in enumerate(zip(seqs, counts)):
-        for p in zip(s, s[1:]):
-            pairs[p] = pairs.get(p, 0) + k
-            where.setdefault(p, set()).add(i)
-    for new in range(256, 256 + n_merges):
-        best = min(pairs, key=lambda p: (-pairs[p], p))
-        merges.append(best)
-        for i in where.pop(best):
-            s, k, out, j = seqs[i], counts[i], [], 0
-            while j < len(s):
-                pair = tuple(s[j:j + 2]) == best
-                out.append(new if pair else s[j])
-                j += 2 if pair else 1
-            for p in zip(s, s[1:]):
-                pairs[p] -= k
-                if not pairs[p]:
-                    del pairs[p]
-            for p in zip(out, out[1:]):
-                pairs[p] = pairs.get(p, 0) + k
-                where.setdefault(p, set()).add(i)
-            seqs[i] = out
-    return merges
-
-
 @pytest.mark.parametrize("kind", ["code", "ties"])
 def test_bpe_batched_merging_equals_one_at_a_time(kind):
     """Thousands of merges make large batches; in random bytes more pairs tie than the trainer considers at a time."""
-    if kind == "code":
-        text = bpe_stdlib_text("argparse.py", "typing.py", "decimal.py").encode()
-    else:
-        text = b" ".join(bytes(random.Random(i).choices(range(128, 256), k=9)) for i in range(800))
+    if kind == "code": text = bpe_stdlib_text("argparse.py", "typing.py", "decimal.py").encode()
+    else: text = b" ".join(bytes(random.Random(i).choices(range(128, 256), k=9)) for i in range(800))
     tok = Tokenizer.train([text], 3000, special_tokens=(), workers=1)
-    assert tok.merges == bpe_incremental_train(bpe_counts([text], GPT2_SPLIT), 3000 - 256)
+    assert tok.merges == bpe_naive_train(bpe_counts([text], GPT2_SPLIT), 3000 - 256)
 
 
 def test_bpe_counts_beyond_32_bits():
@@ -1222,13 +1226,14 @@ def test_bpe_long_words_that_differ_in_length_and_one_letter():
 def test_bpe_cache_is_bounded(monkeypatch):
     tok = Tokenizer.train(["the cat sat on the mat " * 5], 280, workers=1)
     texts = [" ".join(str(i * j) for i in range(50)) for j in range(40)]
-    expect = [tok.encode(t) for t in texts]
+    texts += [str(i) * 60 for i in range(60)]               # few words, but of many ids each
+    expect, sizes = [tok.encode(t) for t in texts], []
     monkeypatch.setattr(bpe, "CACHE", 130)
     for text, ids in zip(texts, expect):
-        assert tok.encode(text) == ids and len(vars(tok).get("_cache", [()])[0]) <= 130
-    for i in range(60):                                     # few words, but of many ids each
-        tok.encode(str(i) * 60)
-        assert len(vars(tok).get("_cache", [(), (), ()])[2]) <= 8 * 130
+        assert tok.encode(text) == ids
+        sizes.append([len(part) for part in vars(tok).get("_cache", [(), (), ()])])
+    words, _, ids = map(max, zip(*sizes))
+    assert 0 < words <= 130 and 0 < ids <= 8 * 130
 
 
 def test_bpe_threads_do_not_disturb_each_other(monkeypatch):
@@ -1266,7 +1271,7 @@ def test_bpe_cache_survives_interrupts_and_two_texts_at_once(monkeypatch):
         ids[:min(map(len, expect))] for ids in expect]
     for owner, name in ((Tokenizer, "_merge"), (bpe, "word_keys")):
         with monkeypatch.context() as m:
-            m.setattr(owner, name, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            m.setattr(owner, name, raising(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt): tok.encode(texts[1])
         assert [tok.encode(t) for t in texts] == expect
 
@@ -1340,10 +1345,8 @@ def test_bpe_vocab_size_and_byte_tokenizer(capsys):
     capsys.readouterr()
     assert len(Tokenizer.train(["ab ab"], 1000).merges) == 2   # "ab" and " ab"
     assert "only 2 pairs" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="256"):
-        Tokenizer.train(["hello"], 255)
-    with pytest.raises(ValueError, match="pattern"):
-        Tokenizer.train(["hello"], 300, pattern=r"\w+")
+    with pytest.raises(ValueError, match="256"): Tokenizer.train(["hello"], 255)
+    with pytest.raises(ValueError, match="pattern"): Tokenizer.train(["hello"], 300, pattern=r"\w+")
     with pytest.raises(ValueError, match="need 259"): Tokenizer.train(["hello"], 257, special_tokens="a|b|c".split("|"))
     with pytest.raises(ValueError, match="workers is -1"): Tokenizer.train(["hello"], 300, workers=-1)
     for size in ("400", 400.0):
@@ -1369,8 +1372,7 @@ def test_bpe_surrogates_and_unknown_ids():
     assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb" and tok.decode(tok.encode("\ud83d\ude00")) == "😀"
     assert tok.encode("a\ud800b") == tok.to_tiktoken().encode_ordinary("a\ud800b")
     for bad in ([5000], [-1], np.array([70000])):
-        with pytest.raises(ValueError, match="not in the vocabulary"):
-            tok.decode(bad)
+        with pytest.raises(ValueError, match="not in the vocabulary"): tok.decode(bad)
     for ids in (torch.tensor([97, 98]), list(torch.tensor([97, 98])), list(np.array([97, 98]))): assert tok.decode(ids) == "ab"
     with pytest.raises(TypeError, match="'list' object cannot be interpreted as an integer"): tok.decode([[97, 98]])
 
@@ -1403,21 +1405,16 @@ def test_bpe_save_load_and_damage(tmp_path, monkeypatch):
                    lambda d: d["special_tokens"].update(z=5)):
         bad = json.loads(json.dumps(d))
         change(bad)
-        with open(path, "w") as f:
-            json.dump(bad, f)
-        with pytest.raises(ValueError, match="tok.json"):
-            Tokenizer.load(path)
+        with open(path, "w") as f: json.dump(bad, f)
+        with pytest.raises(ValueError, match="tok.json"): Tokenizer.load(path)
     for content in (b"", b"{", b"[1]", b"3", b"\xff\xfe"):
         open(path, "wb").write(content)
-        with pytest.raises(ValueError, match="tok.json"):
-            Tokenizer.load(path)
-    with pytest.raises(OSError):
-        Tokenizer.load(str(tmp_path / "absent.json"))
+        with pytest.raises(ValueError, match="tok.json"): Tokenizer.load(path)
+    with pytest.raises(OSError): Tokenizer.load(str(tmp_path / "absent.json"))
     tok.save(path)
     before = open(path).read()
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError):
-        Tokenizer.train(["zz zz"], 258).save(path)
+    monkeypatch.setattr(os, "replace", raising(OSError("disk")))
+    with pytest.raises(OSError): Tokenizer.train(["zz zz"], 258).save(path)
     assert open(path).read() == before
 
 
@@ -1452,8 +1449,7 @@ def test_bpe_hugging_face_refused(tmp_path):
         bad = json.loads(json.dumps(good))
         change(bad)
         path.write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match="tokenizer.json"):
-            Tokenizer.from_hf(path)
+        with pytest.raises(ValueError, match="tokenizer.json"): Tokenizer.from_hf(path)
 
 
 @pytest.mark.parametrize("named, change", [
@@ -1478,8 +1474,7 @@ def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
     assert len(Tokenizer.from_hf(tmp_path / "tokenizer.json").merges) == 2
     change(d)
     (tmp_path / "tokenizer.json").write_text(json.dumps(d))
-    with pytest.raises(ValueError, match=f"tokenizer.json.*{named}"):
-        Tokenizer.from_hf(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{named}"): Tokenizer.from_hf(tmp_path / "tokenizer.json")
 
 
 def test_bpe_llama_and_qwen_files_peer(tmp_path):
@@ -1511,13 +1506,11 @@ def test_bpe_llama_and_qwen_files_peer(tmp_path):
     texts = ["".join(rng.choices(composed, k=rng.randint(1, 40))) for _ in range(300)]
     qwen = same(texts + [bpe_random_text(rng, 60) for _ in range(200)])
     assert qwen.normalizer == "NFC" and qwen.decode(qwen.encode("e\u0301")) == "é"
-    with pytest.raises(ValueError, match="NFC"):
-        qwen.to_tiktoken()
+    with pytest.raises(ValueError, match="NFC"): qwen.to_tiktoken()
     extra = [b" integersX", "नमस्".encode(), b"zqzqz", b"zqzq", b"zqzqzk", b"def randrangex", b"aaaaa", b"aaa", b"aa", b"rnge",
              b"xrnge", b"nge"]
     rank = {tok.vocab[i]: i for i in range(tok.vocab_size - 2)}
-    for token in extra:
-        rank.setdefault(token, len(rank))
+    for token in extra: rank.setdefault(token, len(rank))
     name = {t: "".join(letters[b] for b in t) for t in rank}
     merges = [(t[:i], t[i:]) for t in rank for i in range(1, len(t)) if t[:i] in rank and t[i:] in rank]
     split["Regex"], d["normalizer"] = bpe.QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"), None
@@ -1599,13 +1592,11 @@ def test_bpe_gpt2_files_made_here(tmp_path):
         assert gpt2.encode(t) == gpt2.to_tiktoken().encode_ordinary(t)
     assert Tokenizer.from_dict(gpt2.to_dict()).encode("the cat") == gpt2.encode("the cat")
     path.write_text("a b c\n")
-    with pytest.raises(ValueError, match="merges.txt"):
-        Tokenizer.from_gpt2(str(path))
+    with pytest.raises(ValueError, match="merges.txt"): Tokenizer.from_gpt2(str(path))
     path.write_text("a b\n")
     vocab = tmp_path / "vocab.json"
     vocab.write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="missing"):
-        Tokenizer.from_gpt2(str(path), str(vocab))
+    with pytest.raises(ValueError, match="missing"): Tokenizer.from_gpt2(str(path), str(vocab))
 
 
 def test_bpe_tiktoken_files(tmp_path, monkeypatch):
@@ -1617,11 +1608,9 @@ def test_bpe_tiktoken_files(tmp_path, monkeypatch):
     assert Tokenizer.from_tiktoken(str(path), GPT4_SPLIT, ("<|endoftext|>",)).hash == tok.hash
     for content in ("YQ==", "YQ== 1\n", "?? 1\n", "YQ== x\n"):
         path.write_text(content)
-        with pytest.raises(ValueError, match="cannot read .*x.tiktoken: "):
-            Tokenizer.from_tiktoken(str(path))
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
-    with pytest.raises(ValueError, match="--tokenizer: Tokenizer.from_gpt2.*save"):
-        Tokenizer.gpt2()
+        with pytest.raises(ValueError, match="cannot read .*x.tiktoken: "): Tokenizer.from_tiktoken(str(path))
+    monkeypatch.setattr(tiktoken, "get_encoding", raising(ConnectionError("no network")))
+    with pytest.raises(ValueError, match="--tokenizer: Tokenizer.from_gpt2.*save"): Tokenizer.gpt2()
 
 
 def test_bpe_equals_rustbpe_peer():
@@ -1653,8 +1642,8 @@ def test_bpe_equals_hugging_face_trainer_peer():
 def bpe_script(folder, code, **kw):
     """Start the code as a script: worker processes need a file they can import."""
     (folder / "script.py").write_text(code)
-    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, env=os.environ | {"PYTHONPATH": HERE}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kw)
 
 
 def test_bpe_workers_that_are_spawned(tmp_path):
@@ -1707,21 +1696,17 @@ def test_bpe_interrupt_and_dead_worker_leave_no_processes(monkeypatch):
     monkeypatch.setattr(bpe, "BATCH", 1000)
 
     def docs():
-        for i in range(300):
-            yield f"the cat {i} sat on the mat " * 5
+        for i in range(300): yield f"the cat {i} sat on the mat " * 5
         raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        Tokenizer.train(docs(), 300, workers=2)
+    with pytest.raises(KeyboardInterrupt): Tokenizer.train(docs(), 300, workers=2)
     import multiprocessing
     assert not multiprocessing.active_children()
 
     def deadly():
         for i in range(3000):
             yield f"the cat {i} sat on the mat " * 5
-            if i == 300:
-                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(OSError, match="worker process died"):
-        Tokenizer.train(deadly(), 300, workers=2)
+            if i == 300: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(OSError, match="worker process died"): Tokenizer.train(deadly(), 300, workers=2)
     assert not multiprocessing.active_children()
 
 
@@ -1892,9 +1877,8 @@ def prepare_hashes(folder):
     return {name: prepare.sha256(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
 
 
-def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
+def test_prepare_end_to_end(here, capsys):
     """Every kind of file, duplicates, empty texts, odd bytes: each document is in one bin, once and whole; meta.json is right."""
-    monkeypatch.chdir(tmp_path)
     files = {f"in/{i:02d}{ending}": prepare_text(i, 50 + i) for i, ending in enumerate([".txt", ".md", ".py"] * 12)}
     files |= {"in/sub/bad.txt": b"caf\xc3\xa9 \xff\xfe\x80 broken \xe6\x9d", "in/sub/crlf.txt": "one\r\ntwo\r\n\r\nthree",
               "in/z.txt": "text with <|endoftext|> in it, twice: <|endoftext|>", "in/empty.txt": "",
@@ -1928,9 +1912,8 @@ def test_prepare_end_to_end(tmp_path, monkeypatch, capsys):
     assert "prepared already" in capsys.readouterr().out
 
 
-def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
+def test_prepare_single_text_splits_at_last_tenth(here, monkeypatch):
     """The first nine tenths of the bytes are for training, and the cut is never inside a character."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 1000)      # so that there are many units
     monkeypatch.setattr(bpe, "CHUNK", 500)
     for pad in (b"", b"!"):                         # for one of the two, nine tenths end inside a character
@@ -1948,9 +1931,8 @@ def test_prepare_single_text_splits_at_last_tenth(tmp_path, monkeypatch):
     assert np.fromfile("data/mine/train.bin", np.uint16).astype(np.uint8).tobytes() == text[:middle]
 
 
-def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
+def test_prepare_long_documents_in_pieces(here, monkeypatch):
     """Documents longer than a unit of work are compared for duplicates and encoded as if they were read whole."""
-    monkeypatch.chdir(tmp_path)
     r = random.Random(0)
     docs = [prepare_text(i, r.randrange(1, 900)).encode() for i in range(20)]
     first, a, b = (b"".join(b"%029d\n" % (n * 100 + i) for i in range(rows)) for n, rows in enumerate((11, 10, 10)))
@@ -1969,20 +1951,19 @@ def test_prepare_long_documents_in_pieces(tmp_path, monkeypatch):
                 assert flat == np.fromfile(f"data/{meta['dataset']}/{split}.bin", np.uint16).tolist()
 
 
-def test_prepare_output_does_not_depend_on_workers_or_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_output_does_not_depend_on_workers_or_order(here, monkeypatch):
     monkeypatch.setattr(prepare, "UNIT", 2000)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(150)})
-    hashes = []
-    for workers in (1, 2, 3):
+    hashes, walk = [], os.walk
+    for workers, step in ((1, 1), (2, -1), (3, 1)):         # -1: the folder lists its files in the opposite order
+        monkeypatch.setattr(os, "walk", lambda *args, **kw: ((a, b, names[::step]) for a, b, names in walk(*args, **kw)))
         prepare_run(workers=workers)
         hashes.append(prepare_hashes("data/mine"))
         for name in os.listdir("data/mine"): os.remove(f"data/mine/{name}")
     assert hashes[0] == hashes[1] == hashes[2] and set(hashes[0]) == {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
 
 
-def test_prepare_split_stays_when_data_is_added(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_split_stays_when_data_is_added(here, capsys):
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 10) for i in range(100)})
     old = prepare_documents(prepare_run(), "val")[0]
     prepare_files("in", {f"0{i:03d}.md": prepare_text(1000 + i, 10) for i in range(100)})
@@ -1995,8 +1976,7 @@ def test_prepare_split_stays_when_data_is_added(tmp_path, monkeypatch, capsys):
     assert set(new) < set(more) and 70 < len(more) < 130
 
 
-def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_few_documents_fill_both_splits(here, monkeypatch):
     monkeypatch.setattr(prepare, "UNIT", 300)       # so some documents span several
     monkeypatch.setattr(bpe, "CHUNK", 100)
     for seed in range(6):
@@ -2007,7 +1987,7 @@ def test_prepare_few_documents_fill_both_splits(tmp_path, monkeypatch):
             assert (meta["bytes"]["train"] > meta["bytes"]["val"]) or val_fraction > 0.5        # not trained on the small one
 
 
-PREPARE_KILLED = """
+PREPARE_COMMAND = [sys.executable, "-c", """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)        # what runs in the background ignores it
 import config, prepare
@@ -2018,16 +1998,14 @@ def slow(*job):
     return encode(*job)
 prepare.encode_unit = slow
 config.run(prepare.main)
-"""
+""", "--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
 
 
 def prepare_kill_and_restart(kills, seed, sig=9):
-    """Start prepare.py and kill it at a random moment, `kills` times; then let it finish. -> runs killed midway, last output."""
-    r, words = random.Random(seed), ["--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
-    command = [sys.executable, "-c", PREPARE_KILLED, *words]
-    env, cut = {**os.environ, "PYTHONPATH": HERE}, 0
+    """Start prepare.py and kill it at a random moment, `kills` times; then let it finish. -> how many runs were killed midway."""
+    r, cut = random.Random(seed), 0
     for n in range(kills):
-        p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        p = subprocess.Popen(PREPARE_COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         if sig == signal.SIGINT or n % 2: p.stdout.readline()    # Ctrl-C during imports is up to Python
         time.sleep(r.uniform(0, 0.3 if sig == signal.SIGINT else 0.8))
         if p.poll() is None:
@@ -2038,27 +2016,23 @@ def prepare_kill_and_restart(kills, seed, sig=9):
         else: assert p.returncode == (130 if sig == signal.SIGINT else -sig), err
         assert "Traceback" not in err, err
         if not os.path.exists("data/mine/meta.json"): assert not os.path.exists("data/mine/train.bin")
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(PREPARE_COMMAND, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return cut, done.stdout
+    return cut
 
 
-def test_prepare_killed_at_any_moment_restarts_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_killed_at_any_moment_restarts_to_the_same_bytes(here):
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 200) for i in range(300)})
     hashes = []
     for sig in (signal.SIGKILL, signal.SIGINT):
-        cut, _ = prepare_kill_and_restart(3, seed=1, sig=sig)
-        assert cut
-        killed = prepare_hashes("data/mine")
-        hashes.append(killed)
+        assert prepare_kill_and_restart(3, seed=1, sig=sig)
+        hashes.append(killed := prepare_hashes("data/mine"))
         for name in killed: os.remove(f"data/mine/{name}")
     prepare_kill_and_restart(0, seed=0)
     assert hashes == [prepare_hashes("data/mine")] * 2 and set(killed) == {"meta.json", "tokenizer.json", "train.bin", "val.bin"}
 
 
-def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_restart_skips_finished_units(here, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "UNIT", 2000)
     monkeypatch.setattr(prepare, "SAVE", 0)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(50)})
@@ -2095,7 +2069,8 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     (dict(), {"a.txt": ""}, "nothing to read: in has nothing but empty documents"),
     (dict(), {"a.txt": "", "b.md": ""}, "nothing to read"),
     (dict(input=""), {}, "say what to read"), (dict(input=" , "), {}, "say what to read"),
-    (dict(dataset="stdlib"), {"a.txt": "x"}, "NAME of its own, such as --dataset=in"), (dict(dataset="stdlib_x"), {"a.txt": "x"}, "NAME of its own"),
+    (dict(dataset="stdlib"), {"a.txt": "x"}, "NAME of its own, such as --dataset=in"),
+    (dict(dataset="stdlib_x"), {"a.txt": "x"}, "NAME of its own"),
     (dict(dataset="../up"), {"a.txt": "x"}, "not a plain name"),
     (dict(vocab_size=255), {"a.txt": "x"}, "between 256"),
     (dict(vocab_size=65537), {"a.txt": "x"}, "65536"),
@@ -2114,8 +2089,7 @@ def test_prepare_restart_skips_finished_units(tmp_path, monkeypatch, capsys):
     (dict(dataset="fineweb", input=""), {}, "needs --tokenizer=gpt2"),
     (dict(input="in", dataset="other", val_fraction=0.5), {"a.txt": "x" * 10, "b.txt": "y"}, None),
 ])
-def test_prepare_bad_input(tmp_path, monkeypatch, kw, files, message):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_refuses_in_one_line_or_takes_what_only_looks_bad(here, kw, files, message):
     prepare_files("in", files)
     if message is None:
         prepare_run(**kw)
@@ -2124,8 +2098,7 @@ def test_prepare_bad_input(tmp_path, monkeypatch, kw, files, message):
     assert "\n" not in str(e.value) and not prepare.prepared(prepare_cfg()) and not os.path.exists("data/mine/train.bin")
 
 
-def test_prepare_bad_line_in_a_later_unit_has_its_number(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_bad_line_in_a_later_unit_has_its_number(here, monkeypatch):
     monkeypatch.setattr(prepare, "UNIT", 500)
     lines = [json.dumps({"text": prepare_text(i, 20)}) for i in range(100)]
     prepare_files("in", {"x.jsonl": "\n".join(lines)})
@@ -2163,8 +2136,7 @@ def prepare_marked(split):
 
 
 @pytest.mark.parametrize("unit", [50, 1 << 20])
-def test_prepare_answers_count_and_questions_do_not(tmp_path, monkeypatch, unit):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_answers_count_and_questions_do_not(here, monkeypatch, unit):
     monkeypatch.setattr(prepare, "UNIT", unit)
     prepare_files("in", {"a.jsonl": "".join(json.dumps(c) + "\n" for c in CHAT)})
     meta = prepare_run(val_fraction=0.4)
@@ -2183,9 +2155,8 @@ def test_prepare_answers_count_and_questions_do_not(tmp_path, monkeypatch, unit)
     assert "form" not in prepare_run(val_fraction=0.4) and not glob.glob("data/mine/*.mask")      # plain text has no mask
 
 
-def test_prepare_preference_pairs(tmp_path, monkeypatch):
+def test_prepare_preference_pairs(here):
     """A prompt with its chosen answer, then the same prompt with the rejected one; only the answers count."""
-    monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(20)]
     prepare_files("in", {"a.jsonl": "\n".join(map(json.dumps, pairs))})
     assert prepare_run()["form"] == "pairs"
@@ -2199,8 +2170,7 @@ def test_prepare_preference_pairs(tmp_path, monkeypatch):
     {"messages": []}, {"messages": [says("user", "x")]}, {"messages": [says("assistant", 3)]}, {"messages": "hi"},
     {"messages": [says("user", 3), says("assistant", "x")]}, {"prompt": "x"}, {"prompt": "x", "chosen": "y"},
     {"instruction": "x"}])
-def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_bad_conversations_are_named(here, line):
     prepare_files("in", {"a.jsonl": '{"prompt": "x", "response": "y"}\n' + json.dumps(line)})
     with pytest.raises(ValueError, match='in/a.jsonl, line 2: not a JSON object with "text", "mess') as e: prepare_run()
     assert "\n" not in str(e.value)
@@ -2208,8 +2178,7 @@ def test_prepare_bad_conversations_are_named(tmp_path, monkeypatch, line):
     with pytest.raises(ValueError, match=re.escape("it has ['id', 'conversations']")): prepare_run()
 
 
-def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_text_that_changes_meanwhile_is_an_error(here, monkeypatch):
     choose = prepare.choose
     lines, one_of_that_length = '{"text": "a"}\n{"text": "b"}\n', '{"text": "a b"}\n             '
     for old, new in ((lines, one_of_that_length), ("some text", "some"), ("as long", "another")):
@@ -2220,22 +2189,19 @@ def test_prepare_text_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch):
         assert not prepare.prepared(prepare_cfg()) and not glob.glob("data/mine/.partial-*/tokenizer.json")     # its text is gone
 
 
-def test_prepare_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+def test_prepare_in_a_folder_that_cannot_be_written_to(here, monkeypatch, capsys):
     """As root may write everywhere, the lock is what fails here."""
-    monkeypatch.chdir(tmp_path)
     prepare_files("in", {f"{i}.txt": prepare_text(i, 100) for i in range(9)})
     prepare_run()
-    def no_lock(*args): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(prepare, "lock", no_lock)
+    monkeypatch.setattr(prepare, "lock", raising(PermissionError(13, "Permission denied")))
     prepare_run()
     assert "data/mine is prepared already, nothing to do" in capsys.readouterr().out
 
 
-def test_prepare_odd_files(tmp_path, monkeypatch, capsys):
+def test_prepare_odd_files(here, monkeypatch, capsys):
     """Byte order marks are dropped; endings in capitals and names with bad UTF-8 or a newline are read; pipes and broken or
     circular links are not. ~ is the home folder, and a comma too many does not matter."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(here))
     prepare_files("in", {"a.JSONL": b'\xef\xbb\xbf{"text": "marked"}\r\n{"text": "next"}\r\n',
                          "two\nlines.txt": b"\xef\xbb\xbfx", os.fsdecode(b"\xff.md"): "y"})
     prepare_files("more", {"UP.TXT": "z <|endoftext|>"})
@@ -2245,15 +2211,14 @@ def test_prepare_odd_files(tmp_path, monkeypatch, capsys):
     meta = prepare_run(input="in, ~/more/UP.TXT,")
     assert sorted(prepare_documents(meta, "train")[0] + prepare_documents(meta, "val")[0]) == [
         b"marked", b"next", b"x", b"y", b"z <|endoftext|>"]
-    assert f"note: <|endoftext|> in {tmp_path}/more/UP.TXT is ordinary text" in capsys.readouterr().out
+    assert f"note: <|endoftext|> in {here}/more/UP.TXT is ordinary text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [
     b"", b"{}", b"3", b"null", b"[1]", b"\xff",
     b"[99, [0, 0]]", b"[-1, [0, 0]]", b"[1, [-1, -5]]", b"[1, [0]]", b'[1, ["", 0]]'])      # units done, tokens of each split
-def test_prepare_damaged_state_starts_over(tmp_path, monkeypatch, damage):
+def test_prepare_damaged_state_starts_over(here, monkeypatch, damage):
     """Whatever state.json of an interrupted run contains, the next run gives the same bytes as one from the beginning."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 2000)
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 100) for i in range(20)})
     expect = prepare_run(dataset="whole")["sha256"]
@@ -2267,12 +2232,9 @@ def test_prepare_damaged_state_starts_over(tmp_path, monkeypatch, damage):
     assert prepare_run()["sha256"] == expect
 
 
-def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_two_runs_at_once(here):
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 200) for i in range(300)})
-    command = [sys.executable, "-c", PREPARE_KILLED, "--dataset=mine", "--input=in", "--vocab_size=400", "--workers=2"]
-    env, pipes = {**os.environ, "PYTHONPATH": HERE}, dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    runs = [subprocess.Popen(command, env=env, text=True, **pipes) for _ in range(2)]
+    runs = [subprocess.Popen(PREPARE_COMMAND, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     said = [p.communicate(timeout=60)[0] for p in runs]
     assert [p.returncode for p in runs] == [0, 0], said
     assert sum("waiting for it" in text and "prepared already" in text for text in said) == 1
@@ -2280,9 +2242,8 @@ def test_prepare_two_runs_at_once(tmp_path, monkeypatch):
     prepare_verify(prepare_cfg(vocab_size=400))
 
 
-def test_prepare_verify(tmp_path, monkeypatch):
+def test_prepare_verify(here):
     """Data on the disk that does not fit the knobs or its own meta.json is refused, with the remedy: run prepare.py."""
-    monkeypatch.chdir(tmp_path)
     assert not prepare.prepared(prepare_cfg())
     with pytest.raises(FileNotFoundError, match="is not prepared"): prepare.verify(prepare_cfg())
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 20) for i in range(40)})
@@ -2313,17 +2274,14 @@ def test_prepare_verify(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="train.bin has 0 bytes"): prepare.verify(prepare_cfg())
 
 
-def test_prepare_vocabulary_beyond_uint16_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_vocabulary_beyond_uint16_is_refused(here):
     prepare_files("in", {"a.txt": "a", "b.txt": "b"})
     Tokenizer([], special_tokens={"<|endoftext|>": 256}, tokens=BPE_BYTES | {b"ab": 70000}).save("big.json")
     with pytest.raises(ValueError, match="70001 tokens, uint16 holds 65536"): prepare_run(tokenizer="big.json", vocab_size=100000)
 
 
-def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
+def test_prepare_what_gets_its_name_is_on_the_disk_whole(here, monkeypatch):
     """A file is renamed only after an fsync of all its bytes; otherwise a power cut could leave the name without the contents."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     synced, named, fsync, replace = {}, [], os.fsync, os.replace
     def spied_fsync(fd):
         fsync(fd)
@@ -2336,29 +2294,27 @@ def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", spied_replace)
     prepare_files("in", {f"{i}.txt": prepare_text(i, 20) for i in range(20)})
     prepare_run()
-    with PrepareServer(PREPARE_BODY, ["cut", "whole"]) as server:
-        prepare.fetch(server.url, str(tmp_path / "new" / "fetched"), wait=0.01)
-    model_py.save_checkpoint(str(tmp_path / "ckpt.pt"), dict(model=tiny_gpt().state_dict()))
+    with prepare_server(PREPARE_BODY, ["cut", "whole"]) as server:
+        prepare.fetch(server.url, str(here / "new" / "fetched"), wait=0.01)
+    model_py.save_checkpoint(str(here / "ckpt.pt"), dict(model=tiny_gpt().state_dict()))
     assert {"train.bin", "val.bin", "meta.json", "tokenizer.json", "state.json", "fetched", "ckpt.pt"} == set(named)
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
     before = os.listdir()
     with pytest.raises(OSError, match="No space"): Tokenizer([]).save("tok.json")
     assert os.listdir() == before                                       # no half file is left on the full disk
 
 
-def test_prepare_keeps_the_old_dataset_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_keeps_the_old_dataset_until_the_new_one_is_whole(here, monkeypatch):
     prepare_files("in", {f"{i:03d}.txt": prepare_text(i, 20) for i in range(40)})
     prepare_run()
     old = prepare_hashes("data/mine")
-    monkeypatch.setattr(prepare, "write_bins", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(prepare, "write_bins", raising(OSError(28, "No space left on device")))
     with pytest.raises(OSError): prepare_run(vocab_size=310)
-    assert {name: old[name] for name in old} == {n: hashlib.sha256(open(f"data/mine/{n}", "rb").read()).hexdigest() for n in old}
+    assert old == {name: prepare.sha256(f"data/mine/{name}") for name in old}
     prepare_verify(prepare_cfg())
 
 
-def test_prepare_disk_space_is_checked_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_prepare_disk_space_is_checked_first(here, monkeypatch):
     prepare_files("in", {"a.txt": "x " * 100000})
     usage = types.SimpleNamespace(free=300_000)                     # 200,000 bytes may become 200,000 ids of two bytes
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
@@ -2366,49 +2322,49 @@ def test_prepare_disk_space_is_checked_first(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="MB are free: make room"): prepare_run()
 
 
-class PrepareServer:
-    """A server on 127.0.0.1 that follows `script`: one entry per request, the last one repeated."""
-    def __init__(self, body, script, headers={}):
-        self.ranges, server = [], self
+@contextmanager
+def served(Handler):
+    """The address of a server on 127.0.0.1 with that handler."""
+    Handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try: yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally: server.shutdown()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *a): pass
 
-            def do_GET(self):
-                kind = script.pop(0) if len(script) > 1 else script[0]
-                start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-                server.ranges.append(start)
-                if isinstance(kind, int): return self.send_error(kind)
-                if start >= len(body) and kind != "norange": return self.send_error(416)
-                data, total = (body, len(body)) if kind == "norange" else (body[start:], len(body))
-                if kind == "long": data, total = data, total + 1000          # announces more than it sends
-                if kind == "short": data, total = data[:-1000], total - 1000  # announces less than there is
-                if kind == "garbage": data = bytes(len(data))
-                self.send_response(200 if kind == "norange" else 206)
-                self.send_header("Content-Length", str(total - (0 if kind == "norange" else start)))
-                span = f"bytes {start}-{total - 1}/{'*' if kind == 'star' else total}"
-                if kind != "norange": self.send_header("Content-Range", span)
-                for name, value in headers.items(): self.send_header(name, value)
-                self.end_headers()
-                try:
-                    if kind == "cut": self.wfile.write(data[:len(data) // 2])
-                    elif kind == "stall":
-                        self.wfile.write(data[:len(data) // 2]); self.wfile.flush(); time.sleep(1.5)
-                    elif kind == "dead": time.sleep(0.6)
-                    else: self.wfile.write(data)
-                except OSError: pass
-                self.close_connection = True
+@contextmanager
+def prepare_server(body, script, headers={}):
+    """A server that follows `script`: one entry per request, the last one repeated. It notes where each begins."""
+    ranges = []
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/file"
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind = script.pop(0) if len(script) > 1 else script[0]
+            start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+            ranges.append(start)
+            if isinstance(kind, int): return self.send_error(kind)
+            if start >= len(body) and kind != "norange": return self.send_error(416)
+            data, total = (body, len(body)) if kind == "norange" else (body[start:], len(body))
+            if kind == "long": data, total = data, total + 1000          # announces more than it sends
+            if kind == "short": data, total = data[:-1000], total - 1000  # announces less than there is
+            if kind == "garbage": data = bytes(len(data))
+            self.send_response(200 if kind == "norange" else 206)
+            self.send_header("Content-Length", str(total - (0 if kind == "norange" else start)))
+            span = f"bytes {start}-{total - 1}/{'*' if kind == 'star' else total}"
+            if kind != "norange": self.send_header("Content-Range", span)
+            for name, value in headers.items(): self.send_header(name, value)
+            self.end_headers()
+            try:
+                if kind == "cut": self.wfile.write(data[:len(data) // 2])
+                elif kind == "stall":
+                    self.wfile.write(data[:len(data) // 2]); self.wfile.flush(); time.sleep(1.5)
+                elif kind == "dead": time.sleep(0.6)
+                else: self.wfile.write(data)
+            except OSError: pass
+            self.close_connection = True
 
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *a):
-        self.server.shutdown(); self.server.server_close()
+    with served(Handler) as url: yield types.SimpleNamespace(url=url + "file", ranges=ranges)
 
 
 PREPARE_BODY = random.Random(0).randbytes(300_000)
@@ -2423,10 +2379,9 @@ PREPARE_BODY = random.Random(0).randbytes(300_000)
 ])
 def test_prepare_fetch(tmp_path, monkeypatch, script, error):
     """A server that cuts off, stalls, refuses or lies: in the end the whole file by its hash, or one clear line and no file."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path, sha = str(tmp_path / "new" / "file.txt"), hashlib.sha256(PREPARE_BODY).hexdigest()
     for given, headers in ((sha, {}), ("", {"X-Linked-Etag": f'"{sha}"'})):
-        with PrepareServer(PREPARE_BODY, list(script), headers) as server:
+        with prepare_server(PREPARE_BODY, list(script), headers) as server:
             if error:
                 with pytest.raises(ValueError, match=error) as e:
                     prepare.fetch(server.url, path, given, stall=0.3, tries=3, wait=0.01)
@@ -2442,8 +2397,7 @@ def test_prepare_fetch(tmp_path, monkeypatch, script, error):
 
 def test_prepare_fetch_says_why_there_is_no_connection(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
-    with pytest.raises(ValueError, match="refused"):
-        prepare.fetch("http://127.0.0.1:9/" + "long/" * 40, str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="refused"): prepare.fetch("http://127.0.0.1:9/" + "long/" * 40, str(tmp_path / "x"))
 
 
 def test_prepare_asks_for_safetensors_before_it_downloads(monkeypatch):
@@ -2452,24 +2406,21 @@ def test_prepare_asks_for_safetensors_before_it_downloads(monkeypatch):
 
 
 def test_prepare_fetch_goes_on_with_an_earlier_part(tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path, sha = str(tmp_path / "f"), hashlib.sha256(PREPARE_BODY).hexdigest()
     parts = PREPARE_BODY[:1000], PREPARE_BODY, PREPARE_BODY + b"more", b"another file" * 100, b""
     for part, kind in itertools.product(parts, ("whole", "norange")):
         with open(path + ".part", "wb") as f: f.write(part)
-        with PrepareServer(PREPARE_BODY, [kind]) as server: prepare.fetch(server.url, path, sha, wait=0.01)
+        with prepare_server(PREPARE_BODY, [kind]) as server: prepare.fetch(server.url, path, sha, wait=0.01)
         assert open(path, "rb").read() == PREPARE_BODY and server.ranges[0] == max(len(part) - 1, 0)
         os.remove(path)
 
 
-def test_prepare_shakespeare(tmp_path, monkeypatch, capsys):
+def test_prepare_shakespeare(here, monkeypatch, capsys):
     """One download serves both datasets; another text under the same name is used, with a note."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     text = prepare_text(0, 2000).encode()
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA", hashlib.sha256(text).hexdigest())
     cfg = dict(dataset="shakespeare", input="")
-    with PrepareServer(text, ["cut", "whole"]) as server:
+    with prepare_server(text, ["cut", "whole"]) as server:
         monkeypatch.setattr(prepare, "SHAKESPEARE", server.url)
         meta = prepare_run(**cfg)
     assert sum(meta["bytes"].values()) == len(text) and open("data/shakespeare/input.txt", "rb").read() == text
@@ -2481,14 +2432,13 @@ def test_prepare_shakespeare(tmp_path, monkeypatch, capsys):
     assert sum(prepare_run(**cfg)["bytes"].values()) == len(text) + 1                 # put there by hand: used, with a note
     assert "note: data/shakespeare/input.txt is not http" in capsys.readouterr().out
     os.remove("data/shakespeare/input.txt")
-    with PrepareServer(b"a proxy's login page", ["norange"]) as server:
+    with prepare_server(b"a proxy's login page", ["norange"]) as server:
         monkeypatch.setattr(prepare, "SHAKESPEARE", server.url)
         with pytest.raises(ValueError, match="sha256.*Put the file at data/shakespeare/input.txt by hand"): prepare_run(**cfg)
 
 
-def test_prepare_tinystories(tmp_path, monkeypatch):
+def test_prepare_tinystories(here, monkeypatch):
     """Stories are separated by end-of-text marks; the published split stands; stories in validation are not trained on."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "UNIT", 400)
     stories = [prepare_text(i, 30).strip() for i in range(60)] + ["ends in <|endoftext|>", "two\n\nparts"]
     def joined(docs, end="\n"): return (end + f"{end}<|endoftext|>{end}{end}".join(docs) + f"{end}<|endoftext|>{end}").encode()
@@ -2503,10 +2453,8 @@ def test_prepare_tinystories(tmp_path, monkeypatch):
         os.remove("data/tinystories/meta.json")
 
 
-def test_prepare_fineweb(tmp_path, monkeypatch):
+def test_prepare_fineweb(here, monkeypatch):
     """Shards of ready tokens are checked and joined, and the bytes of their texts counted; a damaged shard is named."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     tok = bpe.Tokenizer.train([prepare_text(0, 2000)], 300)         # in place of GPT-2's: both have end-of-text last
     monkeypatch.setattr(bpe.Tokenizer, "gpt2", classmethod(lambda cls: tok))
     eot, shards = tok.special_tokens["<|endoftext|>"], []
@@ -2518,7 +2466,7 @@ def test_prepare_fineweb(tmp_path, monkeypatch):
         shards.append((docs, ids, head.tobytes() + ids.tobytes()))
     cfg = dict(dataset="fineweb", input="", tokenizer="gpt2", num_shards=2)
     prepare_files("data/fineweb", {"fineweb_val_000000.bin": shards[0][2], "fineweb_train_000001.bin": shards[1][2]})
-    with PrepareServer(shards[2][2], ["cut", "whole"]) as server:
+    with prepare_server(shards[2][2], ["cut", "whole"]) as server:
         monkeypatch.setattr(prepare, "FINEWEB", server.url + "?")
         meta = prepare_run(**cfg)
     assert np.fromfile("data/fineweb/val.bin", "<u2").tolist() == shards[0][1].tolist()
@@ -2535,30 +2483,13 @@ def test_prepare_fineweb(tmp_path, monkeypatch):
         assert not prepare.prepared(prepare_cfg(**cfg))
 
 
-def test_prepare_command_line_errors_are_one_line(tmp_path):
-    command = [sys.executable, os.path.join(HERE, "prepare.py"), "--dataset=x"]
-    done = subprocess.run(command + ["--input=nowhere"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: --input: there is no file or folder 'nowhere'\n"
-    assert not os.listdir(tmp_path)
-
-
 def test_prepare_import_is_cheap():
     code = "import sys, prepare; assert not {'torch', 'requests', 'tiktoken'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": HERE}).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # ======================================================== flash_attn.py: attention_ref in float64; compiled code
 
-flash_gpu = torch.cuda.is_available()
-flash_device = torch.device("cuda" if flash_gpu else "cpu")
-flash_numpy = flash_attn.triton is not None and not flash_gpu and flash_attn.triton.__version__ < "3.7" and \
-    tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
-needs_flash = pytest.mark.skipif(
-    flash_attn.triton is None or flash_numpy,
-    reason="no Triton: pip install triton (Linux only)" if flash_attn.triton is None else
-    "the interpreter of Triton before 3.7 fails with NumPy 2.4: pip install 'triton>=3.7' or 'numpy<2.4', or run on a GPU")
-needs_gpu = pytest.mark.skipif(not flash_gpu or torch.cuda.get_device_capability()[0] < 8,
-                               reason="no CUDA GPU: run on a machine with one of compute capability 8.0 or newer")
 # dtype: (largest relative error of the output, of the gradients)
 FLASH_TOLERANCE = {torch.float32: (2e-6, 5e-6), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)}
 
@@ -2566,8 +2497,7 @@ FLASH_TOLERANCE = {torch.float32: (2e-6, 5e-6), torch.float16: (2e-3, 2e-3), tor
 @pytest.fixture(autouse=True)
 def flash_big_tiles(monkeypatch):
     """The interpreter takes as long for a small tile as for a large one: enlarge those of float32, which are small for a GPU."""
-    if not flash_gpu:
-        monkeypatch.setattr(flash_attn, "FLOAT32", {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 64, 4, 1)})
+    if not flash_gpu: monkeypatch.setattr(flash_attn, "FLOAT32", {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 64, 4, 1)})
 
 
 def flash_tensors(B, H, K, T, S, D, dtype, layout="plain", seed=0):
@@ -2576,19 +2506,14 @@ def flash_tensors(B, H, K, T, S, D, dtype, layout="plain", seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def make(heads, rows):
-        if layout == "packed":
-            return torch.randn(B, rows, 3, heads, D, generator=g)[:, :, 1].transpose(1, 2)
-        if layout == "odd":
-            return torch.randn(B, heads, rows, D + 1, generator=g)[..., 1:]
-        if layout == "expanded":
-            return torch.randn(1, heads, rows, D, generator=g).expand(B, -1, -1, -1)
-        if layout == "transposed":
-            return torch.randn(B, heads, D, rows, generator=g).transpose(2, 3)
+        if layout == "packed": return torch.randn(B, rows, 3, heads, D, generator=g)[:, :, 1].transpose(1, 2)
+        if layout == "odd": return torch.randn(B, heads, rows, D + 1, generator=g)[..., 1:]
+        if layout == "expanded": return torch.randn(1, heads, rows, D, generator=g).expand(B, -1, -1, -1)
+        if layout == "transposed": return torch.randn(B, heads, D, rows, generator=g).transpose(2, 3)
         return torch.randn(B, heads, rows, D, generator=g)
 
     def cast(x):                                                        # keeps all strides, 0 and odd ones included
-        if x.numel() == 0:
-            return x.to(flash_device, dtype)
+        if x.numel() == 0: return x.to(flash_device, dtype)
         extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
         flat = torch.as_strided(x, (extent,), (1,)).to(flash_device, dtype)
         return torch.as_strided(torch.cat([flat.new_zeros(x.storage_offset()), flat]), x.shape, x.stride(), x.storage_offset())
@@ -2605,22 +2530,17 @@ def flash_error(ours, ref):
     return ((ours.double() - ref).abs().max() / ref.abs().max().clamp_min(1.0)).item() if ref.numel() else 0.0
 
 
-def flash_compare(module, q, k, v, **mask):
-    """Relative errors of the output and the three gradients against attention_ref in float64."""
-    results = []
+def flash_check(module, q, k, v, **mask):
+    """The output and the three gradients against attention_ref in float64."""
+    results, tolerance = [], FLASH_TOLERANCE[q.dtype]
     for function, cast in ((module.flash_attention, lambda x: x.detach()), (module.attention_ref, lambda x: x.detach().double())):
         leaves = [cast(x).requires_grad_() for x in (q, k, v)]
         out = function(*leaves, **mask)
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, q.dtype)
         results.append([out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))])
     assert all(a.isfinite().all() for a in results[0])
-    return [flash_error(a, b) for a, b in zip(*results)]
-
-
-def flash_check(module, q, k, v, **mask):
-    forward, backward = FLASH_TOLERANCE[q.dtype]
-    errors = flash_compare(module, q, k, v, **mask)
-    assert errors[0] <= forward and max(errors[1:]) <= backward, f"relative errors of out, dq, dk, dv: {errors}"
+    errors = [flash_error(a, b) for a, b in zip(*results)]
+    assert errors[0] <= tolerance[0] and max(errors[1:]) <= tolerance[1], f"relative errors of out, dq, dk, dv: {errors}"
 
 
 def flash_pairs(*dimensions):
@@ -2651,8 +2571,7 @@ FLASH_MATRIX = flash_pairs(
 @pytest.mark.parametrize("lengths,D,causal,heads,mask,layout,kind", FLASH_MATRIX)
 def test_flash_matrix(lengths, D, causal, heads, mask, layout, kind, monkeypatch):
     (T, S), (dtype, arch), B = lengths, kind, 1 + (layout == "expanded")
-    if not flash_gpu:
-        monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)       # 90: descriptors, two query tiles per program
+    if not flash_gpu: monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)   # 90: descriptors, two query tiles
     q, k, v = flash_tensors(B, *heads, T, S, D, dtype, layout)
     flash_check(flash_attn, q, k, v, causal=causal, window=mask[0], doc_start=flash_documents(B, T, S) if mask[1] else None)
 
@@ -2667,19 +2586,16 @@ def test_flash_scale(scale):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_flash_large_scores_and_lone_document_starts(arch, monkeypatch):
     """Scores in the hundreds, whose exp overflows unless the maximum is subtracted; doc_start in any order."""
-    if not flash_gpu:
-        monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
+    if not flash_gpu: monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
     q, k, v = flash_tensors(2, 2, 1, 100, 150, 64, torch.float16)
     starts = torch.randint(-5, 160, (2, 100), generator=torch.Generator().manual_seed(0)).to(flash_device)
-    for causal in (True, False):
-        flash_check(flash_attn, q * 8, k, v, scale=1.0, doc_start=starts, causal=causal)
+    for causal in (True, False): flash_check(flash_attn, q * 8, k, v, scale=1.0, doc_start=starts, causal=causal)
 
 
 @needs_flash
 @pytest.mark.parametrize("arch", [80, 90])
 def test_flash_rows_that_see_nothing(arch, monkeypatch):
-    if not flash_gpu:
-        monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
+    if not flash_gpu: monkeypatch.setattr(flash_attn, "architecture", lambda device: arch)
     never = torch.tensor([2 ** 31 - 1, 2 ** 32] * 20, device=flash_device)[None]         # 2 ** 32 cast to 32 bits is 0
     for T, S, starts in ((130, 40, None), (40, 40, never)):
         q, k, v = [x.requires_grad_() for x in flash_tensors(1, 2, 1, T, S, 64, torch.float16)]
@@ -2728,8 +2644,7 @@ def test_flash_beyond_two_to_the_31():
     for (B, H, T, D), strides in (((3, 1, 20, 16), (far, 320, 16, 1)), ((1, 3, 20, 16), (320, far, 16, 1)),
                                   ((1, 1, 150, 16), (16, 16, 2 ** 24, 1)), ((1, 1, 70, 16), (16, 16, 2 ** 25, 1))):
         q, k, v = [torch.as_strided(room, (B, H, T, D), strides, offset) for offset in (0, 1024, 2048)]
-        for x, y in zip((q, k, v), flash_tensors(B, H, H, T, T, D, torch.float16)):
-            x.copy_(y)
+        for x, y in zip((q, k, v), flash_tensors(B, H, H, T, T, D, torch.float16)): x.copy_(y)
         args = [x.contiguous().double() for x in (q, k, v)]
         assert flash_error(flash_attn.flash_attention(q, k, v), flash_attn.attention_ref(*args)) < 2e-3
         leaves = [[x.detach().requires_grad_() for x in xs] for xs in ((q, k, v), args)]
@@ -2882,8 +2797,7 @@ def test_flash_says_what_is_wrong():
                         ("doc_start is", lambda: attend(q, k, v, doc_start=torch.zeros(1, 5))),
                         ("lengths is", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([True]))),
                         ("lengths is", lambda: flash_attn.flash_decode(q, k, v, torch.tensor([9, 9])))):
-        with pytest.raises(ValueError, match=match) as error:
-            call()
+        with pytest.raises(ValueError, match=match) as error: call()
         assert "\n" not in str(error.value)
     assert flash_attn.why_not(q, k, v) is None and "dropout" in flash_attn.why_not(q, k, v, 0.1)
     reason = flash_attn.why_not(*[x.to("meta") for x in (q, k, v)])
@@ -2943,7 +2857,6 @@ def test_flash_says_what_triton_lacks_to_build_its_launchers(monkeypatch, tmp_pa
     assert model_py.why_not_compile(torch.device("cuda")) == "Triton lacks X"
 
 
-
 FLASH_AHEAD = r"""
 import json, pathlib, re, subprocess, sys, tempfile
 import torch, triton, flash_attn
@@ -2988,8 +2901,7 @@ def test_flash_compiles_ahead_of_time():
             if k["name"] in ("forward", "dkdv", "dq") and "float32" not in k["kw"]:
                 aligned = "aligned" not in k["kw"]
                 assert k["tma"] == (k["arch"] >= 90 and aligned), k
-                if aligned:
-                    assert k[{80: "hmma", 90: "hgmma", 100: "tcgen05"}[k["arch"]]], k
+                if aligned: assert k[{80: "hmma", 90: "hgmma", 100: "tcgen05"}[k["arch"]]], k
 
 
 FLASH_MUTATIONS = {
@@ -3033,11 +2945,7 @@ def test_flash_mutations_are_caught(name, tmp_path, monkeypatch):
     mutant = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "flash_mutant", mutant)
     spec.loader.exec_module(mutant)
-    if name == "nothing":
-        flash_small_check(mutant)
-    else:
-        with pytest.raises(AssertionError):
-            flash_small_check(mutant)
+    with nullcontext() if name == "nothing" else pytest.raises(AssertionError): flash_small_check(mutant)
 
 
 @needs_gpu
@@ -3131,13 +3039,17 @@ def train_run(folder, *words, processes=1, wait=True, restarts=0, sampling=False
     another process that takes as long as the run, is skipped unless sampling."""
     script = Path(HERE if sampling else folder) / ("train.py" if sampling else "train_only.py")
     if not sampling:
-        script.write_text(f"import sys; sys.path.insert(0, {HERE!r})\nimport config, train\n"
-                          "train.show_sample = lambda *args: None\nconfig.run(train.main)\n")
+        script.write_text("import config, train\ntrain.show_sample = lambda *args: None\nconfig.run(train.main)\n")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
     words = [sys.executable, *(torchrun if processes > 1 else ()), str(script), *words]
     job = subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     return job.communicate(timeout=170)[0] if wait else job
+
+
+def block_of(batches, number):
+    x, y = batches.read(batches.spans(number, 1))
+    return np.append(x[0], y[0, -1])
 
 
 def test_train_batches_visit_every_block_once_an_epoch_and_store_nothing(tmp_path):
@@ -3155,11 +3067,6 @@ def test_train_batches_visit_every_block_once_an_epoch_and_store_nothing(tmp_pat
     assert block_of(train.Batches(tmp_path / "a.bin", 10, seed=4), 5)[0] != orders[0][5]
     x, y = again.read(again.spans(3, 4))
     assert x.shape == y.shape == (4, 10) and np.array_equal(x[:, 1:], y[:, :-1])
-
-
-def block_of(batches, number):
-    x, y = batches.read(batches.spans(number, 1))
-    return np.append(x[0], y[0, -1])
 
 
 def test_train_lr_factor():
@@ -3203,10 +3110,10 @@ def test_train_resume_is_bit_for_bit(monkeypatch, train_dir, tmp_path, kw):
 
 
 def test_train_checkpoint_is_plain_and_complete(monkeypatch, train_dir, tmp_path):
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))       # it still wraps the model
+    real, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(real(model, backend="eager")) or compiled[0])
     checkpoint = train_here(monkeypatch, train_dir, tmp_path, max_iters=2, compile=True)
-    assert not [k for k in checkpoint["model"] if "_orig_mod" in k or "module." in k]
+    assert compiled and not [k for k in checkpoint["model"] if "_orig_mod" in k or "module." in k]
     assert checkpoint["config"]["n_embd"] == 32 and isinstance(checkpoint["tokenizer"], dict)
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "best.pt", "ckpt.pt", "config.json", "log.jsonl"]
     assert json.load(open(tmp_path / "run" / "config.json"))["vocab_size"] == 300
@@ -3221,11 +3128,12 @@ def test_train_best_is_the_lowest_validation_loss_and_documents_are_kept_apart(m
     losses, starts, ticks = iter((3.0, 2.0, 2.5)), [], itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) + 1000 * len(starts))        # as if an evaluation took 1000 s
     monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(model.eot) or (next(losses), 0.0))
-    last = train_here(monkeypatch, train_dir, tmp_path, max_iters=3, eval_interval=1, doc_mask=True)
+    monkeypatch.setattr(train, "evaluate", lambda model, *args: starts.append(
+        (model.eot, model.grad_checkpoint)) or (next(losses), 0.0))
+    last = train_here(monkeypatch, train_dir, tmp_path, max_iters=3, eval_interval=1, doc_mask=True, grad_checkpoint=True)
     best = model_py.load_checkpoint(str(tmp_path / "run" / "best.pt"))
-    assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 3, 2.0) and starts == [last["meta"]["eot"]] * 3
-    assert train_log(tmp_path / "run")[-1]["seconds"] < 100             # evaluations are not counted
+    assert (best["step"], best["best"], last["step"], last["best"]) == (2, 2.0, 3, 2.0)
+    assert starts == [(last["meta"]["eot"], True)] * 3 and train_log(tmp_path / "run")[-1]["seconds"] < 100    # without evaluations
 
 
 def test_train_plan_warns_of_what_cannot_fit(monkeypatch):
@@ -3239,11 +3147,11 @@ def test_train_plan_warns_of_what_cannot_fit(monkeypatch):
 
 def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch, train_dir, tmp_path, capsys):
     real, weights = torch.nn.utils.clip_grad_norm_, {}
-    def poisoned(bad):                  # in the steps `bad`, counted from here, the gradient is NaN
+    def poisoned(bad, grad_clip=1.0):   # in the steps `bad`, counted from here, the gradient is NaN
         weights.clear()
         def clip(parameters, limit):
             parameters = list(parameters)
-            assert limit == 1.0                                         # grad_clip
+            assert limit == grad_clip
             weights[len(weights) + 1] = parameters[0].detach().clone()
             if len(weights) in bad: parameters[0].grad.fill_(math.nan)
             return real(parameters, limit)
@@ -3258,9 +3166,9 @@ def test_train_non_finite_steps_are_skipped_counted_and_end_the_run(monkeypatch,
     each, rare = ([r for r in train_log(tmp_path / out) if "loss" in r] for out in ("run", "rare"))
     assert [(r["step"], r["skipped"]) for r in rare] == [(1, 0), (5, 2), (7, 1)] and rare[1]["norm"] == each[4]["norm"]
     assert rare[1]["loss"] == pytest.approx((each[1]["loss"] + each[4]["loss"]) / 2) and rare[2]["loss"] == each[6]["loss"]
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(4, 99))))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(4, 99)), math.inf))
     with pytest.raises(ValueError, match="7 steps in a row"):           # counted across log lines
-        train_here(monkeypatch, train_dir, tmp_path, out="streak", max_bad_steps=6, log_interval=5, profile=99)
+        train_here(monkeypatch, train_dir, tmp_path, out="streak", max_bad_steps=6, log_interval=5, profile=99, grad_clip=0)
     assert json.load(open(tmp_path / "streak" / "trace.json"))["traceEvents"]       # the profiler must be stopped, or it crashes
     for every, message in ((2, "resume from .*ckpt.pt with"), (10, "no checkpoint is saved yet, start again")):
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned(set(range(3, 99))))
@@ -3390,8 +3298,7 @@ OOM = "^out of memory: halve --batch_size=4 and set --tokens_per_step=64"
     (torch.OutOfMemoryError("CUDA out of memory"), OOM), (RuntimeError("MPS backend out of memory"), OOM),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OOM), (RuntimeError("a bug"), "^a bug$")])
 def test_train_out_of_memory_is_one_line(error, message, monkeypatch, train_dir, tmp_path):
-    def forward(*args, **kw): raise error
-    monkeypatch.setattr(model_py.GPT, "forward", forward)
+    monkeypatch.setattr(model_py.GPT, "forward", raising(error))
     with pytest.raises(ValueError if message == OOM else RuntimeError, match=message): train_here(monkeypatch, train_dir, tmp_path)
 
 
@@ -3417,7 +3324,7 @@ def test_train_errors(monkeypatch, train_dir, tmp_path, kw, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
+def test_train_resume_refuses_another_model_and_notes_other_knobs_and_text(monkeypatch, train_dir, tmp_path, capsys):
     train_here(monkeypatch, train_dir, tmp_path, max_iters=2)
     for kw, message in ((dict(), "go on with --init_from=resume"), (dict(init_from="resume", n_layer=3), "n_layer 2 -> 3"),
                         (dict(init_from="resume", optimizer="adamw"), "differs: optimizer 'muon' -> 'adamw'")):
@@ -3437,9 +3344,10 @@ def test_train_resume_errors(monkeypatch, train_dir, tmp_path, capsys):
         train_here(monkeypatch, train_dir, tmp_path, init_from="resume", tokenizer="gpt2")
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=3, seed=5)
     assert "max_iters 2 -> 3, seed 1337 -> 5" in capsys.readouterr().out
-    changed = train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=4, beta2=0.5, weight_decay=0.25)
+    changed = train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=4, beta1=0.7, beta2=0.5,
+                         weight_decay=0.25)
     groups = [group for state in changed["optimizers"] for group in state["param_groups"]]
-    assert groups[0]["betas"][1] == 0.5 and groups[-1]["weight_decay"] == 0.25              # in effect
+    assert [*groups[0]["betas"]] == [0.7, 0.5] and groups[-1]["weight_decay"] == 0.25              # in effect
     train_here(monkeypatch, train_dir, tmp_path, init_from="resume", max_iters=5, dtype="float16")     # no scaler so far
     bins = dict(data["meta"]["sha256"], **{"train.bin": "another"})
     model_py.save_checkpoint(str(path), {**data, "meta": {**data["meta"], "sha256": bins}})
@@ -3554,8 +3462,8 @@ def test_train_two_runs_do_not_share_a_folder(monkeypatch, train_dir, tmp_path):
 
 
 def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_dir, tmp_path, capsys):
-    train_here(monkeypatch, train_dir, tmp_path, eval_interval=4, keep_checkpoints=2, profile=2, sample_interval=8,
-               grad_checkpoint=True)
+    """keep_checkpoints, profile, wandb_log; an out_dir that is a file, wandb and torchrun where they are missing."""
+    train_here(monkeypatch, train_dir, tmp_path, eval_interval=4, keep_checkpoints=2, profile=2)
     assert sorted(p for p in os.listdir(tmp_path / "run") if p.startswith("ckpt_")) == ["ckpt_000016.pt", "ckpt_000020.pt"]
     assert json.load(open(tmp_path / "run" / "trace.json"))["traceEvents"]
     os.makedirs(tmp_path / "[a]")
@@ -3572,10 +3480,8 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
     seen, asked = [], []
     wandb_run = types.SimpleNamespace(log=lambda record, step: seen.append((step, "loss" in record)))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: asked.append(kw) or wandb_run))
-    train_here(monkeypatch, train_dir, tmp_path, out="wandb", wandb_log=True, max_iters=2)
-    assert seen == [(1, True), (2, True), (2, False)] and (asked[0]["project"], asked[0]["name"]) == ("gpt", "wandb")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.chdir(tmp_path)
+    train_here(monkeypatch, train_dir, tmp_path, out="wandb", wandb_log=True, wandb_project="p", max_iters=2)
+    assert seen == [(1, True), (2, True), (2, False)] and (asked[0]["project"], asked[0]["name"]) == ("p", "wandb")
     if importlib.util.find_spec("wandb") is None:
         monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))        # the folder wandb/ of a former run
         with pytest.raises(ValueError, match="pip install wandb"):
@@ -3585,7 +3491,8 @@ def test_train_keeps_traces_plans_and_names_what_is_missing(monkeypatch, train_d
 
 
 @pytest.mark.parametrize("name, peak", [
-    ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("Tesla P4", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("Tesla P4", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA L40S", 362e12), ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA A100-SXM4-80GB", 312e12)])
 def test_train_peak_is_of_whole_words_of_the_name(name, peak, monkeypatch):
@@ -3829,12 +3736,6 @@ def test_train_goes_on_when_its_reader_is_gone(train_dir, tmp_path):
     assert [r["step"] for r in train_log(tmp_path / "a 'b") if "loss" in r] == [1, 2, 3]
 
 
-def test_config_help_for_head_ends_without_an_error():
-    shell = f'"{sys.executable}" sample.py --help | head -1'
-    result = subprocess.run(shell, shell=True, cwd=HERE, capture_output=True, text=True)
-    assert result.stdout.startswith("Every knob") and result.stderr == ""
-
-
 def test_train_warns_of_a_learning_rate_that_no_parameter_has(monkeypatch, train_dir, tmp_path, capsys):
     for knobs, warns in ((dict(), 0), (dict(learning_rate=0.01), 1), (dict(learning_rate=0.01, norm_gain=True), 0),
                          (dict(learning_rate=0.01, optimizer="adamw"), 0)):
@@ -3842,14 +3743,14 @@ def test_train_warns_of_a_learning_rate_that_no_parameter_has(monkeypatch, train
         assert capsys.readouterr().out.count("WARNING: learning_rate is not used") == warns, knobs
 
 
-def test_train_leaves_signals_as_they_were_and_runs_in_a_thread(monkeypatch, train_dir, tmp_path):
+def test_train_leaves_signals_as_they_were_runs_in_a_thread_and_shows_samples(monkeypatch, train_dir, tmp_path):
     monkeypatch.chdir(train_dir)
-    monkeypatch.setattr(train, "show_sample", lambda *a: None)
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    monkeypatch.setattr(train, "show_sample", lambda *a: shown.append(a))
+    numbers, shown = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), []
     before = [*map(signal.getsignal, numbers)]
     def run(name, **kw): train.main(config.load(train_words(**dict(out_dir=tmp_path / name, max_iters=2) | kw)))
-    run("here")
-    assert [*map(signal.getsignal, numbers)] == before
+    run("here", eval_interval=1, sample_interval=1, max_iters=3)
+    assert [*map(signal.getsignal, numbers)] == before and len(shown) == 3          # after steps 1 and 2, and at the end
     thread = threading.Thread(target=run, args=["there"])
     thread.start()
     thread.join()
@@ -3901,17 +3802,10 @@ def test_train_divides_by_the_targets_that_a_mask_of_ones_own_counts(monkeypatch
 
 
 def test_train_what_goes_wrong_on_one_rank_ends_the_others_in_silence():
-    def work(): raise ValueError("no data")
     ranks = (types.SimpleNamespace(rank=i, local_rank=i, any=lambda error: True) for i in (0, 1))     # any: some rank failed
-    with pytest.raises(ValueError, match="no data"): train.Machine.in_turn(next(ranks), work)
-    with pytest.raises(SystemExit) as e: train.Machine.in_turn(next(ranks), work)
+    with pytest.raises(ValueError, match="no data"): train.Machine.in_turn(next(ranks), raising(ValueError("no data")))
+    with pytest.raises(SystemExit) as e: train.Machine.in_turn(next(ranks), raising(ValueError("no data")))
     assert e.value.code == 1
-
-
-def test_train_user_errors_are_one_line(tmp_path):
-    words = [sys.executable, os.path.join(HERE, "train.py"), "--max_iter=3"]
-    out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == 1 and re.match("error: [^\n]*did you mean 'max_iters'[^\n]*\n$", out.stderr)
 
 
 # ======================================================== sample.py: every row recomputed alone, without a cache
@@ -4290,7 +4184,7 @@ def test_sample_recorded_steps_give_the_same_text(monkeypatch):
             a = sample_rows(model, SAMPLE_PROMPTS, **kw)
             recordings.clear()
             b = sample_rows(model, SAMPLE_PROMPTS, static=True, **kw)
-            assert [r.tokens for r in a] == [r.tokens for r in b] and len(recordings) < 8
+            assert [r.tokens for r in a] == [r.tokens for r in b] and 0 < len(recordings) < 8
             for x, y in zip(a, b): assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
 
 
@@ -4392,7 +4286,7 @@ gpt = sample.place(gpt, torch.device("cpu"), torch.bfloat16, pack=True)
 assert gpt(torch.zeros(1, 3, dtype=torch.long))[0].isfinite().all()
 print(sum(isinstance(m, sample.PackedLinear) for m in gpt.modules()), torch.ops.mkldnn._is_mkldnn_bf16_supported())"""
     for isa in ("AVX2", "DEFAULT"):
-        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": HERE, "ONEDNN_MAX_CPU_ISA": isa},
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa},
                               capture_output=True, text=True)
         assert done.stdout.split() in (["0", "False"], ["7", "True"]), done.stderr
 
@@ -4482,8 +4376,7 @@ def test_sample_best_of_and_beams_from_the_command_line(tmp_path, capsys):
     assert [(l["prompt"], l["text"]) for l in beams] == [(text, row.text) for text, rows in zip(texts, found) for row in rows[:2]]
 
 
-def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_sample_newest_run_start_file_and_streaming(here, monkeypatch, capsys):
     with pytest.raises(ValueError, match="check --out_dir, or"): sample.main(config.load([]))
     old, new = sample_checkpoint("out/old"), sample_checkpoint("out/new", seed=1)
     os.utime(old, (1, 1))
@@ -4492,7 +4385,7 @@ def test_sample_newest_run_start_file_and_streaming(tmp_path, monkeypatch, capsy
     assert sample.find_checkpoint(config.Config()) == old
     shutil.copy(old, "out/old/best.pt")
     assert sample.find_checkpoint(config.Config()) == os.path.join("out", "old", "best.pt")
-    (tmp_path / "x.txt").write_text("the cat")
+    (here / "x.txt").write_text("the cat")
     args = ["--num_samples=3", "--max_new_tokens=8", "--start=the cat"]
     text = sample_main(capsys, *args, "--start=FILE:x.txt")
     assert text == sample_main(capsys, *args) and text.count("---------------") == 2
@@ -4539,34 +4432,24 @@ def test_sample_begins_with_what_training_has_seen(tmp_path):
     (["--prompts=gap.txt"], "is empty at line 2"), (["--prompts=end.txt"], "is empty at line 2"),
     (["--start=" + "xyz " * 40], "block_size is 64: shorten it"),
     (["--past_context=error", "--max_new_tokens=64"], "ask for at most 63"), (["--stop=<|foo|>"], "special tokens: ["),
-    (["--stop=a||b"], "empty part"), (["--temperature=1e-40"], "0 or at least"),
-    (["--visualize=none/a.html"], "in a folder that exists"), (["--top_p=0"], "(0, 1]"), (["--top_p=1.1"], "(0, 1]"),
-    (["--num_beams=2"], "temperature=0"),
+    (["--stop=a||b"], "empty part"),
+    (["--visualize=none/a.html"], "in a folder that exists"),
     (["--num_beams=2", "--temperature=0", "--interactive"], "leave out num_beams"), (["--visualize=out"], "cannot be written"),
     (["--interactive", "--prompts=gap.txt", "--compile", "--logprobs"], "leave out prompts, logprobs, compile"),
     (["--export=x", "--quantize=int8"], "leave out --quantize"), (["--init_from=out/good"], "has no tokenizer.json"),
     (["--out_dir=small"], "its tokenizer has 280 tokens, but its model only 100"),
     (["--out_dir=nowhere"], "no checkpoint in nowhere"), (["--out_dir=nameless"], "no tokenizer"), (["--out_dir=cut"], "damaged"),
-    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto"),
-    (["--repetition_penalty=0"], "above 0"), (["--best_of=0"], "at least 1"),
-    (["--speculate=-1"], "negative")])
-def test_sample_bad_input_is_one_clear_line(argv, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (["--device=cuda:77"], "CUDA devices"), (["--device=abacus"], "not a device"), (["--device=meta"], "--device=auto")])
+def test_sample_bad_input_is_one_clear_line(argv, message, here):
     path = sample_checkpoint("out/good")
     sample_checkpoint("nameless", tokenizer="")
     sample_checkpoint("small", vocab_size=100)
     os.mkdir("cut")
-    (tmp_path / "cut" / "ckpt.pt").write_bytes((tmp_path / path).read_bytes()[:5000])
+    (here / "cut" / "ckpt.pt").write_bytes((here / path).read_bytes()[:5000])
     for name, data in (("empty.txt", b""), ("gap.txt", b"a\n\nb\n"), ("end.txt", b"a\n\n"), ("latin.txt", b"caf\xe9 ol\xe9")):
-        (tmp_path / name).write_bytes(data)
+        (here / name).write_bytes(data)
     with pytest.raises((ValueError, OSError)) as e: sample.main(config.load(argv))
     assert message in str(e.value) and "\n" not in str(e.value)
-
-
-def test_sample_command_line_exit_code(tmp_path):
-    r = subprocess.run([sys.executable, os.path.join(HERE, "sample.py")], cwd=tmp_path, capture_output=True, text=True)
-    assert r.returncode == 1 and r.stderr.count("\n") == 1
-    assert r.stderr.startswith("error: no checkpoint in out/*: check --out_dir, or: python train.py")
 
 
 def test_sample_interactive_keeps_the_conversation_in_the_cache(tmp_path, monkeypatch, capsys):
@@ -4821,21 +4704,20 @@ def test_train_export_transformers_and_back_peer(monkeypatch, train_dir, tmp_pat
         train_here(monkeypatch, train_dir, tmp_path, out="none", init_from="gpt3")
 
 
-def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):
+def test_sample_gpt2_is_downloaded_once_peer(here, monkeypatch, capsys):
     """From a hub on 127.0.0.1: cut off, resumed, verified by hash; then read from disk; a gated model is a one-line error."""
     pytest.importorskip("transformers", reason="not installed: pip install transformers")
-    (tmp_path / "source").mkdir()
-    bpe.Tokenizer.train(["ab"], 257).to_hf(str(tmp_path / "source" / "tokenizer.json"))
-    hf_made("gpt2", vocab_size=257).save_pretrained(tmp_path / "source")
+    (here / "source").mkdir()
+    bpe.Tokenizer.train(["ab"], 257).to_hf(str(here / "source" / "tokenizer.json"))
+    hf_made("gpt2", vocab_size=257).save_pretrained(here / "source")
     asked, cut = [], [True]
 
     class Hub(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *a): pass
         def do_GET(self):
             asked.append((self.path, self.headers.get("Range")))
             if "medium" in self.path: return self.send_error(401)
             if "large" in self.path: return self.send_error(403)
-            body = (tmp_path / "source" / self.path.rsplit("/", 1)[1]).read_bytes()
+            body = (here / "source" / self.path.rsplit("/", 1)[1]).read_bytes()
             start = int(self.headers["Range"][6:-1])
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -4846,23 +4728,19 @@ def test_sample_gpt2_is_downloaded_once_peer(tmp_path, monkeypatch, capsys):
             self.wfile.write(body[start:start + 9000 if half else None])
             self.close_connection = True
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(prepare, "HUB", f"http://127.0.0.1:{server.server_address[1]}/")
     monkeypatch.setattr(prepare.time, "sleep", lambda s: None)
-    monkeypatch.chdir(tmp_path)
-    words = ["--init_from=gpt2", "--start=ab", "--max_new_tokens=9", "--temperature=0"]
-    text = sample_main(capsys, *words)
-    weights = [r for p, r in asked if p == "/gpt2/resolve/main/model.safetensors"]
-    assert len(asked) == 4 and len(weights) == 2 and weights[0] == "bytes=0-" and int(weights[1][6:-1]) > 8000
-    assert sorted(os.listdir("data/hf/gpt2")) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert text == sample_main(capsys, *words) == sample_main(capsys, "--init_from=data/hf/gpt2", *words[1:]) and len(asked) == 4
-    for name, code in (("gpt2-medium", 401), ("gpt2-large", 403)):
-        with pytest.raises(ValueError, match=f"cannot download http.*{name}/resolve/main/config.json: the server says {code}"):
-            sample.main(config.load([f"--init_from={name}"]))
-        assert not os.listdir(f"data/hf/{name}")
-    server.shutdown(); server.server_close()
+    with served(Hub) as url:
+        monkeypatch.setattr(prepare, "HUB", url)
+        words = ["--init_from=gpt2", "--start=ab", "--max_new_tokens=9", "--temperature=0"]
+        text = sample_main(capsys, *words)
+        weights = [r for p, r in asked if p == "/gpt2/resolve/main/model.safetensors"]
+        assert len(asked) == 4 and len(weights) == 2 and weights[0] == "bytes=0-" and int(weights[1][6:-1]) > 8000
+        assert sorted(os.listdir("data/hf/gpt2")) == ["config.json", "model.safetensors", "tokenizer.json"]
+        assert text == sample_main(capsys, *words) == sample_main(capsys, "--init_from=data/hf/gpt2", *words[1:]) and len(asked) == 4
+        for name, code in (("gpt2-medium", 401), ("gpt2-large", 403)):
+            with pytest.raises(ValueError, match=f"cannot download http.*{name}/resolve/main/config.json: the server says {code}"):
+                sample.main(config.load([f"--init_from={name}"]))
+            assert not os.listdir(f"data/hf/{name}")
 
 
 # ======================================================== bench.py: tables and evaluations by plain computation
@@ -4957,7 +4835,7 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     out = capsys.readouterr().out
     assert "no CUDA GPU: speed not measured" in out
     errors = list(map(float, re.findall(r"\d\.\de-\d\d", out)))
-    assert all(error < 1e-5 for error in errors) and len(errors) == (4 if flash_attn.triton else 0)
+    assert all(error < 1e-5 for error in errors) and len(errors) == 4
 
 
 @needs_flash
@@ -4982,9 +4860,8 @@ def test_bench_attention_gives_every_peer_the_same_task(monkeypatch, B, H, K, T,
         assert torch.allclose(value, first[list(found).index((key[0], "MATH"))], atol=0.03, rtol=0.03) and value.abs().max() > 0.1
 
 
-def test_bench_attention_writes_its_tables(tmp_path, monkeypatch, capsys):
+def test_bench_attention_writes_its_tables(here, monkeypatch, capsys):
     """The part that needs a GPU, with a pretended one: everything but the measuring."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch, "randn", lambda *shape, **kw: torch.zeros(2, 1, 1))
@@ -5029,8 +4906,7 @@ def test_bench_sample_has_a_row_for_each_way(capsys):
     with pytest.raises(ValueError, match="random weights of a config's size"): bench.main(["sample", "--out_dir=out/x"])
 
 
-def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_bench_context_agrees_with_the_model_inside_its_context(here, capsys):
     model, n = sample_gpt(block_size=16), 16
     sample_checkpoint("out/x", model)
     Path("out/x/config.json").write_text('{"dataset": "d"}')
@@ -5054,10 +4930,10 @@ def test_bench_context_agrees_with_the_model_inside_its_context(tmp_path, monkey
     scaled.load_state_dict(model.state_dict())
     sample_checkpoint("out/x", scaled)
     bench.main(["context", "--out_dir=out/x", "--device=cpu"])
-    rows = re.findall(r"^(?:as trained|rope_scaling=\w+) +[\d,.]+ +([\d,.]+) ", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^(?:as trained|rope_scaling=\w+) +[\d,.]+ +([\d,.]+) ", plain := capsys.readouterr().out, re.M)
     assert len(set(rows)) == 5
     bench.main(["context", "--out_dir=out/x", "--device=cpu", "--quantize=int8"])
-    assert capsys.readouterr().out.count("rope_scaling=") == 4
+    assert (out := capsys.readouterr().out).count("rope_scaling=") == 4 and out != plain
     data[:8 * n].tofile("data/d/val.bin")
     with pytest.raises(ValueError, match="val.bin has 128 tokens"): bench.main(["context", "--out_dir=out/x", "--device=cpu"])
     with pytest.raises(ValueError, match="give the out_dir of a run"): bench.main(["context", "--out_dir=out/y"])
@@ -5137,11 +5013,10 @@ def test_bench_eval_text_scores_every_token_once_with_enough_context(stride, n):
     assert tokens == len(plain.encode("abcabc")) and size == 6
 
 
-def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path, out = tmp_path / "q.jsonl", str(tmp_path / "run")
+def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(here, capsys, monkeypatch):
+    path, out = here / "q.jsonl", str(here / "run")
     path.write_text("\n".join(json.dumps(EVAL_LINES[i % 7]) for i in range(23)))
-    (tmp_path / "t.txt").write_text("abc abc abc")
+    (here / "t.txt").write_text("abc abc abc")
     sample_checkpoint(out, block_size=128)
     argv, score, scored = ["eval", f"--out_dir={out}", f"--task={path}", "--batch_size=4", "--device=cpu"], bench.score, []
     def counting(model, questions):
@@ -5154,7 +5029,7 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(t
     with open(kept, "a") as f: f.write("\n[-1.25, -3")                          # as if a crash cut the line
     scored.clear()
     scored += [0] * 4
-    bench.main(argv + [f"--input={tmp_path / 't.txt'}", "--stride=128"])
+    bench.main(argv + [f"--input={here / 't.txt'}", "--stride=128"])
     out_text = capsys.readouterr().out
     assert scored[4:] == [4, 4, 3] and "resuming, 12 of 23" in out_text
     n, nats, perplexity, bits = map(float, re.search(r"t.txt +11 +(.*)$", out_text, re.M)[1].replace(",", "").split())
@@ -5193,11 +5068,10 @@ def test_bench_eval_bad_questions_are_named(tmp_path, line, message):
     assert "\n" not in str(e.value)
 
 
-def test_bench_eval_user_errors(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bench_eval_user_errors(here):
     sample_checkpoint("out/x")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "one.jsonl").write_text("\n")
+    (here / "empty.txt").write_text("")
+    (here / "one.jsonl").write_text("\n")
     for words, message in (([], "say what to evaluate"), (["--task=nope"], "nor one of hellaswag"),
                            (["--task=one.jsonl"], "has no questions"), (["--input=nope.txt"], "no file 'nope.txt'"),
                            (["--input=empty.txt"], "nothing to score"), (["--input=one.jsonl"], "scored as plain text"),
@@ -5205,9 +5079,8 @@ def test_bench_eval_user_errors(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message): bench.main(["eval", "--device=cpu", *words])
 
 
-def test_bench_eval_unpacks_the_published_files(tmp_path, monkeypatch):
+def test_bench_eval_unpacks_the_published_files(here, monkeypatch):
     """Archives laid out like the published ones, in place of the downloads."""
-    monkeypatch.chdir(tmp_path)
     arc = json.dumps(EVAL_LINES[2]) + "\n"
     questions = {"Easy-Train": 4, "Easy-Test": 2, "Challenge-Train": 3, "Challenge-Test": 1}
     tables = {"data/test/anatomy_test.csv": b'"A, ""b""\nc",1,2,3,4,D\r\nq,5,6,7,8,A\r\n',

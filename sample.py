@@ -105,7 +105,7 @@ def load(cfg, pack=False):
     Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with if there is no
     prompt; tokenizer.chat: whether the model was fine-tuned on chats."""
     device, meta, int8 = pick_device(cfg.device), {}, cfg.quantize == "int8"
-    auto = torch.bfloat16 if device.type == "cuda" or device.type == "cpu" and int8 else torch.float32    # the CPU's int8 kernel
+    auto = torch.bfloat16 if device.type == "cuda" or int8 and device.type == "cpu" else torch.float32    # int8's kernel on a CPU
     dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
     if path: tok, model = bpe.Tokenizer.load(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)

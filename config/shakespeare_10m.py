@@ -1,4 +1,4 @@
-# nanoGPT's 6-layer, 384-wide, 256-context Shakespeare model: a minute on a GPU, 13 on two CPU cores (--compile).
+# nanoGPT's 6-layer, 384-wide, 256-context Shakespeare model: a minute on a GPU, eight on two CPU cores (--compile).
 dataset = "shakespeare"
 out_dir = "out/shakespeare_10m"
 vocab_size = 2048

@@ -431,6 +431,7 @@ def bench_scaling(argv):
     points = []
     for folder in argv:
         saved, log = read_run(folder)
+        if saved["dataset"] != read_run(argv[0])[0]["dataset"]: print(f"{folder} has other text than {argv[0]}: no law fits both")
         log = [r for r in log if r.get("val_bpb")]
         if not log: raise ValueError(f"{folder} has no validation loss yet: train it to its first eval_interval")
         if log[-1]["step"] < saved["max_iters"]: print(f"{folder} has not ended: its loss at step {log[-1]['step']} is too high")

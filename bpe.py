@@ -146,9 +146,10 @@ def last_place(text):
     # punctuation, to letters and newlines.
     before, after, left, right = c[:-1], c[1:], code[:-1], code[1:]
     place = (before > NEWLINE) & (after != before) & ~((before == OTHER) & ((after == LETTER) | (after == NEWLINE)))
-    place &= (right < 0x300) | (right >= 0x3000) & (right < 0x302A)     # NFC joins none to what precedes; none is cut in half
+    # NFC joins none of these to what precedes, and none is cut in half. U+2000 begins the dashes, quotes and rarer spaces
+    place &= (right < 0x300) | (right >= 0x2000) & (right < 0x20D0) | (right >= 0x3000) & (right < 0x302A)
+    # NFC splits some of the letters left out here, such as U+0958
     place &= (after <= WHITE) | (left < 0x958) | (left > 0xB5D) & (left < 0xF43) | (left > 0xF69) & (left < 0xD800)
-    # NFC splits some of the other letters, such as U+0958
     place[:3] = False                                                   # the text may begin with the rest of a character
     return offset.item(np.flatnonzero(place)[-1] + 1) if place.any() else 0
 
@@ -262,11 +263,13 @@ def in_order(function, jobs, workers):
     jobs, team, busy = itertools.chain(head, jobs), [], collections.deque()
     if workers == 1 or len(head) < 3: return (yield from map(function, jobs))     # starting processes would take longer
     import multiprocessing
+    if multiprocessing.current_process().daemon: return (yield from map(function, jobs))    # a worker itself: it may start none
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")       # fork where it is safe
     first, script = list(itertools.islice(jobs, workers)), sys.modules["__main__"]
     try:
         # a spawned worker imports the caller's script, which for train.py means all of torch: hide it, unless function is in it
-        if getattr(function, "func", function).__module__ != "__main__": sys.modules["__main__"] = type(sys)("__main__")
+        hide = context.get_start_method() == "spawn" and getattr(function, "func", function).__module__ != "__main__"
+        if hide: sys.modules["__main__"] = type(sys)("__main__")
         for _ in first:
             pipe, worker_end = context.Pipe()
             team.append(context.Process(target=work, args=(function, worker_end), daemon=True))
@@ -457,7 +460,10 @@ class Tokenizer:
         ValueError for too small a vocab_size or an unknown pattern, OSError if a worker dies."""
         if (workers or 0) < 0: raise ValueError(f"workers is {workers}: give a number of processes, or 0 for one per core")
         if not hasattr(vocab_size, "__index__"): raise ValueError(f"vocab_size is {vocab_size!r}: give an int")
-        if vocab_size == 256 and [*special_tokens] == [ENDOFTEXT]: special_tokens = ()
+        if isinstance(special_tokens, (str, dict)):
+            raise ValueError(f"{special_tokens=}: want a list of texts, whose ids come last")
+        special_tokens = [*special_tokens]      # an iterator could be read only once
+        if vocab_size == 256 and special_tokens == [ENDOFTEXT]: special_tokens = []
         plain, show = cls([], pattern, special_tokens), progress if verbose else lambda *a: lambda n: None
         if vocab_size < plain.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}: bytes need 256, bytes and special tokens need {plain.vocab_size}")
@@ -564,6 +570,7 @@ class Tokenizer:
         """str or bytes -> list of ids. Special tokens in allowed_special, or "all", get their id; others are plain text."""
         allowed = self.special_tokens if allowed_special == "all" else allowed_special
         if isinstance(allowed, str): raise ValueError(f"allowed_special={allowed!r}: want \"all\" or a list of special tokens")
+        allowed = list(allowed)
         if unknown := [name for name in allowed if name not in self.special_tokens]:
             raise ValueError(f"allowed_special has {unknown[0]!r}, which is not one of {list(self.special_tokens)}")
         parts = self._parts(text, allowed)
@@ -661,17 +668,17 @@ class Tokenizer:
     @classmethod
     def from_merges(cls, vocab, merges, whole=False, pattern=GPT2_SPLIT, special_tokens=(), normalizer=None):
         """vocab: dict token -> id; merges: pairs of tokens, in order; tokens are spelled in LETTERS, as in the files. We use the
-        tokens alone, as tiktoken does. That gives the same ids in two cases: the file has one merge for each token, in the order
-        of ids, as training leaves them (only number and order are checked); or it has every merge that could be, and a word that
-        is a token becomes that token (whole)."""
+        tokens alone, as tiktoken does. That gives the same ids in two cases: the file has one merge for each token, the last on
+        the way to it, in the order of ids, as training leaves them; or it has every merge that could be, and a word that is a
+        token becomes that token (whole)."""
         try:
             tokens, merges = {to_bytes(t): i for t, i in vocab.items()}, [(to_bytes(a), to_bytes(b)) for a, b in merges]
-            makes, pairs = [tokens[a + b] for a, b in merges], {(tokens[a], tokens[b]) for a, b in merges}
+            makes, pairs = [tokens[a + b] for a, b in merges], [(tokens[a], tokens[b]) for a, b in merges]
         except KeyError as e:
             raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
         tok = cls([], pattern, special_tokens, tokens, normalizer)
-        trained = len({*makes}) == len(makes) == len(tokens) - 256
-        if makes != sorted(makes) or not (trained or whole and pairs == {*tok._joins}):
+        trained = len(pairs) == len(tokens) - 256 and pairs == tok.merges
+        if not trained and not (whole and makes == sorted(makes) and {*pairs} == {*tok._joins}):
             raise ValueError("its merges are not those of its ids, in the order of the ids: such a tokenizer cannot be read")
         return tok
 
@@ -718,18 +725,19 @@ class Tokenizer:
             model, norm = d["model"], (d.get("normalizer") or {}).get("type")
             steps = d.get("pre_tokenizer") or {"type": "missing"}
             steps = steps.get("pretokenizers", [steps])
-            cuts = [s["pattern"].get("Regex") for s in steps
-                    if s["type"] == "Split" and s["behavior"] == "Isolated" and not s["invert"]]
+            cuts = [s["pattern"].get("Regex") if s["behavior"] == "Isolated" and not s["invert"] else str(s)
+                    for s in steps if s["type"] == "Split"]
             cuts += [GPT2_SPLIT for s in steps if s["type"] == "ByteLevel" and s.get("use_regex", True)]
             wrong = [f"its {what} is {x!r}" for what, x, *ok in [       # ok: the values that can be read
                 ("model", model.get("type", "BPE"), "BPE"), ("number of split patterns", len(cuts), 1),
                 ("byte_fallback (SentencePiece's)", model.get("byte_fallback", False), False), ("normalizer", norm, None, "NFC"),
-                *[("pre-tokenizer", s["type"], "Split", "ByteLevel") for s in steps],
+                ("pre-tokenizer", ", ".join(s["type"] for s in steps), "ByteLevel", "Split, ByteLevel"),
                 *[("prefix space", s.get("add_prefix_space", False), False) for s in steps],
                 *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
                 *[(f"added token {t['content']!r}", key, None) for t in d.get("added_tokens", [])
                   for key in ("lstrip", "rstrip", "single_word") if t.get(key)],
-                ("last pre-tokenizer", steps[-1]["type"], "ByteLevel")] if x not in ok]
+                *[("added white space", t["content"], None) for t in d.get("added_tokens", [])      # theirs finds it in any text
+                  if t["content"].isspace() and not t.get("special")]] if x not in ok]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}: can read only byte-level BPE, one split pattern, and NFC or no normalizer")
             special = {t["content"]: t["id"] for t in d.get("added_tokens", [])}
@@ -789,7 +797,7 @@ def main(argv=None):
     parser.add_argument("--vocab_size", type=int, default=4096, help="number of ids, bytes and special tokens included")
     parser.add_argument("--out", default="tok.json", help="file to write")
     parser.add_argument("--pattern", default="gpt2", choices=["gpt2", "gpt4"], help="how text is split into words")
-    parser.add_argument("--special", default=ENDOFTEXT, help="special tokens, separated by commas")
+    parser.add_argument("--special", default=ENDOFTEXT, help="special tokens, separated by commas; in files they are text")
     parser.add_argument("--workers", type=int, help="processes that count words (default: one per core)")
     a = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")    # for file names it cannot encode
@@ -802,8 +810,8 @@ def main(argv=None):
             if utf16(head) or path.lower().endswith((".jsonl", ".gz", ".parquet")):
                 raise ValueError(f"{path} is not UTF-8 text: convert it (.jsonl is for prepare.py --input, which trains, too)")
         if not total: raise ValueError(f"there is no text in {', '.join(a.files)}")
-        if os.path.isdir(a.out or ".") or not os.path.isdir(os.path.dirname(a.out) or "."):
-            raise ValueError(f"--out={a.out} must be a file in a folder that exists")
+        if os.path.isdir(a.out or ".") or a.out in a.files or not os.access(os.path.dirname(a.out) or ".", os.W_OK):
+            raise ValueError(f"--out={a.out} must be a new file in a folder that exists and can be written to")
         def parts(path):
             with open(path, "rb") as f: yield from iter(functools.partial(f.read, CHUNK), b"")
         pattern, special = GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT, [s for s in a.special.split(",") if s]

@@ -44,7 +44,7 @@ doc_start[b, i] with documents. A query that sees no key yields zeros and passes
 p_ij zero. Blocks before the first key that the tile sees and after its last are skipped; only those crossed by an edge of the
 mask ("edge" blocks, not "full") are masked. Causal, T = S = 4 blocks, Full, Edge, .: skipped:  E... / FE.. / FFE. / FFFE
 """
-import math, os, re, shutil, subprocess, sysconfig
+import math, os, re, shutil, subprocess, sysconfig, types
 
 import torch
 from torch import Tensor
@@ -96,13 +96,11 @@ def pointers(X, strides, b, h, row, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def load(X, strides, b, h, row, rows, EDGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Tile X[b, h, row : row + ROWS] of an X with `rows` rows: (ROWS, WIDTH), zeros outside X. Only EDGE tiles may pass its end.
     X is a pointer, or a descriptor for the copy engine (TMA), which fills in the zeros itself."""
-    if isinstance(X, tl.tensor_descriptor):
-        tile = X.load([b, h, row, 0]).reshape(ROWS, WIDTH)
+    if isinstance(X, tl.tensor_descriptor): tile = X.load([b, h, row, 0]).reshape(ROWS, WIDTH)
     elif EDGE or D < WIDTH:
         inside = (tl.arange(0, ROWS)[:, None] < rows - row) & (tl.arange(0, WIDTH)[None, :] < D)
         tile = tl.load(pointers(X, strides, b, h, row, ROWS, WIDTH), mask=inside, other=0.0)
-    else:
-        tile = tl.load(pointers(X, strides, b, h, row, ROWS, WIDTH))
+    else: tile = tl.load(pointers(X, strides, b, h, row, ROWS, WIDTH))
     return tile
 
 @jit
@@ -115,20 +113,16 @@ def bounds(rows, doc, T, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, 
     """The mask, two numbers per query: query rows[i] sees the keys first[i] <= j < end[i]. doc points to doc_start[b].
     To change the mask, change dkdv_kernel's start .. stop, the same by keys, too, and LEFT wherever hide is called."""
     first, end = rows * 0, rows * 0 + S
-    if CAUSAL:
-        end = tl.minimum(tl.maximum(rows + (S - T + 1), 0), S)
-    if WINDOW:
-        first = tl.maximum(rows + (S - T + 1) - window, 0)
-    if DOC:
-        first = tl.maximum(first, tl.load(doc + tl.minimum(rows, T - 1)))
+    if CAUSAL: end = tl.minimum(tl.maximum(rows + (S - T + 1), 0), S)
+    if WINDOW: first = tl.maximum(rows + (S - T + 1) - window, 0)
+    if DOC: first = tl.maximum(first, tl.load(doc + tl.minimum(rows, T - 1)))
     return first, end
 
 @jit
 def hide(s, cols, first, end, value, LEFT: tl.constexpr):
     """s where first <= cols < end, else value. Only windows and documents (LEFT) hide keys on the left, before first."""
     seen = cols < end
-    if LEFT:
-        seen = seen & (cols >= first)
+    if LEFT: seen = seen & (cols >= first)
     return tl.where(seen, s, value)
 
 @jit
@@ -240,14 +234,12 @@ def dkdv_kernel(Q, K, V, dOut, LSE, Delta, dK, dV, Doc, DocEnd, q_strides, k_str
     n, kv, b = pid % tiles * BLOCK_N, pid // tiles % (H // G), pid // tiles // (H // G)
     k = load(K, k_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH)
     v = load(V, v_strides, b, kv, n, S, True, D, BLOCK_N, WIDTH)
-    dk = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-    dv = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    dk, dv = tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, WIDTH], tl.float32)
 
     # The mask as the keys n..n_last see it: only queries in start..stop see any of them, those in full_start..full_stop see all
     n_last, past = tl.minimum(n + BLOCK_N, S) - 1, S - T                # past: keys before the first query
     start, full_start, full_stop, stop = 0, 0, T, T
-    if CAUSAL:
-        start, full_start = tl.maximum(n - past, 0), tl.maximum(n_last - past, 0)
+    if CAUSAL: start, full_start = tl.maximum(n - past, 0), tl.maximum(n_last - past, 0)
     if WINDOW:
         full_stop, stop = tl.maximum(tl.minimum(T, n - past + window), 0), tl.maximum(tl.minimum(T, n_last - past + window), 0)
     if DOC:
@@ -292,16 +284,13 @@ def dq_kernel(Q, K, V, dOut, LSE, Delta, dQ, Doc, q_strides, k_strides, v_stride
     do = load(dOut, do_strides, b, h, m, T, True, D, BLOCK_M, WIDTH)
     stats = tl.cast(pid // tiles, tl.int64) * T_pad + rows
     lse, delta = tl.load(LSE + stats)[:, None], tl.load(Delta + stats)[:, None]
-    dq = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-
-    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dq, zero = tl.zeros([BLOCK_M, WIDTH], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for EDGE in tl.static_range(1, -1, -1):
         for i in tl.range(0, edges if EDGE else full, disable_licm=True):
             n = block(i, EDGE, start, before, full) * BLOCK_N
             k = load(K, k_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
             p = tl.exp2(dot(q, k.T, zero) * scale_log2 - lse)
-            if EDGE:
-                p = hide(p, n + tl.arange(0, BLOCK_N)[None, :], first[:, None], end[:, None], 0.0, WINDOW or DOC)
+            if EDGE: p = hide(p, n + tl.arange(0, BLOCK_N)[None, :], first[:, None], end[:, None], 0.0, WINDOW or DOC)
             v = load(V, v_strides, b, h // G, n, S, EDGE, D, BLOCK_N, WIDTH)
             ds = p * (dot(do, v.T, zero) - delta)
             dq = dot(ds.to(k.dtype), k, dq)
@@ -449,8 +438,7 @@ def decode_launches(q, k, v, lengths, out, window, scale, arch, processors):
 def run(launches, x):
     with torch.cuda.device_of(x):                           # select the GPU that x is on; no effect on the CPU
         for kernel, programs, args, options in launches:
-            if programs > 0:
-                kernel[(programs,)](*args, **options)
+            if programs > 0: kernel[(programs,)](*args, **options)
 
 # ---------------------------------------------------------------------------- the operators PyTorch sees
 # torch.compile does not look inside: a fake of each tells it the shapes of the outputs.
@@ -595,16 +583,11 @@ def flash_decode(q, k, v, lengths, window=0, scale=None):
 def shipped(arch, D, dtype=torch.bfloat16, causal=True, window=0, docs=False, H=8, K=8, T=1024, S=1024, aligned=True):
     """[(name, compiled kernel)] for one architecture and head dim: the launches above, on tensors without memory (meta)."""
     from triton.backends.compiler import GPUTarget
-
-    class Target:                                       # stands in for the GPU driver: all that the compiler asks
-        get_current_device = staticmethod(lambda: arch)
-        get_current_stream = staticmethod(lambda device: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
-
     def tensor(heads, rows):
         return torch.empty(2, rows, heads, D if aligned else D + 1, dtype=dtype, device="meta")[..., :D].transpose(1, 2)
-
-    triton.runtime.driver.set_active(Target)
+    triton.runtime.driver.set_active(types.SimpleNamespace(             # in place of a GPU's driver: all that the compiler asks
+        get_current_device=lambda: arch, get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32)))
     q, one, k, v, lse = tensor(H, T), tensor(H, 1), tensor(K, S), tensor(K, S), new_stats(tensor(H, T))
     ints = torch.empty(2, T, dtype=torch.int32, device="meta")
     launches = forward_launches(q, k, v, q, lse, causal, window, 0.1, ints if docs else None, arch)

@@ -251,7 +251,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     logits.div_(cap).tanh_()
                     slope = 1 - logits.square()                                 # tanh' = 1 - tanh^2
                     logits *= cap
-                if len(w) > V: logits[:, V:] = -torch.inf
+                if len(w) > V: logits[:, V:] = -torch.inf       # on a GPU alone: there a mean over the columns would be -inf
                 logits = logits.log_softmax(-1)                                 # same name, so that the old tensor is freed
                 hit = torch.arange(len(w), device=x.device) == t if compiled else None              # (rows, V)
                 log_p = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)      # of the targets, (rows, 1)
@@ -268,6 +268,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
+        assert torch.compiler.is_compiling() or not torch.is_grad_enabled(), "no second derivative: use F.cross_entropy(logits)"
         dx, dw, n = ctx.saved_tensors
         return dx * (scale / n), None if dw is None else dw * (scale / n), None, None, None, None
 
@@ -304,7 +305,7 @@ class GPT(nn.Module):
             if p.dim() > 1: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             if name.endswith("bias") or config.zero_init and (residual or p is self.lm_head.weight): nn.init.zeros_(p)
         self.backend, self.grad_checkpoint = None, False
-        self.eot = None         # for doc_mask: the end-of-text id that begins a document, which sees only itself (not with a cache)
+        self.eot = None         # for doc_mask: the id that begins a document, which then sees itself alone (not with a cache)
 
     def set_backend(self, training=True):
         """Use the kernels of flash_attn.py if they run on the weights' device, else SDPA; return a line that says which."""
@@ -410,7 +411,7 @@ class GPT(nn.Module):
         kind = torch.optim.Muon if has_bfloat16(self.lm_head.weight.device) else Float32Muon
         return [adamw, make(kind, matrices, lr=cfg.matrix_lr, momentum=0.95, weight_decay=cfg.weight_decay)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
         """Continue idx (B, T) to (B, T + max_new_tokens); temperature 0 is argmax. When the context is full, its newer half is
         fed again into an empty cache, so the length has no limit. sample.py has all other sampling options."""

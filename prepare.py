@@ -172,7 +172,7 @@ def sources(cfg):
         require(found, f"nothing to read in {item!r}, only {' '.join(ENDINGS)}: write it as .jsonl, e.g. by datasets' to_json")
         paths += found
     require(paths, f"nothing to read for dataset={cfg.dataset!r}, such as .py files in this Python's library: use --input=FILES")
-    spans = [span(path, "jsonl" if path.lower().endswith(".jsonl") else "text") for path in paths]
+    spans = [span(path, "jsonl" if path.lower().endswith(".jsonl") else "text") for path in dict.fromkeys(paths)]
     full = [s for s in spans if s.stop]
     if [s.kind for s in full] != ["text"]: return spans
     path, middle = full[0].path, int(full[0].stop * (1 - cfg.val_fraction))     # a single text: its last part is for validation
@@ -195,12 +195,13 @@ def parse(item):
     {"prompt": "Hi", "response": "Hello"} -> ("answers", [("User: Hi\n\nAssistant:", False), (" Hello", True)])"""
     def exchange(question, answer): return [("user", question), ("assistant", answer)]
     if isinstance(item, list): item = {"messages": item}
-    if "text" in item: return "text", [(item["text"], True)]
     if "chosen" in item: turns = exchange(item["prompt"], item["chosen"]) + exchange(item["prompt"], item["rejected"])
-    elif "instruction" in item:
+    elif {"instruction", "output"} <= {*item}:
         turns = exchange(item["instruction"] + ("\n\n" + item["input"] if item.get("input") else ""), item["output"])
     elif "messages" in item: turns = [(m["role"], m["content"]) for m in item["messages"]]
-    elif answer := {"completion", "response"} & {*item}: turns = exchange(item["prompt"], item[max(answer)])
+    elif "prompt" in item and (answer := {"completion", "response"} & {*item}):
+        turns = exchange(item["prompt"], item[max(answer)])
+    elif "text" in item: return "text", [(item["text"], True)]      # last: Alpaca's rows have it, too
     else: raise ValueError(f"it has {list(item)}")
     parts, context = [], ""
     for role, text in turns:
@@ -437,9 +438,10 @@ def main(cfg):
             print(f"preparing again: the text has changed since {folder} was prepared")
         except ValueError as e: print(f"{e}: doing so")
 
-    work = join(folder, ".partial-" + hashlib.sha256(json.dumps(meta).encode()).hexdigest()[:16])
-    names, tok_path = FILES[:4 if masked else 2], join(work, "gpt2" if cfg.tokenizer == "gpt2" else "tokenizer.json")
     jobs = list(zip(units, np.split(rows, np.cumsum(list(map(len, unit_rows))))))
+    what = json.dumps([meta, [len(rows) for _, rows in jobs]])      # units, too: state.json counts them
+    work = join(folder, ".partial-" + hashlib.sha256(what.encode()).hexdigest()[:16])
+    names, tok_path = FILES[:4 if masked else 2], join(work, "gpt2" if cfg.tokenizer == "gpt2" else "tokenizer.json")
     os.makedirs(work, exist_ok=True)
     written = sum(size_of(join(work, name)) for name in names)
     need_space(work, size * (2 if cfg.vocab_size < 1024 else 1) - written)  # an id is two bytes; most tokens are two or more

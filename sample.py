@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         # above 4 rows F.linear is faster; subtle: the kernel reads past the end of rows whose width is no multiple of its vectors
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x[..., 0].numel() <= 4 and x.shape[-1] % 32 == 0:
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < x[..., 0].numel() <= 4 and x.shape[-1] % 32 == 0:
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:       # subtle: inductor turns a bfloat16 scale into _weight_int8pack_mm, on a GPU a loop without tensor cores
             wide = torch.float32 if x.is_cuda else x.dtype

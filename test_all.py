@@ -5,8 +5,9 @@ What every stage promises, each promise checked against an independent twin: nai
     python -m pytest test_all.py -k "model or train"
     python -m pytest test_all.py -k peer            # against optional libraries: pip install transformers tokenizers ..
 """
-import base64, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io, itertools, json, math
-import os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types, typing, warnings, weakref, zipfile
+import base64, concurrent.futures, copy, csv, dataclasses, glob, hashlib, html, http.server, importlib, importlib.util, io
+import itertools, json, math, multiprocessing, os, random, re, shutil, signal, subprocess, sys, tarfile, threading, time, types
+import typing, warnings, weakref, zipfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -204,7 +205,7 @@ def test_model_classic_has_gpt2_parameter_count():
 def test_model_dropout_is_in_every_place_and_only_in_training(monkeypatch):
     model, seen = tiny_gpt(dropout=0.3), []
     monkeypatch.setattr(model_py.F, "dropout", lambda x, p, training: seen.append(p * training) or x)
-    monkeypatch.setattr(model_py, "attention", lambda q, *args: seen.append(args[-1]) or q)
+    monkeypatch.setattr(model_py, "attention", lambda q, *args: seen.append(args[6]) or q)
     for on in (True, False):
         model.train(on)(torch.zeros(1, 3, dtype=torch.long))
         assert seen == [0.3 * on] * 7            # the embedding; in each of 2 layers attention, its output and the MLP
@@ -427,14 +428,18 @@ def test_model_muon_multiplies_in_float32_where_bfloat16_is_emulated(monkeypatch
             assert error < 1e-4 if emulated else 1e-3 < error < 0.1
 
 
-def test_model_flops_against_torch_counter():
-    """The FLOP estimate is torch's own count outside attention; there it counts the whole T x T matrix, as PaLM does."""
-    model = model_py.GPT(tiny(block_size=32, n_embd=32, vocab_size=64)).train()
-    def without_attention(self, x, *_): return self.c_proj(self.c_q(x) + self.c_k(x) + self.c_v(x))
+@pytest.mark.parametrize("kw", SHAPES)
+def test_model_flops_against_torch_counter(kw):
+    """The FLOP estimate is torch's own count outside attention; there it counts the whole T x T matrix, as PaLM does. With biases
+    and gains, which it counts, too, it is nearly so."""
+    model = model_py.GPT(tiny(block_size=32, n_embd=32, vocab_size=64, **kw)).train()
+    def without_attention(self, x, *_):
+        return self.c_proj(self.c_q(x) + self.c_k(x).sum(-1, keepdim=True) + self.c_v(x).sum(-1, keepdim=True))
     for block in model.transformer.h: block.attn.forward = types.MethodType(without_attention, block.attn)
     idx = torch.randint(64, (1, 32))
     with FlopCounterMode(display=False) as counter: model(idx, idx)[1].backward()
-    assert counter.get_total_flops() == 32 * (model.estimate_flops() - 12 * 2 * 32 * 32)
+    want = 32 * (model.estimate_flops() - 12 * 2 * model.config.n_head * model.config.head_dim * 32)
+    assert counter.get_total_flops() == pytest.approx(want, rel=0.05 if kw else 0)
     with torch.no_grad(), FlopCounterMode(display=False) as evaluation: model(idx, idx)
     assert evaluation.get_total_flops() == counter.get_total_flops() / 3                # without gradients: forward only
 
@@ -1173,7 +1178,7 @@ def test_bpe_cuts_text_only_between_words():
     """Wherever last_place may cut a text, the two sides encode to the ids of the whole, in every pattern, with or without NFC."""
     r, places = random.Random(0), 0
     parts = ["\u0958", "'", "a", "don't", "I'll", "'s", "42", "1234", ".", "!?", "\n", "\r\n", "\n\n", " ", "  ", "\t",
-             "\u00a0", "\u3000", "\u2028", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c",
+             "\u00a0", "\u3000", "\u2028", "\u2003", "\u200d", "\u2126", "\u00e9", "e\u0301", "\u0434\u0430", "\u6771\u4eac", "\u3002", "\u3042", "\ud55c",
              "\U0001f600", "\ufeff", "\u0929", "\u0915\u093f", "\u0bb4\u0bcd", "\u0e01\u0e33", "\u0f43", "\u10d0", "\u1f71"]
     parts += 4 * [" ", "\n"]
     text = "".join(r.choice(parts) for _ in range(6000)).encode()
@@ -1193,7 +1198,8 @@ def test_bpe_cuts_text_only_between_words():
         places += len(cuts)
     assert places > 1000
     for letter in "w\u0441\u0930\u0bb4\u0e04\u10d2\u4e00":     # a list of words, one per line: Latin, Cyrillic, Hindi, Tamil, Thai, Georgian
-        assert bpe.last_place((4 * letter + "\n" + letter).encode()) == len((4 * letter).encode())
+        for between in "\n \u2003\u2028\u3000":
+            assert bpe.last_place((4 * letter + between + letter).encode()) == len((4 * letter).encode())
 
 
 def test_bpe_workers_agree(monkeypatch):
@@ -1363,6 +1369,9 @@ def test_bpe_kinds_of_text():
         assert Tokenizer.train([kind(text)], 265).hash == Tokenizer.train(kind(text), 265).hash == expect.hash
         assert expect.encode(kind(text)) == expect.encode(text)
         with pytest.raises(ValueError, match="want a list of texts, not one"): expect.encode_batch(kind(text))
+    assert Tokenizer.train([text], 265, special_tokens=iter(["<|endoftext|>"])).hash == expect.hash
+    assert expect.encode(text, iter(["<|endoftext|>"])) == expect.encode(text, "all") != expect.encode(text)
+    with pytest.raises(ValueError, match="ids come last"): Tokenizer.train([text], 265, special_tokens={"<|x|>": 256})
     for rows in ({"text": "the cat"}, [{"text": "the cat"}]):
         with pytest.raises(ValueError, match=re.escape("not a dict: pass row['text']")): Tokenizer.train(rows, 300)
 
@@ -1460,11 +1469,16 @@ def test_bpe_hugging_face_refused(tmp_path):
     ("pre-tokenizer is 'missing'", lambda d: d.update(pre_tokenizer=None)),
     ("prefix space", lambda d: d["pre_tokenizer"].update(add_prefix_space=True)),
     ("Digits", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, d["pre_tokenizer"]]})),
-    ("number of split patterns is 0", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+    ("invert.*True", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": GPT2_SPLIT}, "behavior": "Isolated", "invert": True},
         d["pre_tokenizer"] | {"use_regex": False}]})),
+    ("'ByteLevel, ByteLevel'", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        d["pre_tokenizer"], d["pre_tokenizer"] | {"use_regex": False}]})),
+    ("added white space is '  '", lambda d: d["added_tokens"].append({"content": "  ", "id": 258, "special": False})),
     ("added token '<.x.>' is 'lstrip'", lambda d: d["added_tokens"].append({"content": "<|x|>", "id": 258, "lstrip": True})),
     ("not those of its ids", lambda d: d["model"].update(merges=2 * d["model"]["merges"][:1])),
+    ("not those of its ids", lambda d: d["model"].update(       # merging abc by these gives "ab" and "c", never "abc"
+        merges=["a b", "b c", "a bc"], vocab=dict(list(d["model"]["vocab"].items())[:256]) | dict(ab=256, bc=257, abc=258))),
     ("not those of its ids", lambda d: d["model"].update(ignore_merges=True, merges=d["model"]["merges"][::-1]))])
 def test_bpe_hugging_face_refused_by_name(tmp_path, named, change):
     Tokenizer.train(["ab ab"], 258, special_tokens=()).to_hf(tmp_path / "tokenizer.json")
@@ -1784,6 +1798,16 @@ def test_bpe_memory_of_a_stream_is_bounded(monkeypatch):
     assert counted[0] <= 6 and max(b - a for a, b in zip(counted, counted[1:])) <= 6 and len(counted) >= 195
 
 
+def test_bpe_trains_inside_a_worker_process_and_in_threads(monkeypatch):
+    monkeypatch.setattr(bpe, "BATCH", 1000)
+    docs, script = ["a b c d " * 125] * 20, sys.modules["__main__"]
+    with multiprocessing.get_context("fork").Pool(1) as pool:           # its workers may not start any
+        assert pool.apply(Tokenizer.train, (docs, 260)).hash == Tokenizer.train(docs, 260, workers=2).hash
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert len({tok.hash for tok in threads.map(lambda n: Tokenizer.train(docs, 260, workers=2), range(8))}) == 1
+    assert sys.modules["__main__"] is script
+
+
 def test_bpe_command_line(tmp_path):
     def run(*args):
         words = [sys.executable, os.path.join(HERE, "bpe.py"), *args]
@@ -1800,7 +1824,8 @@ def test_bpe_command_line(tmp_path):
     os.mkdir(tmp_path / "folder")
     for name in ("utf16.txt", "A.JSONL", "a.txt.gz"): (tmp_path / name).write_bytes("the cat".encode("utf-16") * 9)
     for message, *args in (("absent.txt", "absent.txt"), ("no text", "empty.txt"), ("256", "a.txt", "--vocab_size=100"),
-                           ("a folder that exists", "a.txt", "--out=no/such/folder.json"), ("name files", "a.txt", "folder"),
+                           ("a folder that exists", "a.txt", "--out=no/such/folder.json"), ("a new file", "a.txt", "--out=a.txt"),
+                           ("name files", "a.txt", "folder"),
                            *[("is not UTF-8 text", "a.txt", name) for name in ("utf16.txt", "A.JSONL", "a.txt.gz")]):
         r = run(*args)
         assert r.returncode and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1 and message in r.stderr, r.stderr
@@ -2055,6 +2080,26 @@ def test_prepare_restart_skips_finished_units(here, monkeypatch, capsys):
     assert seen.count("again") == units - 5
 
 
+def test_prepare_restart_with_the_same_texts_in_other_units(here, monkeypatch, capsys):
+    """Units are cut by the bytes of the files: without a field the same documents are in other units, and all begins anew."""
+    monkeypatch.setattr(prepare, "UNIT", 2000)
+    monkeypatch.setattr(prepare, "SAVE", 0)
+    texts = [prepare_text(i, 20) for i in range(200)]
+    def write(**more): prepare_files("in", {"a.jsonl": "".join(json.dumps({"text": t} | more) + "\n" for t in texts)})
+    write()
+    prepare_run()
+    hashes = prepare_hashes("data/mine")
+    shutil.rmtree("data/mine")
+    write(url="x" * 100)
+    encode, seen = prepare.encode_unit, []
+    monkeypatch.setattr(prepare, "encode_unit", lambda *job: seen.append(1) or (encode(*job) if len(seen) < 6 else 1 / 0))
+    with pytest.raises(ZeroDivisionError): prepare_run()
+    monkeypatch.setattr(prepare, "encode_unit", encode)
+    write()
+    prepare_run()
+    assert prepare_hashes("data/mine") == hashes and "going on" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kw, files, message", [
     (dict(input="nowhere"), {}, "no file or folder 'nowhere'"),
     (dict(input="in/a.txt,gone.txt"), {"a.txt": "x"}, "no file or folder 'gone.txt'"),
@@ -2088,6 +2133,7 @@ def test_prepare_restart_skips_finished_units(here, monkeypatch, capsys):
     (dict(input="in/a.txt", val_fraction=0.99), {"a.txt": "x" * 10}, "long enough for val_fraction=0.99"),
     (dict(dataset="fineweb", input=""), {}, "needs --tokenizer=gpt2"),
     (dict(input="in", dataset="other", val_fraction=0.5), {"a.txt": "x" * 10, "b.txt": "y"}, None),
+    (dict(input="in/a.txt,in/a.txt"), {"a.txt": "named twice " * 99}, None),
 ])
 def test_prepare_refuses_in_one_line_or_takes_what_only_looks_bad(here, kw, files, message):
     prepare_files("in", files)
@@ -2117,7 +2163,7 @@ CHAT = [{"messages": [says("system", "Be brief."), says("user", "Hi\n\nthere"), 
                       says("user", "Bye"), says("assistant", "So long \u00fc"), says("user", "?")]},
         {"prompt": "1+1", "response": "2"}, {"prompt": "1+2", "completion": "3"},
         [says("user", "Plain"), says("assistant", "list")], {"instruction": "Add", "input": "2 3", "output": "5"},
-        {"instruction": "Sing", "output": "La"}, {"text": "All of it."}]
+        {"instruction": "Sing", "output": "La", "text": "as in Alpaca"}, {"text": "All of it.", "prompt": "no answer"}]
 CHAT_TEXT = ["System: Be brief.\n\nUser: Hi\n\nthere\n\nAssistant:[ Hello~]User: Bye\n\nAssistant:[ So long \u00fc~]",
              "User: 1+1\n\nAssistant:[ 2~]", "User: 1+2\n\nAssistant:[ 3~]", "User: Plain\n\nAssistant:[ list~]",
              "User: Add\n\n2 3\n\nAssistant:[ 5~]", "User: Sing\n\nAssistant:[ La~]",

@@ -360,7 +360,8 @@ def build(cfg, run, folder, old, eot):
         model.load_state_dict(old["model"])
         if reference: reference.load_state_dict(old["reference"])
         for optimizer, saved in zip(optimizers, old["optimizers"], strict=True):        # saved moments, but this run's knobs
-            for new, was in zip(optimizer.param_groups, saved["param_groups"]): was.update(new, params=was["params"])
+            for new, was in zip(optimizer.param_groups, saved["param_groups"]):
+                was.update((key, new[key]) for key in ("lr", "betas", "weight_decay", "fused") if key in new)
             optimizer.load_state_dict(saved)
         if old["scaler"]: scaler.load_state_dict(old["scaler"])         # empty if that run had none
     model.grad_checkpoint, model.eot = cfg.grad_checkpoint, eot if cfg.doc_mask else None

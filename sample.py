@@ -80,9 +80,8 @@ def place(model, device, dtype, int8=False, pack=False):
     """Make the model ready to sample: its weights rounded or packed, in dtype, on the device; position tables stay float32."""
     pack = pack and device.type == "cpu" and dtype != torch.float16 and torch.backends.mkldnn.is_available()
     pack = pack and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if int8 or pack:
-        for name, m in list(model.named_modules()):         # linear layers alone: embeddings are looked up, never multiplied
-            if isinstance(m, nn.Linear): model.set_submodule(name, Int8Linear(m) if int8 else PackedLinear(m.to(dtype)))
+    for name, m in list(model.named_modules()) if int8 or pack else ():         # linear layers alone, embeddings are looked up
+        if isinstance(m, nn.Linear): model.set_submodule(name, Int8Linear(m) if int8 else PackedLinear(m.to(dtype)))
     for p in model.parameters(): p.data = p.data.to(dtype)
     return model.to(device).requires_grad_(False).eval()
 
@@ -338,7 +337,6 @@ def decode(model, rows, cfg, V, stats, cache=None):
         # as int8, with the norm before them fused in
         for module in model.modules():
             if type(module) is nn.Linear: module.__class__ = SplitLinear
-        if model.backend is None: model.set_backend(training=False)     # if the first step set it, the second would recompile
         work = torch.compile(work, dynamic=False, options={"coordinate_descent_tuning": True})
     step = lambda *inputs: work(cache, *(x.to(device, non_blocking=gpu) for x in inputs))
     recorded = {}                       # T -> its step, for the batch as it is now
@@ -439,7 +437,6 @@ def interact(model, tok, cfg, begin, ends, stops):
             row = before
         print()
 
-@torch.inference_mode()
 def visualize(model, row, path):
     """Write one self-contained HTML page: each token's probability, its likeliest alternatives, what each head attended to."""
     c, maps, name = model.config, [], lambda t: row.tok.decode([t])

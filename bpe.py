@@ -30,7 +30,7 @@ CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| 
                 r"|\s+(?!\S)|\s")
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CL100K_HF = CL100K_SPLIT.replace("{1,3}+", "{1,3}")    # for Hugging Face's engine, where {1,3}+ repeats {1,3}
-SAME_SPLIT = {CL100K_HF: CL100K_SPLIT,    # other spellings of the above: this, Llama 3's pattern, and GPT-2's in tiktoken
+SAME_SPLIT = {CL100K_HF: CL100K_SPLIT,    # other spellings of the patterns above; the next is Llama 3's, the last is tiktoken's
               QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,
               r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
@@ -53,7 +53,7 @@ CLASS[:128] = [SPACE if c == " " else NEWLINE if c in "\r\n" else WHITE if c in 
 CLASS[0xD800:0xE000] = OTHER                   # surrogates stand for bytes that are not UTF-8
 
 def classes(code):
-    """Class of each code point. New ones come from tiktoken's own engine: other Unicode versions differ in 17,000 of them."""
+    """Class of each code point. New ones come from tiktoken's own engine: Python's Unicode may differ in thousands of them."""
     found = CLASS.take(code)
     if (found == UNKNOWN).any():
         import tiktoken
@@ -92,7 +92,7 @@ def split_gpt4(c, pattern):
     start[1:] = (before != after) & ~joins
     def runs(mask): return np.flatnonzero(np.diff(mask, prepend=False)).reshape(-1, 2).T    # where each begins; what follows it
     # Blanks (white space without newlines) are one word with a newline after them. The last blank before a word stands alone or
-    # joins that word. Every text ends in an EDGE, so c[-1] is one: what stands before the first character.
+    # joins that word. As c ends in an EDGE, every run has an end; and c[line - 1] is that EDGE if c begins with a newline.
     (blank, blank_end), (line, line_end) = runs(c <= WHITE), runs(c == NEWLINE)
     follows = c[blank_end]
     start[line_end[c[line - 1] == OTHER]] = True    # what follows newlines that punctuation took
@@ -116,16 +116,15 @@ def contractions(start, code, fold):
 def split(texts, pattern):
     """list of bytes -> (all of them joined, starts and lens of the words, number of words up to the end of each text)."""
     raw = b"\n".join([*texts, b""])
-    edges = np.cumsum([len(text) + 1 for text in texts]) - 1   # of the "\n" inserted after each text: they belong to no word
+    edges = np.cumsum([len(text) + 1 for text in texts]) - 1    # offset of the "\n" after each text, which belongs to no word
     code, offset = code_points(raw)
-    edge = np.searchsorted(offset, edges)
-    c = classes(code)
+    c, edge = classes(code), np.searchsorted(offset, edges)     # edge: the same place, counted in characters
     c[edge] = EDGE
     start = split_gpt2(c) if pattern == GPT2_SPLIT else split_gpt4(c, pattern)
     contractions(start, code, fold=pattern != GPT2_SPLIT)
     start[edge] = True
     starts = offset[np.flatnonzero(start)]
-    drop = np.searchsorted(starts, edges)
+    drop = np.searchsorted(starts, edges)                       # the same place, counted in words
     return raw, np.delete(starts, drop), np.delete(np.diff(starts, append=len(raw)), drop), drop - np.arange(len(drop))
 
 def as_bytes(text):
@@ -142,13 +141,13 @@ def last_place(text):
     none. At such a place every pattern finds the same words in the parts as in the whole, and normal form C is the same, too."""
     code, offset = code_points(text)
     c = classes(code)
-    # No pattern looks behind, and only white space looks ahead. Otherwise a word goes on into another class only from
-    # punctuation, to letters and newlines.
+    # No pattern looks behind. White space looks ahead or joins what follows: no place after it. Of the other classes only
+    # punctuation goes on into another one: letters or newlines.
     before, after, left, right = c[:-1], c[1:], code[:-1], code[1:]
     place = (before > NEWLINE) & (after != before) & ~((before == OTHER) & ((after == LETTER) | (after == NEWLINE)))
-    # NFC joins none of these to what precedes, and none is cut in half. U+2000 begins the dashes, quotes and rarer spaces
+    # what may come after it: NFC joins none of these to what precedes, and none is half a character. U+2000: dashes and quotes
     place &= (right < 0x300) | (right >= 0x2000) & (right < 0x20D0) | (right >= 0x3000) & (right < 0x302A)
-    # NFC splits some of the letters left out here, such as U+0958
+    # what may come before it: NFC turns some letters left out here (U+0958) into a letter and a mark, which is punctuation
     place &= (after <= WHITE) | (left < 0x958) | (left > 0xB5D) & (left < 0xF43) | (left > 0xF69) & (left < 0xD800)
     place[:3] = False                                                   # the text may begin with the rest of a character
     return offset.item(np.flatnonzero(place)[-1] + 1) if place.any() else 0
@@ -214,10 +213,10 @@ class Words(dict):
             self.keys_in[slot[todo]] = keys[todo]    # of different words that want one slot, the last wins; the others try again
             won = self.keys_in[slot[todo]] == keys[todo]
             winners, todo = todo[won], todo[~won]
-            self.numbers_in[slot[winners]] = winners     # of equal words, one goes to the dict for all
-            one = winners[self.numbers_in[slot[winners]] == winners]
-            texts = [raw[i:i + n] for i, n in zip(starts[one].tolist(), lens[one].tolist())]
-            self.numbers_in[slot[one]] = [self.setdefault(text, len(self)) for text in texts]
+            self.numbers_in[slot[winners]] = winners     # not numbers yet, but marks: the last of equal words keeps its own
+            last = winners[self.numbers_in[slot[winners]] == winners]       # and goes to the dict for all
+            texts = [raw[i:i + n] for i, n in zip(starts[last].tolist(), lens[last].tolist())]
+            self.numbers_in[slot[last]] = [self.setdefault(text, len(self)) for text in texts]
             numbers[winners] = self.numbers_in[slot[winners]]
         return numbers
 
@@ -228,13 +227,13 @@ def cores():
 def work(function, pipe):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends a worker at once; the parent reports it
     import multiprocessing
-    def end_with_parent():                          # which may be killed, too
+    def end_with_parent():                          # even with one that is killed and so cannot end its workers
         multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     while True:
         try: job = pipe.recv()
-        except EOFError: return             # the parent was killed
+        except EOFError: return             # no more jobs, or no parent
         try: result = function(job), None
         except Exception as e: result = None, e
         pipe.send(result)
@@ -301,8 +300,8 @@ def count_words(pieces, pattern):
 # ---- Merging ------------------------------------------------------------------------------------------------------------------
 
 class Pairs:
-    """The pairs of adjacent symbols in a dict of words with their counts. Pair p has key[p], which is left << 32 | right, the
-    count[p] and the positions pool[begin[p]:begin[p + 1]].
+    """The n pairs of adjacent symbols in a dict of words with their counts. Pair p has key[p], which is left << 32 | right, the
+    count[p] and the positions pool[begin[p]:begin[p + 1]]; a merge adds pairs and sets the counts of those merged to 0.
 
     The words are linked lists (sym, nxt, prv) with a separator -1 around each. pid[pos] is the pair that now starts at pos, so
     one comparison shows whether a stored position still holds its pair. A merge removes one symbol and stores at most two
@@ -312,13 +311,13 @@ class Pairs:
         lens, counts = (np.fromiter(numbers, np.int64, len(words)) for numbers in (map(len, words), words.values()))
         text = np.frombuffer(b"".join(words), np.uint8).astype(np.int32)
         self.sym = np.insert(text, np.append(0, np.cumsum(lens)), -1)
-        n = len(self.sym)
-        self.nxt, self.prv = np.arange(1, n + 1, dtype=np.int32), np.arange(-1, n - 1, dtype=np.int32)
+        size = len(self.sym)
+        self.nxt, self.prv = np.arange(1, size + 1, dtype=np.int32), np.arange(-1, size - 1, dtype=np.int32)
         self.weight = np.append(0, np.repeat(counts, lens + 1))    # count of the word around each position
-        self.pid = np.full(n, -1, np.int32)
-        self.n, self.pool = 0, np.zeros(3 * n, np.int32)
-        self.key, self.count, self.begin = np.zeros((3, 3 * n), np.int64)
-        self.store(np.arange(n - 1, dtype=np.int32))
+        self.pid = np.full(size, -1, np.int32)
+        self.n, self.pool = 0, np.zeros(3 * size, np.int32)
+        self.key, self.count, self.begin = np.zeros((3, 3 * size), np.int64)
+        self.store(np.arange(size - 1, dtype=np.int32))
 
     def store(self, at):
         """Store the pairs that start at these positions, all of them new; -> their numbers."""
@@ -348,7 +347,7 @@ class Pairs:
             pos = pos[(i - np.maximum.accumulate(np.where(begins_run, i, 0))) % 2 == 0]
             which = which[:len(pos)]
         right, w = self.nxt[pos], self.weight[pos]
-        for beside in right, self.prv[pos]:    # the pairs on both sides disappear; without one, pid is -1: the last count, unused
+        for beside in right, self.prv[pos]:    # the pairs on both sides disappear; at a word's end pid -1 means count[-1], unused
             np.subtract.at(self.count, self.pid[beside], w)
             self.pid[beside] = -1              # subtle: a pair between two merges is subtracted only once
         self.count[pairs], self.pid[pos] = 0, -1
@@ -423,8 +422,8 @@ class Tokenizer:
         self._tokens, self.special_tokens = tokens, special_tokens
         self.vocab = {i: token for token, i in tokens.items()} | {i: as_bytes(t) for t, i in special_tokens.items()}
         self.vocab_size = max(self.vocab) + 1
-        twice = self._own and len(tokens) < len(vocab) or len(self.vocab) < len(tokens) + len(special_tokens)   # a token; an id
-        if twice or min(self.vocab) < 0 or "" in special_tokens or not all(bytes([b]) in tokens for b in range(256)):
+        twins, shared_id = self._own and len(tokens) < len(vocab), len(self.vocab) < len(tokens) + len(special_tokens)
+        if twins or shared_id or min(self.vocab) < 0 or "" in special_tokens or not all(bytes([b]) in tokens for b in range(256)):
             raise ValueError("every byte, merge and special token needs an id of its own, and a special token must not be empty")
 
     @functools.cached_property
@@ -449,7 +448,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, docs, vocab_size, pattern=GPT2_SPLIT, special_tokens=(ENDOFTEXT,), workers=None, verbose=False, n_bytes=0):
-        """Learn merges from documents; only the distinct words are held in memory, in about 50 times their size. Text without
+        """Learn merges from documents; only the distinct words are held in memory, in about 70 times their size. Text without
         spaces (Chinese, proteins) is nearly all distinct words: take a sample that fits.
 
         docs: an iterable of documents, each a str, bytes, or an iterable of parts (of a file too large for memory, say). A
@@ -639,7 +638,7 @@ class Tokenizer:
         """Read a file of `save` or a Hugging Face tokenizer.json. Raises ValueError if it is neither, or damaged."""
         def is_hf(text):
             d = json.loads(text) if text.lstrip()[:1] == "{" else {}
-            if isinstance(d.get("model", d.get("special_tokens")), dict): return "model" in d
+            if isinstance(d.get("model", d.get("special_tokens")), dict): return "model" in d       # ours has no "model"
             raise ValueError("want a file of Tokenizer.save or a Hugging Face tokenizer.json; GPT-2's merges.txt becomes one by "
                              "Tokenizer.from_gpt2('merges.txt').save('gpt2.json')")
         return cls.from_hf(path) if read(path, is_hf) else read(path, lambda text: cls.from_dict(json.loads(text)))
@@ -667,15 +666,14 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, vocab, merges, whole=False, pattern=GPT2_SPLIT, special_tokens=(), normalizer=None):
-        """vocab: dict token -> id; merges: pairs of tokens, in order; tokens are spelled in LETTERS, as in the files. We use the
-        tokens alone, as tiktoken does. That gives the same ids in two cases: the file has one merge for each token, the last on
-        the way to it, in the order of ids, as training leaves them; or it has every merge that could be, and a word that is a
-        token becomes that token (whole)."""
+        """vocab: dict token -> id; merges: pairs of tokens, in order; tokens are spelled in LETTERS, as in the files. whole: a
+        word that is a token becomes that token without merging. We use the tokens alone, as tiktoken does. ValueError unless
+        that gives the same ids: as training leaves a file, with one merge for each token, the last on the way to it, in the
+        order of ids; or, if whole, with every merge that could be, in the order of the ids they make."""
         try:
             tokens, merges = {to_bytes(t): i for t, i in vocab.items()}, [(to_bytes(a), to_bytes(b)) for a, b in merges]
             makes, pairs = [tokens[a + b] for a, b in merges], [(tokens[a], tokens[b]) for a, b in merges]
-        except KeyError as e:
-            raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
+        except KeyError as e: raise ValueError(f"token {e.args[0]!r} is missing: not byte-level BPE, or a damaged file") from None
         tok = cls([], pattern, special_tokens, tokens, normalizer)
         trained = len(pairs) == len(tokens) - 256 and pairs == tok.merges
         if not trained and not (whole and makes == sorted(makes) and {*pairs} == {*tok._joins}):
@@ -736,7 +734,7 @@ class Tokenizer:
                 *[(key, model.get(key) or None, None) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")],
                 *[(f"added token {t['content']!r}", key, None) for t in d.get("added_tokens", [])
                   for key in ("lstrip", "rstrip", "single_word") if t.get(key)],
-                *[("added white space", t["content"], None) for t in d.get("added_tokens", [])      # theirs finds it in any text
+                *[("added white space", t["content"], None) for t in d.get("added_tokens", [])      # HF cuts it out of any text
                   if t["content"].isspace() and not t.get("special")]] if x not in ok]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}: can read only byte-level BPE, one split pattern, and NFC or no normalizer")
@@ -746,7 +744,7 @@ class Tokenizer:
             return cls.from_merges(vocab, merges, model.get("ignore_merges"), cuts[0], special, norm)
         return read(path, parse)
 
-SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # LETTERS: how GPT-2's files write each byte, in GPT-2's order
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # GPT-2 spells these bytes as they are; their ids come first
 LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 

@@ -18,7 +18,7 @@ A GPT in one file: a modern one by default, exactly GPT-2 with other settings of
     Muon for hidden matrices                        Jordan et al. 2024, kellerjordan.github.io/posts/muon
 
 Notation: B batch, T new tokens, S keys (cached and new), H query heads, K kv heads, D head dim, C = n_embd (H*D unless
-head_size says otherwise), V vocab_size.
+head_size says otherwise), V vocab_size, N = B*T.
 """
 import contextlib, json, math, os, re, shutil, sys, textwrap, zipfile
 from dataclasses import replace
@@ -37,9 +37,9 @@ def position_table(config):
     """cos and sin of every position's angles, (2, block_size, D/2): pair d has the angle position / theta^(2d/D). Sinusoidal
     positions (Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5) use the same table with D = n_embd. RoPE scaling
     stretches a model from the block_size / s it was trained at to block_size, s = rope_factor. linear (arXiv:2306.15595) divides
-    all frequencies by s. ntk (bloc97 2023) raises theta, so that only the lowest frequency is divided by all of s. yarn
-    (arXiv:2309.00071) and llama3 (Llama 3.1's code) divide the frequencies with less than one turn in the trained context, keep
-    those with many turns, and interpolate in between, by turns (transformers' yarn: by d); yarn also sharpens the attention."""
+    all frequencies by s. ntk (bloc97 2023) raises theta, so that only the lowest frequency is divided by all of s. For yarn
+    (arXiv:2309.00071) and llama3 (Llama 3.1's code), a pair's turns in the trained length decide: below one, its frequency is
+    divided by s; many, it stays; between, a mixture linear in turns (transformers' yarn: in d). yarn also sharpens attention."""
     s, scaling = config.rope_factor, config.rope_scaling
     D = dict(rope=config.head_dim, sinusoidal=config.n_embd)[config.pos]
     theta = config.rope_theta * (s ** (D / max(D - 2, 1)) if scaling == "ntk" else 1)
@@ -56,9 +56,8 @@ def position_table(config):
 
 def stretched(config, scaling, factor):
     """config with a context of `factor` times the trained length by RoPE scaling, see position_table."""
-    trained = config.trained_length
-    return replace(config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(trained),
-                   block_size=int(trained * factor))
+    length = config.trained_length
+    return replace(config, rope_scaling=scaling, rope_factor=factor, rope_trained=round(length), block_size=int(length * factor))
 
 def apply_rope(x, cos, sin):
     """Rotate the pairs (x[d], x[d + D/2]) of x (B, T, H, D), the complex product (x1 + i x2)(cos + i sin), so that q.k depends
@@ -79,7 +78,7 @@ class KVCache:
         shape = (batch_size, config.kv_heads, max_len, config.head_dim)
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
-        self.max_len, self.static = max_len, False
+        self.max_len, self.static = max_len, False      # static: set it before set_lengths; the caller then checks for room
         self.span, self.ragged = 0, False           # span: S, how many keys are attended over; ragged: rows differ in length
 
     def set_lengths(self, lengths):
@@ -95,7 +94,7 @@ class KVCache:
         self.k, self.v, self.lengths = [k[rows] for k in self.k], [v[rows] for v in self.v], self.lengths[rows]
 
     def grow(self, T):
-        """Reserve T new positions per row; return them, (T,), or (B, T) if rows differ in length, and S."""
+        """Reserve T new positions per row -> (pos, S): their numbers, (T,), or (B, T) if rows differ in length, and the span."""
         if not self.static and self.span + T > self.max_len:
             raise ValueError(f"the cache holds {self.span} of {self.max_len} tokens: no room for {T} more")
         pos = torch.arange(T, device=self.lengths.device) + (self.lengths[:, None] if self.ragged else self.span)
@@ -128,9 +127,9 @@ def whole_attention(q, k, v, mask, dropout_p):
     heads of 64, forward and backward: 9 ms instead of 23 for 256 tokens, 3 instead of 11 for 128; for 1,024 it is slower."""
     T, S, K = q.shape[2], k.shape[2], k.shape[1]
     if mask is None: mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)     # (T, S) or (B, 1, T, S)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)       # (T, S) or (B, 1, T, S)
     scores = (q / math.sqrt(q.shape[3])).unflatten(1, (K, -1)) @ k[:, :, None].mT                       # (B, K, H/K, T, S)
-    p = F.dropout((scores.flatten(1, 2) + hidden).softmax(-1), dropout_p).unflatten(1, (K, -1))
+    p = F.dropout((scores.flatten(1, 2) + bias).softmax(-1), dropout_p).unflatten(1, (K, -1))
     return (p @ v[:, :, None]).flatten(1, 2)
 
 def attention(q, k, v, backend="sdpa", cache=None, window=0, mask=None, dropout_p=0.0):
@@ -153,7 +152,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, None if self.weight is None else self.weight.to(x.dtype), self.eps)
 
 def norm(config, width, kind="rmsnorm"):
-    """LayerNorm has a gain; RMSNorm only with norm_gain (without, the next matrix absorbs it, except after QK-norm)."""
+    """LayerNorm always has a gain, RMSNorm only with norm_gain: the matrix after it can learn the same (QK-norm has none)."""
     if kind == "layernorm": return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
     return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm_gain)
 
@@ -175,10 +174,10 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer, self.window = config, layer, config.windows[layer]
-        C, HD, kv = config.n_embd, config.n_head * config.head_dim, config.kv_heads * config.head_dim
+        C, HD, KD = config.n_embd, config.n_head * config.head_dim, config.kv_heads * config.head_dim
         self.c_q = nn.Linear(C, HD, bias=config.bias)   # three matrices, not one: Muon orthogonalises each separately
-        self.c_k = nn.Linear(C, kv, bias=config.bias)
-        self.c_v = nn.Linear(C, kv, bias=config.bias)
+        self.c_k = nn.Linear(C, KD, bias=config.bias)
+        self.c_v = nn.Linear(C, KD, bias=config.bias)
         self.c_proj = nn.Linear(HD, C, bias=config.bias)
         if config.qk_norm: self.q_norm, self.k_norm = norm(config, config.head_dim), norm(config, config.head_dim)
 
@@ -188,8 +187,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.c_q, self.c_k, self.c_v))     # (B, T, H or K, D)
         if self.config.qk_norm: q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None: q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        # heads come second only now: with one order of memory throughout, the compiler joins norm and RoPE in one kernel, for q
-        # and k together, and their backward in another. type_as: under autocast, the float32 RoPE table has promoted q and k
+        # transposed only here: while q and k lie in memory as x does, the compiler joins norm and RoPE of both in one kernel, and
+        # their backward in another. type_as: under autocast, the float32 RoPE table has promoted q and k
         return q.type_as(v).transpose(1, 2), k.type_as(v).transpose(1, 2), v.transpose(1, 2)
 
     # rope: (cos, sin) or None; pos: (T,) or (B, T), where the cache takes the new keys; masks: {window: mask}. See GPT.hidden
@@ -241,7 +240,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         counts = (targets >= 0).float()                                         # (N), 0 where ignored
         x, w = x.to(dtype), weight.to(dtype)
         loss, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight) if train_head else None
-        compiled = torch.compiler.is_compiling()        # then compare, which fuses; gather and scatter would store float32 logits
+        compiled = torch.compiler.is_compiling()    # then targets by ==, fused: gather and scatter would store float32 logits
         with torch.autocast(device, enabled=False):
             for i in range(0, len(x), rows):
                 part, keep = x[i:i + rows], counts[i:i + rows, None]            # (rows, C), (rows, 1)
@@ -251,7 +250,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     logits.div_(cap).tanh_()
                     slope = 1 - logits.square()                                 # tanh' = 1 - tanh^2
                     logits *= cap
-                if len(w) > V: logits[:, V:] = -torch.inf       # on a GPU alone: there a mean over the columns would be -inf
+                if len(w) > V: logits[:, V:] = -torch.inf       # padding: a mean over columns (label smoothing) must skip it
                 logits = logits.log_softmax(-1)                                 # same name, so that the old tensor is freed
                 hit = torch.arange(len(w), device=x.device) == t if compiled else None              # (rows, V)
                 log_p = logits.where(hit, 0).sum(1, True) if compiled else logits.gather(1, t)      # of the targets, (rows, 1)
@@ -282,7 +281,7 @@ class AsFloat32(torch.overrides.TorchFunctionMode):
 class Float32Muon(torch.optim.Muon):
     """Muon for devices that only emulate bfloat16, which torch's Muon uses on every device. For eight 1024 x 256 matrices
     on one core with AVX2, a step takes 140 ms instead of 5,257. subtle: float() returns a float32 tensor itself, which Muon then
-    divides in place; with Nesterov momentum, the default, that is a temporary tensor, not the gradient."""
+    divides in place; with nesterov=True, the default, that is a temporary tensor, else it would be the momentum."""
     def step(self, closure=None):
         with AsFloat32(): return super().step(closure)
 
@@ -304,8 +303,8 @@ class GPT(nn.Module):
             residual = name.endswith("c_proj.weight")   # writes to the residual stream: zero, or scaled by GPT-2's 1/sqrt(2L)
             if p.dim() > 1: nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             if name.endswith("bias") or config.zero_init and (residual or p is self.lm_head.weight): nn.init.zeros_(p)
-        self.backend, self.grad_checkpoint = None, False
-        self.eot = None         # for doc_mask: the id that begins a document, which then sees itself alone (not with a cache)
+        self.backend, self.grad_checkpoint = None, False        # backend: the first call chooses, see set_backend
+        self.eot = None     # for doc_mask, the end-of-text id: a token sees nothing before the latest one (not with a cache)
 
     def set_backend(self, training=True):
         """Use the kernels of flash_attn.py if they run on the weights' device, else SDPA; return a line that says which."""
@@ -334,7 +333,7 @@ class GPT(nn.Module):
         if targets is None: return self.head(x), None
         if by_row: return None, self.log_probs(x, targets)
         # subtle: detached, or the loss would compute dW even in evaluation, just because the weight requires a gradient
-        weight, V = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach(), self.config.vocab_size
+        V, weight = self.config.vocab_size, self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
         if weight.is_cuda and V % 64: weight = F.pad(weight, (0, 0, 0, -V % 64))        # see LinearCrossEntropy
         return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), V, self.config.logit_softcap)
 
@@ -381,7 +380,7 @@ class GPT(nn.Module):
         """Training FLOPs per token, forward and backward: 6 per weight that multiplies an activation (so not for embedding
         look-ups), 4 if it is frozen, plus 12*H*D*T per layer for the attention matrix (with its window for T), not halved for
         causality; PaLM, arXiv:2204.02311, appendix B."""
-        c, layers = self.config, (m for m in self.modules() if not isinstance(m, nn.Embedding))     # a tied weight: as the head
+        c, layers = self.config, (m for m in self.modules() if not isinstance(m, nn.Embedding))     # a tied weight: once
         flops = sum(p.numel() * (6 if p.requires_grad else 4) for m in layers for p in m.parameters(recurse=False))
         return flops + 12 * c.n_head * c.head_dim * sum(min(window or c.block_size, c.block_size) for window in c.windows)
 
@@ -398,8 +397,8 @@ class GPT(nn.Module):
             return ZeroRedundancyOptimizer(groups, kind, **kw)
         matrices, embedding, head, rest = [], [], [], []
         for name, p in self.named_parameters():
-            untied = name == "transformer.wte.weight" and not self.config.tie_weights
-            group = rest if p.dim() < 2 else matrices if ".h." in name else embedding if untied else head
+            looked_up = name == "transformer.wte.weight" and not self.config.tie_weights    # tied, it steps as the head
+            group = rest if p.dim() < 2 else matrices if ".h." in name else embedding if looked_up else head
             if p.requires_grad: group.append(p)
         muon = dict(muon=len(head) > 0, adamw=False)[cfg.optimizer]     # with LoRA, no head is trained
         if muon: groups = [dict(params=embedding, lr=cfg.embedding_lr), dict(params=head, lr=cfg.unembedding_lr)]
@@ -427,16 +426,14 @@ class GPT(nn.Module):
                 new = idx[:, -max(size // 2, 1):]
             logits = self.head(self.hidden(new, cache)[:, -1])
             if temperature == 0: new = logits.argmax(-1, keepdim=True)
-            else:
-                p = filter_logits(logits, temperature, top_k).softmax(-1)
-                new = torch.multinomial(p, 1, generator=generator)
+            else: new = torch.multinomial(filter_logits(logits, temperature, top_k).softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, new), dim=1)
         return idx
 
     @classmethod
     def load(cls, path, device="cpu"):
         """The model of a checkpoint file (with LoRA merged), a run's folder or a Hugging Face folder, in evaluation mode."""
-        if os.path.isfile(best := os.path.join(path, "best.pt")): path = best
+        path = next(filter(os.path.isfile, (os.path.join(path, name) for name in ("best.pt", "ckpt.pt"))), path)
         return load_hf(path, device) if os.path.isdir(path) else cls.from_checkpoint(load_checkpoint(path), path).to(device)
 
     @classmethod
@@ -455,7 +452,7 @@ class GPT(nn.Module):
 def filter_logits(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """logits (B, V) -> logits / temperature, with -inf for tokens that must not be drawn: all but the top_k likeliest, all but
     the likeliest that add up to top_p (Holtzman et al. 2020, arXiv:1904.09751), and those less than min_p times as likely as the
-    likeliest (arXiv:2407.01082). subtle: a filter sees -inf for what others dropped; in sample.py's draw, top_k columns alone."""
+    likeliest (arXiv:2407.01082). subtle: top_p is a share of what top_k keeps; sample.py's draw cuts that out before, top_k=0."""
     logits = logits.float() / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -508,7 +505,7 @@ def hf_shape(hf):
     scaling = hf.setdefault("rope_type", hf.get("type", "default"))
     wrong = [f"{key}={hf[key]!r}" + (f", not in {allowed}" if allowed else "")
              for key, allowed in ALLOWED.items() if key in hf and hf[key] not in allowed]
-    kinds = hf.get("layer_types", ["sliding_attention"] * bool(hf.get("use_sliding_window")))
+    kinds = hf.get("layer_types", ["sliding_attention"] * bool(hf.get("use_sliding_window")))       # windows but no list: refused
     pattern = "".join(dict(full_attention="L", sliding_attention="S").get(kind, "?") for kind in kinds)
     fits = not pattern or len(pattern) == hf.get("num_hidden_layers") and ("S" not in pattern or hf.get("use_sliding_window"))
     if not fits or not re.fullmatch("([LS]*L)?" if hf["model_type"] == "qwen3" else "L*", pattern):
@@ -603,7 +600,7 @@ def save_hf(model, folder, dtype=torch.float32, begin=None, end=None):
     ValueError if hf_shape would not read back the same model."""
     def explicit(c): return replace(c, n_kv_head=c.kv_heads, head_size=c.head_dim, n_inner=c.inner, window=max(c.windows),
                                     window_pattern="".join("LS"[window > 0] for window in c.windows))
-    c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}
+    c, st, state, tensors = explicit(model.config), safetensors(), model.state_dict(), {}       # explicit: no 0 = default
     name = "gpt2" if c.pos == "learned" else "qwen3" if c.qk_norm else "llama"
     family = FAMILIES[name]
     hf = {key: getattr(c, field) for key, field in family["keys"].items()} | dict(
@@ -649,11 +646,10 @@ def pick_device(name, local_rank=0):
 def has_bfloat16(device):
     """True if the device multiplies bfloat16 in hardware. Others emulate it, many times slower than float32."""
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 def why_not_compile(device):
-    """None if torch.compile can work for the device, else one line about what it lacks: it calls a compiler itself."""
+    """None if torch.compile can work for the device, else a line about what it lacks: Triton for a GPU, else a C++ compiler."""
     if device.type == "cuda": return flash_attn.MISSING
     compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     return None if shutil.which(compiler) else f"torch.compile finds no C++ compiler: install {compiler}, or set CXX"
@@ -677,7 +673,7 @@ def load_checkpoint(path):
     if not os.path.isfile(path): raise ValueError(f"no checkpoint at {path}: check --out_dir, or train one first")
     try:
         with zipfile.ZipFile(path) as parts:            # torch.load does not look at the checksums
-            if bad := parts.testzip(): raise ValueError(f"checksum of {bad}")
+            if parts.testzip(): raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         other = os.path.join(os.path.dirname(path), "ckpt.pt" if os.path.basename(path) == "best.pt" else "best.pt")

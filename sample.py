@@ -11,8 +11,8 @@ Text from a trained GPT: everything between a checkpoint and the characters on t
     python sample.py --init_from=gpt2 --start="The"                 # OpenAI's weights, or a Hugging Face folder: Llama 3, Qwen3
     python sample.py --export=FOLDER                                # no sample: the model as a folder that transformers loads
 
-The random numbers of row i in a batch depend on seed + i alone: `--seed=<seed + i>` by itself gives the same text, with or
-without speculation (in float32; in bfloat16 and int8 up to rounding, which may differ between batch sizes).
+The random numbers of text i, counted over all prompts, depend on seed + i alone: its prompt with `--seed=<seed + i>` gives the
+same text, with or without speculation (in float32; in bfloat16 and int8 up to rounding, which may differ between batch sizes).
 
     attention sinks, rolling cache     Xiao et al. 2023, arXiv:2309.17453
     speculation by prompt look-up      Leviathan et al. 2022, arXiv:2211.17192; Saxena 2023, prompt-lookup-decoding
@@ -20,7 +20,7 @@ without speculation (in float32; in bfloat16 and int8 up to rounding, which may 
     length penalty of beams            Wu et al. 2016, arXiv:1609.08144, in its simple form
     int8, one scale per output row     Dettmers et al. 2022, arXiv:2208.07339, weights only
 
-Notation: R unfinished rows, T tokens fed to each in a step, V ids that may be drawn; the rest as in model.py.
+Notation: R rows in a step, T tokens fed to each, V ids that may be drawn; the rest as in model.py.
 """
 import base64, codecs, copy, dataclasses, glob, html, json, math, os, re, sys, tempfile, time, timeit
 from collections import Counter
@@ -53,7 +53,7 @@ class Int8Linear(nn.Module):
         # above 4 rows F.linear is faster; subtle: the kernel reads past the end of rows whose width is no multiple of its vectors
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and 0 < x[..., 0].numel() <= 4 and x.shape[-1] % 32 == 0:
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:       # subtle: inductor turns a bfloat16 scale into _weight_int8pack_mm, on a GPU a loop without tensor cores
+        else:       # subtle: from a bfloat16 scale inductor makes _weight_int8pack_mm, which on a GPU does without tensor cores
             wide = torch.float32 if x.is_cuda else x.dtype
             y = (nn.functional.linear(x, self.weight.to(x.dtype)).to(wide) * self.scale.to(wide)).to(x.dtype)
         return y if self.bias is None else y + self.bias
@@ -104,7 +104,7 @@ def load(cfg, pack=False):
     Face folder; device, dtype, int8 and context length as configured. tokenizer.first: the ids to begin with if there is no
     prompt; tokenizer.chat: whether the model was fine-tuned on chats."""
     device, meta, int8 = pick_device(cfg.device), {}, cfg.quantize == "int8"
-    auto = torch.bfloat16 if device.type == "cuda" or int8 and device.type == "cpu" else torch.float32    # int8's kernel on a CPU
+    auto = torch.bfloat16 if device.type == "cuda" or int8 and device.type == "cpu" else torch.float32    # Int8Linear's on a CPU
     dtype = auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     path = "" if cfg.out_dir else prepare.pretrained(cfg.init_from)
     if path: tok, model = bpe.Tokenizer.load(os.path.join(path, "tokenizer.json")), load_hf(path, device, dtype)
@@ -195,7 +195,7 @@ def draw(logits, u, cfg):
     [0, 1), or argmax at temperature 0. One number per token, so a row's draws depend on its own seed and logits alone."""
     if cfg.temperature == 0: return logits.argmax(-1)
     if 0 < cfg.top_k < logits.shape[-1]:        # draw from k columns instead of V
-        # the other filters then see these columns alone. In order of id: rounding may swap two logits
+        # the other filters then see these columns alone. By id, not by logit: rounding may swap two logits, and so the draw
         top = logits.topk(cfg.top_k, sorted=False).indices.sort(-1).values
         return top.gather(1, draw(logits.gather(1, top), u, cfg)[:, None])[:, 0]
     cdf = filter_logits(logits, cfg.temperature, 0, cfg.top_p, cfg.min_p).softmax(-1).cumsum(-1)
@@ -218,13 +218,13 @@ def extend(rows, picked, logp, drafts):
     return [(r, row) for r, row in enumerate(rows) if not row.finish]
 
 def branch(beams, logits, done, cfg):
-    """One step of beam search with logits (R, V). Returns [(parent, beam)], the num_beams likeliest that go on, or [] once none
-    can overtake the last of `done`, where those that finish are collected: the num_beams best, best first."""
+    """One step of beam search with logits (R, V). Beams that finish are put into the list `done`, which keeps the num_beams best,
+    best first. Returns [(parent, beam)], the num_beams likeliest that go on, or [] once none can overtake the last of `done`."""
     n, V, grown, logp = cfg.num_beams, logits.shape[-1], [], logits.log_softmax(-1)
     enough = n * max(2, 1 + len(beams[0].ends))         # leaves n that go on, even if every beam draws every end token
     total = logp + torch.tensor([[sum(beam.logprobs)] for beam in beams], device=logits.device)
-    likeliest = total.flatten().topk(total.numel() if beams[0].stops else min(enough, total.numel())).indices.tolist()
-    for rank, (parent, token) in enumerate(divmod(i, V) for i in likeliest):    # a stop string may end any number of them
+    k = total.numel() if beams[0].stops else min(enough, total.numel())     # all: a stop string may end any number of them
+    for rank, (parent, token) in enumerate(divmod(i, V) for i in total.flatten().topk(k).indices.tolist()):
         if rank >= enough and (len(grown) == n or len(beams[0].logprobs) + 1 == cfg.max_new_tokens): break
         new = copy.copy(beams[parent])
         new.ids, new.logprobs = new.ids[:], new.logprobs[:]         # copies: its siblings append to them, too
@@ -242,21 +242,21 @@ def new_cache(model, rows, length):
     weight = model.transformer.wte.weight
     return KVCache(model.config, rows, min(length, model.config.block_size), weight.device, weight.dtype)
 
-def make_room(model, cache, row, length, text, sinks, need=1):
-    """Free at least `need` positions in one row of the cache, and return how many. text: the ids that it has read. RoPE: drop
-    the oldest after the first `sinks`, rotate the later keys back by as many. Else: read the sinks and the newer half again."""
+def make_room(model, cache, r, length, text, sinks, need=1):
+    """Free at least `need` of the `length` positions in row r of the cache; return how many. text: the ids that the row has read.
+    RoPE: drop the oldest after the first `sinks`, rotate later keys back by as many. Else: read sinks and newer half again."""
     size, sinks = cache.max_len, min(sinks, (cache.max_len - 1) // 2)
     drop = max(need, (size - sinks) // 8 if model.config.pos == "rope" else size // 2)      # many at once, so it happens rarely
     kept, end = length - sinks - drop, length - drop        # positions after the sinks that stay; the new length
     if kept <= 0: raise ValueError(f"the text is {1 - kept} tokens too long for block_size={size}: give a shorter one")
     if model.config.pos == "rope":
         cos, sin = nn.functional.normalize(model.table[:, drop], dim=0)     # (D/2,) each; YaRN scales them, a rotation must not
-        for store in cache.k: store[row, :, sinks:end] = apply_rope(store[row, :, length - kept:length].float(), cos, -sin)
-        for store in cache.v: store[row, :, sinks:end] = store[row, :, length - kept:length].clone()
+        for store in cache.k: store[r, :, sinks:end] = apply_rope(store[r, :, length - kept:length].float(), cos, -sin)
+        for store in cache.v: store[r, :, sinks:end] = store[r, :, length - kept:length].clone()
     else:
         fresh, text = new_cache(model, 1, end), text[:sinks] + text[-kept:]
         model.hidden(torch.tensor([text], device=cache.lengths.device), fresh)
-        for store, again in zip(cache.k + cache.v, fresh.k + fresh.v): store[row, :, :end] = again[0]
+        for store, again in zip(cache.k + cache.v, fresh.k + fresh.v): store[r, :, :end] = again[0]
     return drop
 
 def align(model, cache, rows, need, cfg):
@@ -268,9 +268,9 @@ def align(model, cache, rows, need, cfg):
     if not cache.static: cache.set_lengths([row.length for row in rows])        # a static step gets the lengths from feed
 
 def prefill(model, rows, cfg, stats, cache=None, static=False):
-    """Read every row's ids except its last, cfg.prefill_chunk at a time; return the cache, ready for a step. static: see KVCache.
-    cache: one with the only row's earlier text; None: make one. Short texts are padded on the right: attention is causal, so
-    no token sees the padding."""
+    """Read every row's ids except its last, which the first step feeds, cfg.prefill_chunk at a time; return the cache. static:
+    see KVCache. cache: one with the only row's earlier text; None: make one. Short texts are padded on the right: attention is
+    causal, so no token sees the padding."""
     clock, texts = time.perf_counter(), [tuple(row.ids[row.read:-1]) for row in rows]
     unique = list(dict.fromkeys(texts))         # equal prompts are read once
     if cache is not None: align(model, cache, rows, len(texts[0]), cfg)
@@ -298,8 +298,8 @@ def feed(rows, drafts, T, V, cfg):
     return inputs
 
 def record(step, inputs, device):
-    """Return what runs step on inputs like these: step itself, or on a GPU a CUDA graph of it with the copies there and back. The
-    host launches one graph per token and waits once, not hundreds of kernels, PyTorch's own or behind torch.compile's guards."""
+    """Return what runs step on inputs like these: step itself, or on a GPU a CUDA graph of it with the copies there and back. So
+    the host launches one graph per step and waits once; without it, hundreds of kernels, compiled or not, one by one."""
     outputs = step(*inputs)                     # compiles the kernels: a recording cannot
     if not outputs[0].is_cuda: return step
     sent, received = ([x.cpu().pin_memory() for x in xs] for xs in (inputs, outputs))       # the graph's own host memory
@@ -316,9 +316,9 @@ def record(step, inputs, device):
 @torch.inference_mode()
 def decode(model, rows, cfg, V, stats, cache=None):
     """Continue rows (Row objects) together until all have finished, and yield them after each step; with num_beams continue the
-    only row, and yield its best endings so far. Only ids below V are drawn. Rows that finish leave the batch. The cache
-    never holds a row's last id: each step feeds it, with a draft of what may follow. cache: one with the only row's earlier
-    text. stats: a Counter of tokens, seconds, steps and bytes read; prompts are counted separately."""
+    only row, and yield its best endings so far. Only ids below V are drawn. Rows that finish leave the batch (if static, once
+    half have). The cache never holds a row's last id: each step feeds it, with a draft of what may follow. cache: one with the
+    only row's earlier text. stats: a Counter of tokens, seconds, steps and bytes read; prompts are counted separately."""
     device, beams = model.transformer.wte.weight.device, cfg.num_beams > 1
     gpu, live, found = device.type == "cuda", rows, [] if beams else rows
     # static: shapes stay fixed, so that a step can be compiled (if cfg.compile) and, on a GPU, recorded
@@ -332,11 +332,10 @@ def decode(model, rows, cfg, V, stats, cache=None):
         picked = draw(logits.flatten(0, 1), u.flatten(), cfg).view_as(u)
         return [picked, own.gather(2, picked[..., None])[..., 0] - own.logsumexp(-1)] + ([logits] if beams else [])
     if static and cfg.compile:
-        config.require(not (cannot := why_not_compile(device)), f"--compile: {cannot}, or leave it out")
-        # coordinate descent lets SplitLinear's one-row products on a GPU become kernels that read weights at full bandwidth, int8
-        # as int8, with the norm before them fused in
+        if cannot := why_not_compile(device): raise ValueError(f"--compile: {cannot}, or leave it out")
         for module in model.modules():
             if type(module) is nn.Linear: module.__class__ = SplitLinear
+        # coordinate descent: a GPU's one-row products become kernels that include the norm, read int8 as int8, at full bandwidth
         work = torch.compile(work, dynamic=False, options={"coordinate_descent_tuning": True})
     step = lambda *inputs: work(cache, *(x.to(device, non_blocking=gpu) for x in inputs))
     recorded = {}                       # T -> its step, for the batch as it is now
@@ -381,7 +380,7 @@ def read_prompts(cfg, tok, size):
     if cfg.prompts: texts = re.split("\r?\n", re.sub(r"\r?\n\Z", "", texts[0]))     # after the last line end there is no prompt
     if cfg.prompts.endswith(".jsonl"):
         for n, line in enumerate(texts):
-            try: texts[n] = "" + json.loads(line)["prompt"]
+            try: texts[n] = "" + json.loads(line)["prompt"]     # "" +: a TypeError unless it is text
             except (ValueError, LookupError, TypeError):
                 raise ValueError(f'{path}, line {n + 1}: want {{"prompt": "..."}}') from None
     if path and "" in texts: raise ValueError(f"{path} is empty at line {texts.index('') + 1}: a prompt must have text")

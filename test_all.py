@@ -710,6 +710,7 @@ def test_model_checkpoint_errors_and_atomic_save(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="a cache for 2 rows, but 1 are given"):
         model(torch.zeros(1, 3, dtype=torch.long), cache=model_py.KVCache(model.config, 2, 8, sample_CPU, torch.float32))
     os.remove(tmp_path / "best.pt")
+    assert model_py.GPT.load(str(tmp_path)).config == model.config          # or else its ckpt.pt
     again = model_py.GPT.load(path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with monkeypatch.context() as m:

@@ -25,11 +25,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import config, prepare
 from config import require
-from model import (GPT, has_bfloat16, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint, stretched,
-                   why_not_compile)
+from model import GPT, has_bfloat16, hf_config, load_checkpoint, load_hf, pick_device, save_checkpoint, stretched, why_not_compile
 
-# dense bf16 peak in FLOP/s (V100, T4: fp16) by data sheet, for the first key found as whole words in the device's name, else no
-# MFU; a laptop's "4090" is another chip
+# dense bf16 peak in FLOP/s (V100, T4: fp16) by data sheet. Of the keys that the device's name holds as whole words, the first
+# counts; without one there is no MFU, nor for laptops, whose "4090" is another chip
 PEAK_FLOPS = {"Laptop": None, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
               "B200": 2250e12, "A100": 312e12, "A40": 150e12, "A10": 125e12, "A10G": 70e12, "A6000": 155e12, "L40S": 362e12,
               "L40": 181e12, "L4": 121e12, "5090": 210e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
@@ -39,14 +38,14 @@ PEAK_FLOPS = {"Laptop": None, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e
 class Batches:
     """Rows of T tokens, and for each token the next one as its target. An epoch treats the text as a ring, starts anywhere, cuts
     it into len // T rows and visits these in random order, all as a function of (seed, step, position): there is no state to
-    save. With `eot`, which ends every document, documents are preference pairs, 2i chosen and 2i + 1 rejected, in adjacent
-    padded rows. If prepare.py has put a mask beside the bin, targets that do not count are -1."""
+    save. With `eot`, which ends every document, documents 2i and 2i + 1 are a preference pair, chosen and rejected, and get a
+    row each, padded. If prepare.py has put a mask beside the bin, targets that do not count are -1."""
     def __init__(self, path, block_size, seed, eot=None):
         self.data, self.T, self.seed = np.memmap(path, dtype="<u2", mode="r"), block_size, seed
         mask = os.path.splitext(path)[0] + ".mask"
         self.masked = os.path.exists(mask)
         self.mask = np.memmap(mask, dtype=np.uint8, mode="r") if self.masked else np.broadcast_to(True, len(self.data))
-        self.n, self.pairs = len(self.data) // block_size, None         # n: rows an epoch; pairs: (n/2, 2, 2), start and stop
+        self.n, self.pairs = len(self.data) // block_size, None         # n: rows an epoch; pairs: n/2 times two (start, stop)
         if eot is not None:
             stop = np.flatnonzero(self.data == eot) + 1
             start = np.maximum(np.append(0, stop[:-1]), stop - block_size - 1)          # a prompt too long loses its beginning
@@ -68,7 +67,7 @@ class Batches:
         """Spans for evaluation: all rows of the text if `tokens` is 0, else as many as hold that many, evenly spread over it."""
         start = np.arange(0, len(self.data) - 1, self.T)
         rows = np.stack((start, np.minimum(start + self.T + 1, len(self.data))), axis=1) if self.pairs is None else self.pairs
-        count = min(max(tokens // (self.T * rows[0].size // 2), 1), len(rows)) if tokens else len(rows)
+        count = min(max(tokens // (self.T if self.pairs is None else 2 * self.T), 1), len(rows)) if tokens else len(rows)
         return rows[np.arange(count) * len(rows) // count].reshape(-1, 2)
 
     def read(self, spans):
@@ -107,12 +106,11 @@ def objective(model, x, y, cfg, reference=None):
 def evaluate(model, batches, cfg, run, reference=None):
     """[mean loss, share of the preference pairs that are right] over eval_tokens of the batches' windows, which the ranks share.
     A pair is right if its margin is positive, its loss below log 2."""
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(3, dtype=torch.float64)         # on the CPU: MPS has no float64
     model.eval()
     for x, y, weight in batches.share(batches.windows(cfg.eval_tokens), cfg.batch_size, run):
         with run.autocast: loss = objective(model, x, y, cfg, reference)
-        sums = torch.stack((loss.mean(), (loss < math.log(2)).float().mean(), loss.new_ones(())))
-        total += weight * sums.cpu().double()                   # on the CPU: MPS has no float64
+        total += weight * torch.stack((loss.mean(), (loss < math.log(2)).float().mean(), loss.new_ones(()))).cpu().double()
     model.train()
     if run.world > 1: dist.all_reduce(total, group=run.cpu_group)
     return (total[:2] / total[2]).tolist()
@@ -127,22 +125,22 @@ def lr_factor(step, cfg):
 
 @torch.no_grad()
 def update(optimizers, bad):
-    """Step every optimizer, or none if `bad` is set. The flag is on the device and the host never waits for its value: AdamW's
-    fused kernel takes the flag; Muon gets its momentum as the gradient, so that the momentum stays, and its old weights back."""
+    """Step every optimizer, or none if `bad` is set. The flag is on the device and, but for MPS, the host never waits for its
+    value: AdamW's fused kernel takes it; Muon gets its momentum as gradient, so that it stays, and then its old weights back."""
     for optimizer in optimizers:
         inner, before = getattr(optimizer, "optim", optimizer), {}      # optim: this rank's part of a sharded optimizer
         if inner.defaults.get("fused"): inner.found_inf = bad.float()
         elif isinstance(inner, torch.optim.Muon):
             before = {p: p.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
             for p in before: p.grad = torch.where(bad, inner.state.get(p, {}).get("momentum_buffer", 0), p.grad)
-        elif bad: continue                                      # no fused AdamW on this device: the host waits here
+        elif bad: continue                                      # MPS: no fused AdamW, so the host waits here
         optimizer.step()
         for p, old in before.items(): p.copy_(torch.where(bad, old, p))
 
 # ---------------------------------------------------------------------------- the machine
 
 class Machine:
-    """Where this process runs: rank, world size, device, dtype, compile. As in the config, with sensible values for auto."""
+    """Where this process runs: rank, launcher (see launched_by), device, dtype, ..: as in the config, with values for auto."""
     def __init__(self, cfg):
         env = os.environ
         self.rank, self.local_rank = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0))
@@ -203,7 +201,7 @@ def as_saved(cfg, run, old):
             "choose another --out_dir")
     if old["step"] >= cfg.max_iters: run.say(f"the run has its {old['step']} steps already: to go on, raise --max_iters")
     run.say(f"resuming at step {old['step']} of {cfg.max_iters}, knobs changed: {', '.join(changed.values()) or 'none'}")
-    keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # a changed tokenizer: prepare_data compares its hash
+    keep = {*shape, "tokenizer", "init_from"} - changed.keys()      # not a tokenizer asked for: prepare_data tests its hash
     return dataclasses.replace(cfg, **{k: v for k, v in old["config"].items() if k in keep})
 
 def as_pretrained(cfg, run, folder):
@@ -221,8 +219,8 @@ def prepare_data(cfg, run, old):
     """Training and validation batches, meta.json's contents, tokenizer; prepares a missing dataset. old: a checkpoint or {}."""
     if not prepare.prepared(cfg): run.say(f"data/{cfg.dataset} is not there yet: preparing it first")
     elif prepare.outdated(cfg) and old: run.say(f"{cfg.input} is newer than data/{cfg.dataset}: run prepare.py to use it")
-    newer = lambda: not old and prepare.outdated(cfg) and prepare.verify(cfg)   # verify: ValueError if the knobs differ, too
-    run.in_turn(lambda: prepare.prepared(cfg) and not newer() or prepare.main(cfg))
+    newer = lambda: not old and prepare.outdated(cfg) and prepare.verify(cfg)   # verify: true, or ValueError if knobs differ
+    run.in_turn(lambda: (not prepare.prepared(cfg) or newer()) and prepare.main(cfg))
     meta, folder = prepare.verify(cfg), Path("data", cfg.dataset)
     pairs = meta.get("form") == "pairs"
     require(pairs == (cfg.objective == "dpo"), f"{cfg.dataset} has {'' if pairs else 'no '}preference pairs, see prepare.py: "
@@ -243,16 +241,17 @@ def prepare_data(cfg, run, old):
 def estimate_memory(cfg, model, world=1):
     """{part: bytes} of one training process. Weights and gradients are float32, plus 16-bit weights for autocast, a copy of the
     gradients in DDP's buckets; AdamW keeps two numbers per weight, Muon one. Activations per layer and token: 18*C bytes, and 4
-    times the MLP's width, the 34*C of Korthikanti et al. 2022 (arXiv:2205.05198) without attention. Logits: 4096 rows."""
-    full, n, rows = cfg.dtype == "float32", model.num_params(), cfg.batch_size * cfg.block_size
+    times the MLP's width, the 34*C of Korthikanti et al. 2022 (arXiv:2205.05198) without attention."""
+    full, n, tokens = cfg.dtype == "float32", model.num_params(), cfg.batch_size * cfg.block_size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (cfg.optimizer == "muon" and trained == n)
     copies = 2 if cfg.objective == "dpo" and trained == n else 1    # dpo's reference; with LoRA it shares the weights
+    at_once = 512 if model.lm_head.weight.device.type == "cpu" else 4096        # see LinearCrossEntropy
     per_layer = 2 * cfg.n_embd if cfg.grad_checkpoint else 18 * cfg.n_embd + 4 * cfg.inner * (2 if cfg.mlp == "swiglu" else 1)
     return {"weights": (4 if full else 6) * n * copies, "gradients": 4 * trained * (2 if world > 1 else 1),
             "optimizer": (8 * trained - 4 * muon) // (world if cfg.shard_optimizer else 1),
-            "activations": cfg.n_layer * per_layer * rows * (2 if full else 1),
-            "logits": (12 * min(4096, rows) + 4 * cfg.n_embd) * cfg.vocab_size}
+            "activations": cfg.n_layer * per_layer * tokens * (2 if full else 1),
+            "logits": (12 * min(at_once, tokens) + 4 * cfg.n_embd) * cfg.vocab_size}
 
 def plan(cfg, model, run, tokens, epoch, val):
     """A few lines about the run ahead, with warnings. tokens: in a step; epoch: tokens in an epoch; val: in an evaluation."""
@@ -351,7 +350,7 @@ def build(cfg, run, folder, old, eot):
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
     model = load_hf(folder, run.device, config=cfg.model()).train() if folder else GPT(cfg.model()).to(run.device)
-    shared = {id(p): p for p in model.parameters() if cfg.lora_rank}        # memo: LoRA changes none, no copies
+    shared = {id(p): p for p in model.parameters() if cfg.lora_rank}    # deepcopy's memo: LoRA changes none, so share them
     reference = copy.deepcopy(model, shared).requires_grad_(False).eval() if cfg.objective == "dpo" else None
     if cfg.lora_rank: model.add_lora(cfg.lora_rank)
     optimizers = model.configure_optimizers(cfg)
@@ -372,13 +371,13 @@ def build(cfg, run, folder, old, eot):
 
 def train(cfg, run):
     """The whole run, from its first line to the final sample."""
-    out_dir, asked = cfg.out_dir or f"out/{cfg.dataset}", dataclasses.asdict(cfg)
+    out_dir, asked = cfg.out_dir or f"out/{cfg.dataset}", dataclasses.asdict(cfg)    # asked: before as_saved or as_pretrained
     last = os.path.join(out_dir, "ckpt.pt")
     require(not cfg.shard_optimizer or run.world > 1, "shard_optimizer needs several ranks: start with torchrun, or leave it out")
     again = run.restarts and os.path.exists(last) and (run.nodes > 1 or launched_by(out_dir) == run.launcher)
     resume = run.any(cfg.init_from == "resume" or again)    # torchrun --max-restarts resumes only what it has begun itself
     require(resume or not os.path.exists(last), f"{last} exists: go on with --init_from=resume, or choose another --out_dir")
-    old, folder = load_checkpoint(last) if resume else {}, ""
+    folder, old = "", load_checkpoint(last) if resume else {}
     if old: cfg = as_saved(cfg, run, old)
     elif folder := run.in_turn(lambda: prepare.pretrained(cfg.init_from)): cfg = as_pretrained(cfg, run, folder)
     run.say(config.show(cfg))
@@ -391,7 +390,7 @@ def train(cfg, run):
     raw_model, model, reference, optimizers, scaler = build(cfg, run, folder, old, meta["eot"])
     step, best, seconds, tokens = [old[key] for key in ("step", "best", "seconds", "tokens")] if old else (0, math.inf, 0.0, 0)
     if old and (old["meta"]["sha256"]["val.bin"], old["config"]["eval_tokens"]) != (meta["sha256"]["val.bin"], cfg.eval_tokens):
-        best = math.inf         # that was on other text
+        best = math.inf         # that was on other text, or other parts of it
     del old
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     unused = len(optimizers) > 1 and all(p.dim() > 1 for p in raw_model.parameters())       # no gains, no biases
@@ -401,7 +400,7 @@ def train(cfg, run):
     about = plan(cfg, raw_model, run, tokens_per_step, batches.n * cfg.block_size, val_tokens)
     run.say(f"{about}, attention: {raw_model.set_backend()}\n")
     log = Log(cfg, run, out_dir, tokens_per_step, raw_model.estimate_flops(), step, seconds, tokens)
-    greeting, signals = prepare.prompt_of("Hello!") if "form" in meta else cfg.start, []        # form: chats
+    signals, greeting = [], prepare.prompt_of("Hello!") if "form" in meta else cfg.start        # form: of chats
     def on_signal(number, frame):       # finish the step, save, end. A second one does nothing: torchrun repeats Ctrl-C
         with contextlib.suppress(OSError):      # the same Ctrl-C may have ended `| tee`. Not print: that may be busy
             if not signals and run.rank == 0: os.write(2, b"\nstopping after this step or evaluation\n")
@@ -422,12 +421,13 @@ def train(cfg, run):
 
     def validate(sample=False):
         nonlocal best
-        (val, right), size = evaluate(raw_model, val_batches, cfg, run, reference), meta.get("answers", meta)
+        val, right = evaluate(raw_model, val_batches, cfg, run, reference)
+        size = meta.get("answers", meta)
         bpb = val * size["tokens"]["val"] / size["bytes"]["val"] / math.log(2)      # by the whole split's tokens per byte
         better, best = val < best, min(best, val)           # subtle: min(val, best) would let a NaN in
-        if reference: record, unit = dict(val_right=right), f", {right:.1%} of pairs right"
-        else: record, unit = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
-        log.write(step, f"validation: {val:.4f}{unit}{' | best' if better else ''}", val_loss=val, **record)
+        if reference: record, more = dict(val_right=right), f", {right:.1%} of pairs right"
+        else: record, more = dict(val_bpb=bpb), f" nats per token, {bpb:.4f} bits per byte"
+        log.write(step, f"validation: {val:.4f}{more}{' | best' if better else ''}", val_loss=val, **record)
         save(*["best"] * better, *["ckpt"] * (step > 0), *[f"ckpt_{step:06d}"] * (step > 0 and cfg.keep_checkpoints > 0))
         if sample and run.rank == 0: show_sample(out_dir, run, greeting)
         log.began = time.perf_counter() - log.seconds       # leave out evaluation

@@ -220,6 +220,8 @@ class Words(dict):
             numbers[winners] = self.numbers_in[slot[winners]]
         return numbers
 
+# ---- Worker processes ---------------------------------------------------------------------------------------------------------
+
 def cores():
     """How many cores this process may use, of all that there are: batch systems and containers give out a part."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -391,6 +393,50 @@ def learn_merges(words, n_merges, add=lambda n: None):
         merges += batch
         add(len(batch))
     return merges
+
+# ---- Files and progress -------------------------------------------------------------------------------------------------------
+
+def progress(label, total=0, unit=1):
+    """-> add(n), which shows progress, time left and speed on stderr: in place on a terminal, else a line every 10 seconds."""
+    done, start, shown, tty = 0, time.time(), time.time(), sys.stderr.isatty()
+    def add(n):
+        nonlocal done, shown
+        done, now = done + n, time.time()
+        if now - shown >= (0.2 if tty else 10):
+            rate, shown = max(done, 1) / (now - start), now
+            left = f" of {total / unit:,.0f}, {max(total - done, 0) / rate:,.0f} s left" if total else ""
+            end = "\x1b[K\r" if tty else "\n"
+            print(f"{done / unit:,.0f} {label}{left}, {rate / unit:,.1f}/s", end=end, file=sys.stderr, flush=True)
+    return add
+
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # GPT-2 spells these bytes as they are; their ids come first
+LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}
+BYTES = {letter: b for b, letter in LETTERS.items()}
+
+def letters(token): return "".join(map(LETTERS.get, token))
+def to_bytes(name): return bytes(map(BYTES.__getitem__, name))
+
+def read(path, parse):
+    """parse(the text of the file); an error in it becomes a ValueError that names the file."""
+    try:
+        with open(path, encoding="utf-8") as f: return parse(f.read())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
+
+def write(path, save):
+    """Write `path` whole or not at all: save(file) fills a temporary file, which is renamed once it is safely on disk."""
+    f = open(f"{path}.{os.getpid()}", "wb")
+    try:
+        with f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f.name, path)
+    finally:
+        if os.path.exists(f.name): os.remove(f.name)    # after an error: half a file would keep a full disk full
+
+def write_json(path, d):
+    write(path, lambda f: f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False).encode()))
 
 # ---- The tokenizer ------------------------------------------------------------------------------------------------------------
 
@@ -744,49 +790,7 @@ class Tokenizer:
             return cls.from_merges(vocab, merges, model.get("ignore_merges"), cuts[0], special, norm)
         return read(path, parse)
 
-SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]    # GPT-2 spells these bytes as they are; their ids come first
-LETTERS = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in SHOWN)}
-BYTES = {letter: b for b, letter in LETTERS.items()}
-
-def letters(token): return "".join(map(LETTERS.get, token))
-def to_bytes(name): return bytes(map(BYTES.__getitem__, name))
-
-def read(path, parse):
-    """parse(the text of the file); an error in it becomes a ValueError that names the file."""
-    try:
-        with open(path, encoding="utf-8") as f: return parse(f.read())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"cannot read {path}: {e if isinstance(e, ValueError) else f'{type(e).__name__} {e}'}") from None
-
-def write(path, save):
-    """Write `path` whole or not at all: save(file) fills a temporary file, which is renamed once it is safely on disk."""
-    f = open(f"{path}.{os.getpid()}", "wb")
-    try:
-        with f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f.name, path)
-    finally:
-        if os.path.exists(f.name): os.remove(f.name)    # after an error: half a file would keep a full disk full
-
-def write_json(path, d):
-    write(path, lambda f: f.write(json.dumps(d, separators=(",", ":"), ensure_ascii=False).encode()))
-
 # ---- Command line -------------------------------------------------------------------------------------------------------------
-
-def progress(label, total=0, unit=1):
-    """-> add(n), which shows progress, time left and speed on stderr: in place on a terminal, else a line every 10 seconds."""
-    done, start, shown, tty = 0, time.time(), time.time(), sys.stderr.isatty()
-    def add(n):
-        nonlocal done, shown
-        done, now = done + n, time.time()
-        if now - shown >= (0.2 if tty else 10):
-            rate, shown = max(done, 1) / (now - start), now
-            left = f" of {total / unit:,.0f}, {max(total - done, 0) / rate:,.0f} s left" if total else ""
-            end = "\x1b[K\r" if tty else "\n"
-            print(f"{done / unit:,.0f} {label}{left}, {rate / unit:,.1f}/s", end=end, file=sys.stderr, flush=True)
-    return add
 
 def main(argv=None):
     import argparse

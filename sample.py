@@ -36,6 +36,8 @@ from model import GPT, KVCache, apply_rope, filter_logits, load_checkpoint, load
 BEGIN = "<|begin_of_text|>"                                         # Llama 3 expects it at the start of every text
 ENDS = (ENDOFTEXT, "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")   # GPT-2 and ours; Llama 3; chat turns of Llama 3 and Qwen
 
+def say(line): print(line, file=sys.stderr, flush=True)
+
 # ---------------------------------------------------------------------------- weights
 
 class Int8Linear(nn.Module):
@@ -365,8 +367,6 @@ def decode(model, rows, cfg, V, stats, cache=None):
             recorded.clear()
 
 # ---------------------------------------------------------------------------- what people type and see
-
-def say(line): print(line, file=sys.stderr, flush=True)
 
 def read_file(path):
     try: return Path(path).read_bytes().decode("utf-8")         # as prepare.py does: line ends stay as they are

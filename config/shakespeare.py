@@ -6,4 +6,4 @@ batch_size, max_iters = 8, 600
 eval_interval = 100
 unembedding_lr = 0.012                  # the default is for wider models
 beta1, beta2 = 0.5, 0.99                # a short run: little momentum; small batches are noisy: a long average of squares
-window_pattern, window = "S", 4         # all layers but the last see four tokens: in short runs they learn faster so
+window_pattern, window = "S", 4         # all layers but the last see four tokens: learns faster, above all in short runs

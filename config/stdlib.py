@@ -7,4 +7,4 @@ eval_interval = 350                     # once, at the end, on the whole validat
 start = "def main"                      # of the sample at the end
 unembedding_lr = 0.012                  # the default is for wider models
 beta1, beta2 = 0.5, 0.99                # a short run: little momentum; small batches are noisy: a long average of squares
-window_pattern, window = "S", 8         # all layers but the last see eight tokens: in short runs they learn faster so
+window_pattern, window = "S", 8         # all layers but the last see eight tokens: learns faster, above all in short runs

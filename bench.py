@@ -16,7 +16,7 @@ Speeds are ratios: contestants take turns in one run (sample: once each) and the
 import contextlib, copy, csv, hashlib, importlib.util, io, itertools, json, math, os, re, statistics, subprocess, sys, sysconfig
 import tarfile, tempfile, time, warnings, zipfile
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -247,7 +247,7 @@ def bench_sample(argv):
     cfg = replace(config.load(files + argv), temperature=1.0, top_k=200, num_beams=1, best_of=1)
     device, tok, rows = pick_device(cfg.device), bpe.Tokenizer([]), []
     tok.decode_bytes = lambda ids: b"."                 # random weights draw random ids, which this tokenizer lacks
-    if cfg.block_size < 2: raise ValueError("block_size=1 has no room for a prompt and a new token: take at least 2")
+    if cfg.block_size < 24: raise ValueError(f"block_size={cfg.block_size} is too short to measure: take at least 24")
     n = min(cfg.max_new_tokens, cfg.block_size - 1)
 
     def recompute(n):                                   # nanoGPT's way: the whole text through the model for every token
@@ -259,14 +259,14 @@ def bench_sample(argv):
     def ours(model, batch, prompt, n):                  # -> decoding tokens/s, prefill tokens/s, GB/s read
         if cfg.compile: torch._dynamo.reset()           # each batch size is compiled anew, and recompilations are limited
         c, stats = replace(cfg, max_new_tokens=n), Counter()
-        texts = [sampler.Row([1 + i % 7] * prompt, i, tok, c) for i in range(batch)]
+        texts = [sampler.Row([i % cfg.vocab_size] * prompt, i, tok, c) for i in range(batch)]
         for step, _ in enumerate(sampler.decode(model, texts, c, cfg.vocab_size, stats)):
             if step == 0: prefill = stats["prompt_tokens"] / stats["prompt_seconds"] if prompt > 1 else "-"
             if step == 3 and n > 8: stats.clear()       # the first steps warm up
         return stats["tokens"] / stats["seconds"], prefill, stats["bytes"] / stats["seconds"] / 1e9
 
     torch.manual_seed(cfg.seed)
-    with device: plain, start = sampler.place(GPT(cfg.model()), device, torch.float32), torch.ones(1, 1, dtype=torch.long)
+    with device: plain, start = sampler.place(GPT(cfg.model()), device, torch.float32), torch.zeros(1, 1, dtype=torch.long)
     others = {"every token anew, as nanoGPT, float32": recompute}
     if transformers := peer("transformers"):
         shape = dict(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head)
@@ -435,8 +435,8 @@ def bench_scaling(argv):
         log = [r for r in log if r.get("val_bpb")]
         if not log: raise ValueError(f"{folder} has no validation loss yet: train it to its first eval_interval")
         if log[-1]["step"] < saved["max_iters"]: print(f"{folder} has not ended: its loss at step {log[-1]['step']} is too high")
-        shape = config.GPTConfig(**{field.name: saved[field.name] for field in fields(config.GPTConfig)})
-        with torch.device("meta"): model = GPT(shape)
+        shape = {key: value for key, value in saved.items() if hasattr(config.GPTConfig, key)}
+        with torch.device("meta"): model = GPT(config.GPTConfig(**shape))
         points.append((model.estimate_flops() * log[-1]["tokens"], log[-1]["val_bpb"], model.num_params(), folder))
     if len({p[0] for p in points}) < 3: raise ValueError("three unknowns: give at least three runs that differ in compute")
     compute, loss, *_ = zip(*sorted(points))

@@ -4854,48 +4854,68 @@ def test_bench_size_counts_what_the_model_has(capsys, tmp_path):
     bench.main(["size", os.path.join(HERE, "config", "gpt2_124m_classic.py")])
     out = capsys.readouterr().out
     assert re.search(r"^all +124,439,808 +100.0%", out, re.M) and re.search(r"^positions +786,432", out, re.M)
-    run, = re.findall(r"this run: .* a parameter, (\S+) FLOP", out)
-    assert re.search(rf"^H100  +{float(run) / 0.4 / 989e12 / 3600:,.1f}", out, re.M)
+    # FLOPs: 6 * (the parameters without 786,432 positions) + 12 layers * 12 * 768 * 1024; hours: / (0.4 * 989e12) / 3600
+    assert "855.2 MFLOP a token; this run: 9,999,745,024 tokens, 80.4 a parameter, 8.55e+18 FLOP\n" in out
+    assert "2,488,796,160 tokens, 2.13e+18 FLOP" in out and re.search(r"^H100  +6.0 +1.5$", out, re.M)
+    assert re.search(r"^MLP +56,669,184 +45.5%\n", out, re.M) and re.search(r"^all +24,223.19\n", out, re.M)
     published = dict(model_type="gpt2", n_positions=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
     (tmp_path / "config.json").write_text(json.dumps(published | dict(layer_norm_epsilon=1e-5)))
-    bench.main(["size", f"--init_from={tmp_path}", "--lora_rank=8", "--n_layer=3"])         # the folder's shape, not the config's
+    bench.main(["size", f"--init_from={tmp_path}", "--lora_rank=8", "--n_layer=3", "--block_size=2048"])     # the folder's shape
     lora = 12 * 4 * 2 * 8 * 768                     # layers, matrices, A and B, rank, width
-    assert re.search(rf"^gradients +{lora * 4 / 2 ** 20:.2f}\n", capsys.readouterr().out, re.M)
+    assert re.search(rf"^positions +786,432 .*^gradients +{lora * 4 / 2 ** 20:.2f}\n", capsys.readouterr().out, re.M | re.S)
 
 
-def test_bench_takes_turns_and_the_median_counts():
+def test_bench_takes_turns_and_the_median_counts(monkeypatch):
     order, values = [], iter((1, 10, 2, 20, 9, 30))
     assert bench.take_turns({"a": 1, "b": 2}, 3, lambda work: order.append(work) or next(values)) == {"a": 2, "b": 20}
     assert order == [1, 2] * 3
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: time.sleep(0.1))
+    assert bench.seconds(lambda: None) >= 0.1                       # what it left running on a GPU counts
+    for name, value in dict(is_available=True, memory_allocated=2 ** 21, max_memory_allocated=2 ** 23).items():
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: order.append(name) or value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: order.append("reset"))
+    assert bench.memory_of(lambda: order.append("work")) == (None, 6.0)
+    assert order[6:] == ["is_available", "reset", "memory_allocated", "work", "max_memory_allocated"]
 
 
 def test_bench_train_reports_both_recipes(capsys, monkeypatch):
     monkeypatch.setattr(bench.torch, "compile", lambda model: model)        # only the table is tested
-    monkeypatch.setattr(bench, "take_turns", lambda steps, rounds: dict.fromkeys(steps, 1e-6))
-    shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16)
-    bench.main(["train", "--batch_size=2", "--device=cpu", *(f"--{k}={v}" for k, v in shape.items())])
-    row = r"^(as configured|classic).* sdpa(?:, compiled)? +0.00 +32,000,000 +(\S+)  unknown peak +(\S+)% .* 1.00 x"
-    rows, flops = re.findall(row, capsys.readouterr().out, re.M), model_py.GPT(config.GPTConfig(**shape)).estimate_flops()
-    assert [r[0] for r in rows] == ["classic", "classic", "as configured", "as configured"]
-    assert float(rows[-1][1]) == pytest.approx(flops * 32 / 1e-6 / 1e12, abs=0.01)
-    assert float(rows[-1][2]) == pytest.approx(100 * flops * 32 / (2 * 2048 ** 3), abs=0.1)      # of that product's rate
+    monkeypatch.setitem(train.PEAK_FLOPS, "cpu", 1e9)
+    monkeypatch.setattr(bench, "take_turns", lambda steps, rounds: {
+        name: 2.0 if name == "product" else 1e-5 * 2 ** i for i, name in enumerate(steps)})
+    trained = []
+    monkeypatch.setattr(train, "update", lambda optimizers, bad: trained.append(not bad and all(
+        p.grad is not None for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])))
+    words = [f"--{k}={v}" for k, v in dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=16).items()]
+    bench.main(["train", "--batch_size=2", "--device=cpu", *words])
+    row = r"^(as configured|classic).* sdpa(?:, compiled)? +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) +- +(\S+) x"
+    rows = re.findall(row, capsys.readouterr().out, re.M)
+    assert [r[0] for r in rows] == ["classic", "classic", "as configured", "as configured"] and trained == [True] * 4
+    for i, words in ((0, words + [os.path.join(HERE, "config", "classic.py")]), (3, words)):
+        rate = model_py.GPT(config.load(words).model()).estimate_flops() * 32 / (1e-5 * 2 ** i)
+        assert rows[i][1:3] == (f"{0.01 * 2 ** i:.2f}", f"{3_200_000 // 2 ** i:,}")
+        assert rows[i][3:] == (f"{rate / 1e12:.2f}", f"{rate / 1e9:.1%}", f"{rate / 2048 ** 3:.1%}", f"{1 / 2 ** i:.2f}")
 
 
 def test_bench_logs_are_read_scaled_and_missing_ones_named(tmp_path, capsys):
     def log(i, tokens, bits):
-        record = dict(step=9, tokens=tokens, seconds=1.0, val_loss=bits, val_bpb=bits)
-        (tmp_path / str(i) / "log.jsonl").write_text(json.dumps(record) + "\n")
+        record = dict(step=9, tokens=tokens, seconds=1.0, val_loss=3 * bits, val_bpb=bits)
+        records = record | dict(step=3, tokens=1, val_bpb=9.0), record, dict(step=9, tokens=5, loss=1.0)        # the second counts
+        (tmp_path / str(i) / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for i, n in enumerate((16, 32, 64)):
         os.makedirs(tmp_path / str(i))
         shape = vars(config.GPTConfig(n_layer=1, n_head=2, n_embd=n, vocab_size=64, block_size=16))
         (tmp_path / str(i) / "config.json").write_text(json.dumps(shape | dict(max_iters=9 + i // 2, dataset="ab"[i // 2])))
-        log(i, 1000 * 4 ** i, 3 - i / 2)
+        log(i, 1000 * 4 ** i, (3, 2.25, 2)[i])
     bench.main(["scaling", *(str(tmp_path / str(i)) for i in range(3))])
     out, compute = capsys.readouterr().out, model_py.GPT(config.GPTConfig(**shape)).estimate_flops() * 16000
     assert "2 has not ended: its loss at step 9" in out and "1 has not ended" not in out and "three runs fit any law" in out
-    assert out.count("has other text than") == 1 and "bits per byte = " in out and re.search(rf"{re.escape(f'{compute:.3g}')} +2.0000 ", out)
+    assert out.count("has other text than") == 1 and re.search(rf"{re.escape(f'{compute:.3g}')} +2.0000 +(2.000|1.999)", out)
+    E, A, a = map(float, re.search(r"= (\S+) \+ (\S+) \* FLOP\^-(\S+)", out).groups())
+    assert float(re.search(r"^4 x +(\S+)", out, re.M)[1]) == pytest.approx(E + A * (4 * compute) ** -a, rel=1e-2)
     with open(tmp_path / "2" / "log.jsonl", "a") as f: f.write('{"step": 10, "lo\n{"st')        # as after a crash
-    assert [r["step"] for r in bench.read_run(tmp_path / "2")[1]] == [9]
+    assert [r["step"] for r in bench.read_run(tmp_path / "2")[1]] == [3, 9, 9]
     os.makedirs(tmp_path / "bad")
     (tmp_path / "bad" / "config.json").write_text("{")
     for i, bits in ((3, 3.5), (4, 4.0), (5, math.nan)):
@@ -4919,11 +4939,16 @@ def test_bench_plot_peer_matplotlib(tmp_path, monkeypatch):
         lines += [dict(step=8, tokens=80, seconds=4.0, val_loss=v, val_bpb=v / 4) for v in (1.5, 1.0, 2.0)]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
         (tmp_path / name / "config.json").write_text("{}")
-    names, plot = [], bench.plot
-    spied = lambda path, panels, *args, **kw: (names.extend(panels["step"]), plot(path, panels, *args, **kw))
+    shown, plot = [], bench.plot
+    spied = lambda path, panels, *args, **kw: (shown.extend((panels, kw)), plot(path, panels, *args, **kw))
     monkeypatch.setattr(bench, "plot", spied)
     bench.main(["plot", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert names[1] == f"{tmp_path / 'a'}, best 0.2500"               # bits per byte: the runs' tokenizers may differ
+    pale, dots = f"_{tmp_path / 'a'}", f"{tmp_path / 'a'}, best 0.2500"               # bits per byte: the runs' tokenizers may differ
+    assert [shown[0][axis][pale][0] for axis in ("step", "tokens", "seconds")] == [(1, 1.25), (10, 1.25), (0.5, 1.25)]
+    assert shown[0]["tokens"][dots] == [(80, 0.375), (80, 0.25), (80, 0.5)] and "bits per byte" in shown[1]["ylabel"]
+    (tmp_path / "b" / "log.jsonl").write_text(json.dumps(dict(step=1, tokens=1, seconds=1, loss=1.0)))
+    bench.main(["plot", str(tmp_path / "a"), str(tmp_path / "b")])                    # b has no bits per byte yet
+    assert f"{tmp_path / 'a'}, best 1.0000" in shown[2]["step"] and "nats per token" in shown[3]["ylabel"]
     assert (tmp_path / "a" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -4932,7 +4957,7 @@ def test_bench_attention_without_a_gpu_says_so(capsys):
     if torch.cuda.is_available(): pytest.skip("there is a GPU here: python bench.py attention measures it")
     bench.main(["attention"])
     out = capsys.readouterr().out
-    assert "no CUDA GPU: speed not measured" in out
+    assert "no CUDA GPU: speed not measured" in out and re.search(r"T +1024: flash +0.05 +naive +24.0 +512 x", out)
     errors = list(map(float, re.findall(r"\d\.\de-\d\d", out)))
     assert all(error < 1e-5 for error in errors) and len(errors) == 4
 
@@ -4975,26 +5000,35 @@ def test_bench_attention_writes_its_tables(here, monkeypatch, capsys):
     assert "matrix product 8192^3: 550 TFLOP/s" in out
     rows = list(csv.DictReader(open("out/bench/attention.csv")))
     assert len(rows) == 26 * 4 + 2 * 2 and all(r["time / ours"] == ("1.0" if r["peer"] == "ours" else "4.0") for r in rows)
-    wanted = 4 * 4 * 16 * 4096 * 2048 * 128 * 2.5 / 2e-3 / 1e12    # GQA: B 4, H 16, causal, backward
-    row, = [r for r in rows if r["K"] == "4" and r["T"] == "4096" and r["pass"] == "backward" and r["peer"] == "ours"]
-    assert float(row["TFLOP/s"]) == pytest.approx(wanted)
-    assert float(row["% of peak"]) == pytest.approx(wanted / 5.497558, rel=1e-3)
+    for r in rows:
+        B, H, T, S, D = (int(r[key]) for key in "BHTSD")
+        pairs = dict(full=T * S, causal=T * S / 2, window=sum(min(i, 1024) for i in range(1, T + 1)))[r["mask"]]
+        rate = 4 * B * H * D * pairs * (2.5 if r["pass"] == "backward" else 1) / float(r["us"]) / 1e6
+        assert [float(r["TFLOP/s"]), float(r["% of peak"])] == pytest.approx([rate, rate / 5.497558], rel=1e-3)
+        assert r["K"] == "4" or r["mask"] == "window" or [B * T, H * D] == [16384, 2048]
     if importlib.util.find_spec("matplotlib"): assert Path("out/bench/attention.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_bench_tokenizer_compares_what_is_installed(tmp_path):
+def test_bench_tokenizer_compares_what_is_installed(tmp_path, monkeypatch, capsys):
     (tmp_path / "text").write_text("the cat sat on the mat, the dog did not: \u00fc\n" * 99 + "<|endoftext|>")
     command = [sys.executable, os.path.join(HERE, "bench.py"), "tokenizer"]
     run = subprocess.run([*command, str(tmp_path / "text"), "--vocab_size=290"], capture_output=True, text=True, check=True)
     assert re.search(r"^bpe .* same$", run.stdout, re.M) and re.search(r"^tiktoken .* same$", run.stdout, re.M)
-    assert "DIFFERENT" not in run.stdout
+    assert "DIFFERENT" not in run.stdout and 10 < float(re.search(r"^bpe +\S+ +\S+ +(\S+)", run.stdout, re.M)[1]) < 2000       # MB
     run = subprocess.run([*command, "nothing"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and "nothing" in run.stderr
     for words in (["a.txt", "b.txt"], [str(tmp_path)]):
         with pytest.raises(ValueError, match=f"{words[-1]}: name one file, and no folder"): bench.bench_tokenizer(words)
+    runs = iter([(1, 9), (40, 5), (4, 7), (2, 8)] + 3 * [(1, 9)])           # pretended seconds and MB; one of 40 s runs once
+    monkeypatch.setattr(bench, "peer", lambda name: name == "rustbpe")
+    monkeypatch.setattr(bench, "contend", lambda job, name, *words: dict(zip(("seconds", "MB"), next(runs)), tokens=2_000_000, digest=name))
+    (tmp_path / "text").write_bytes(b"x" * 6_000_000)
+    bench.bench_tokenizer([str(tmp_path / "text")])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:4]] == [
+        ["bpe", "2", "3.00", "9", "3.00", "same"], ["rustbpe", "40", "0.15", "5", "3.00", "DIFFERENT"]]
 
 
-def test_bench_sample_has_a_row_for_each_way(capsys):
+def test_bench_sample_has_a_row_for_each_way(capsys, monkeypatch):
     shape = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=64, block_size=64, max_new_tokens=12, device="cpu")
     bench.main(["sample", *(f"--{k}={v}" for k, v in shape.items())])
     rows = re.findall(r"^(.+?)  +(\d+) +(\d+) +(\d+) +[\d,.]+ .* ([\d.]+) x$", capsys.readouterr().out, re.M)
@@ -5002,7 +5036,16 @@ def test_bench_sample_has_a_row_for_each_way(capsys):
     for kind in ("float32", "bfloat16", "bfloat16, int8 weights"):
         shapes = [tuple(map(int, row[1:4])) for row in rows if row[0] == f"sample.py, {kind}"]
         assert shapes == [(1, 1, 12), (4, 16, 32), (16, 16, 32), (64, 16, 16)]
-    with pytest.raises(ValueError, match="random weights of a config's size"): bench.main(["sample", "--out_dir=out/x"])
+    def decode(model, texts, c, V, stats):          # pretended: slow first steps, then two a second
+        stats.update(prompt_tokens=30, prompt_seconds=2)
+        for i in range(c.max_new_tokens): yield stats.update(tokens=len(texts), steps=1, bytes=3e9, seconds=9 if i < 4 else 0.5)
+    monkeypatch.setattr(sample, "decode", decode)
+    monkeypatch.setattr(bench, "seconds", lambda work: 4)
+    bench.main(["sample", *(f"--{k}={v}" for k, v in shape.items())])
+    out = re.sub(" +", " ", capsys.readouterr().out)
+    assert "float32 1 1 12 3.00 - - 1.0 x" in out and "bfloat16 4 16 32 8.00 15.00 6.00 2.7 x" in out
+    for words, message in ((["--out_dir=out/x"], "random weights of a config's size"), (["--block_size=23"], "take at least 24")):
+        with pytest.raises(ValueError, match=message): bench.main(["sample", *words])
 
 
 def test_bench_context_agrees_with_the_model_inside_its_context(here, capsys):
@@ -5087,7 +5130,7 @@ def test_bench_eval_choices_equal_a_plain_computation(tmp_path, shape):
     for batch in (1, 3, 7):
         scores = [s for i in range(0, 7, batch) for s in bench.score(model, questions[i:i + batch])]
         for found, values in zip(scores, expected, strict=True): assert found == pytest.approx(values, abs=1e-4)
-    assert [right for *_, right in questions] == [label for *_, label in EVAL_READ]
+    assert [q[2:] for q in questions] == [([len(e) for e in endings], label) for _, endings, label in EVAL_READ]    # letters
     cut, endings = questions[1][:2]                 # a context too long keeps as much of its end as fits
     assert len(cut) + max(map(len, endings)) == 129 and EVAL_READ[1][0].endswith(sample_TOK.decode(cut))
 
@@ -5115,7 +5158,7 @@ def test_bench_eval_text_scores_every_token_once_with_enough_context(stride, n):
 def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(here, capsys, monkeypatch):
     path, out = here / "q.jsonl", str(here / "run")
     path.write_text("\n".join(json.dumps(EVAL_LINES[i % 7]) for i in range(23)))
-    (here / "t.txt").write_text("abc abc abc")
+    (here / "t.txt").write_text("the the the")
     sample_checkpoint(out, block_size=128)
     argv, score, scored = ["eval", f"--out_dir={out}", f"--task={path}", "--batch_size=4", "--device=cpu"], bench.score, []
     def counting(model, questions):
@@ -5131,6 +5174,7 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(h
     bench.main(argv + [f"--input={here / 't.txt'}", "--stride=128"])
     out_text = capsys.readouterr().out
     assert scored[4:] == [4, 4, 3] and "resuming, 12 of 23" in out_text
+    assert re.search("^task +questions +acc +acc_norm +chance$", out_text, re.M)
     n, nats, perplexity, bits = map(float, re.search(r"t.txt +11 +(.*)$", out_text, re.M)[1].replace(",", "").split())
     assert perplexity == pytest.approx(math.exp(nats), rel=1e-2) and bits == pytest.approx(n * nats / math.log(2) / 11, rel=1e-3)
     model, right = model_py.GPT.load(os.path.join(out, "ckpt.pt")), [0, 0]
@@ -5138,7 +5182,7 @@ def test_bench_eval_goes_on_where_it_stopped_and_starts_anew_for_another_model(h
     for (ids, *_), i in zip(eval_read(path, sample_TOK, 128), range(23)):
         _, endings, label = EVAL_READ[i % 7]
         scores = [eval_plain(model, sample_TOK, sample_TOK.decode(ids), ending) for ending in endings]
-        values = [v / len(e.encode()) for v, e in zip(scores, endings)]
+        values = [v / len(e) for v, e in zip(scores, endings)]
         right = [n + (v.index(max(v)) == label) for n, v in zip(right, (scores, values))]
     acc, norm = (f"{p:.2%} +- {math.sqrt(p * (1 - p) / 22):.2%}" for p in (right[0] / 23, right[1] / 23))
     chance = sum(1 / len(EVAL_READ[i % 7][1]) for i in range(23)) / 23
@@ -5167,7 +5211,7 @@ def test_bench_eval_bad_questions_are_named(tmp_path, line, message):
     assert "\n" not in str(e.value)
 
 
-def test_bench_eval_user_errors(here):
+def test_bench_eval_user_errors(here, monkeypatch):
     sample_checkpoint("out/x")
     (here / "empty.txt").write_text("")
     (here / "one.jsonl").write_text("\n")
@@ -5176,6 +5220,12 @@ def test_bench_eval_user_errors(here):
                            (["--input=empty.txt"], "nothing to score"), (["--input=one.jsonl"], "scored as plain text"),
                            (["--input=empty.txt", "--stride=65"], "stride=65 is longer")):
         with pytest.raises(ValueError, match=message): bench.main(["eval", "--device=cpu", *words])
+    strides = []
+    monkeypatch.setattr(bench, "text_loss", lambda *args: strides.append(args[-1]) or (1.0, 1, 1))
+    for size in (64, 1):
+        sample_checkpoint("out/x", sample_gpt(block_size=size))
+        bench.main(["eval", "--device=cpu", "--out_dir=out/x", "--input=empty.txt"])
+    assert strides == [32, 1]
 
 
 def test_bench_eval_unpacks_the_published_files(here, monkeypatch):

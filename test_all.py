@@ -2628,7 +2628,7 @@ def flash_pairs(*dimensions):
 FLASH_MATRIX = flash_pairs(
     [(129, 129), (1, 129), (100, 129), (127, 17), (15, 15), (1, 1), (17, 1)],      # T, S: equal, T = 1, T < S, T > S
     [64, 40, 96, 128], [True, False], [(2, 2), (4, 2), (2, 1)],                    # D, causal, (H, K): MHA, GQA, MQA
-    [(0, False), (20, False), (0, True), (50, True)],                              # window, documents
+    [(0, False), (20, False), (0, True), (30, True)],                              # window, documents
     ["plain", "packed", "odd", "expanded", "transposed"],
     [(torch.float32, 80), (torch.float16, 90), (torch.float16, 80), (torch.bfloat16, 90)])
 
@@ -2708,7 +2708,7 @@ def test_flash_beyond_two_to_the_31():
     far = 2 ** 30 + 64
     room = torch.empty(far * 2 + 2 ** 29, dtype=torch.float16, device=flash_device)
     for (B, H, T, D), strides in (((3, 1, 20, 16), (far, 320, 16, 1)), ((1, 3, 20, 16), (320, far, 16, 1)),
-                                  ((1, 1, 150, 16), (16, 16, 2 ** 24, 1)), ((1, 1, 70, 16), (16, 16, 2 ** 25, 1))):
+                                  ((1, 1, 150, 16), (16, 16, 2 ** 24, 1)), ((1, 1, 70, 16), (16, 16, 2 ** 25 + 2 ** 20, 1))):
         q, k, v = [torch.as_strided(room, (B, H, T, D), strides, offset) for offset in (0, 1024, 2048)]
         for x, y in zip((q, k, v), flash_tensors(B, H, H, T, T, D, torch.float16)): x.copy_(y)
         args = [x.contiguous().double() for x in (q, k, v)]
@@ -2729,7 +2729,7 @@ def test_flash_beyond_two_to_the_31():
 def test_flash_decode(heads, T, S, window, dtype):
     """Rows of different lengths in one cache. Beyond each length the cache is NaN, so that reading it would show."""
     q, k, v = flash_tensors(4, *heads, T, S, 40, dtype, layout="packed")
-    lengths = torch.tensor([S, S // 2 + 3, max(T, 2), T // 2], device=flash_device)
+    lengths = torch.tensor([S + 70, S // 2 + 3, max(T, 2), T // 2], device=flash_device)       # beyond S counts as S
     for b, n in enumerate(lengths.tolist()):
         k[b, :, n:] = float("nan")
         v[b, :, n:] = float("nan")
@@ -2808,6 +2808,8 @@ def test_flash_operators():
     documents = torch.zeros(1, 5, dtype=torch.int32, device=flash_device)
     for args in ((q, k, v, True, 0, 0.25, None), (q, k, v, False, 3, 0.25, documents)):
         torch.library.opcheck(flash_attn.forward_op, args)
+        saved = [x.detach() for x in (q, k, v, *flash_attn.forward_op(*args))]
+        torch.library.opcheck(flash_attn.backward_op, (saved[3], *saved, *args[3:]))
     lengths = torch.tensor([7], dtype=torch.int32, device=flash_device)
     torch.library.opcheck(flash_attn.decode_op, (q.detach(), k.detach(), v.detach(), lengths, 0, 0.25))
 
@@ -2847,7 +2849,12 @@ def test_flash_exports_with_symbolic_lengths(strict):
 def test_flash_says_what_is_wrong():
     q, k, v = flash_tensors(1, 4, 2, 5, 9, 16, torch.float32)
     attend = flash_attn.flash_attention
-    for match, call in (("multiple of K", lambda: attend(q[:, :3], k, v)), (r"\(B, K, S, D\)", lambda: attend(q, k, v[:, :, :3])),
+    odd = [(q[:, :3], k, v), (q[0], k, v), (q, k[0], v[0]), (q, k[:, :0], v[:, :0]), (q, k[..., :8], v[..., :8]),
+           (q.repeat(2, 1, 1, 1), k, v)]
+    for match, call in (*[("multiple of K", lambda x=x: attend(*x)) for x in odd],
+                        ("head dim is 0", lambda: attend(*[x[..., :0] for x in (q, k, v)])),
+                        ("must be one of", lambda: attend(q, k, v.half())), ("on one device", lambda: attend(q, k.to("meta"), v)),
+                        (r"\(B, K, S, D\)", lambda: attend(q, k, v[:, :, :3])),
                         ("window is -1", lambda: attend(q, k, v, window=-1)), ("must be one of", lambda: attend(q.half(), k, v)),
                         ("window is True", lambda: attend(q, k, v, window=True)), ("window is None", lambda: attend(q, k, v, window=None)),
                         (r"window is \(3, 0\)", lambda: attend(q, k, v, window=(3, 0))),

@@ -34,7 +34,7 @@ SAME_SPLIT = {CL100K_HF: CL100K_SPLIT,    # other spellings of the patterns abov
               QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): GPT4_SPLIT,
               r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_SPLIT}
 ENDOFTEXT = "<|endoftext|>"
-CHUNK = 1 << 18            # bytes split at once: few enough that their arrays stay in the CPU's cache
+CHUNK = 1 << 17            # bytes split at once: few enough that their arrays stay in the CPU's cache
 BATCH = 1 << 23            # bytes sent to a worker process at once
 SLOTS = 19                 # the table in which array operations look up words has 2^SLOTS slots
 CACHE = 1 << 20            # words whose ids the encoder remembers
@@ -589,7 +589,7 @@ class Tokenizer:
 
         The cache is (words, start, ids): word i has ids[start[i]:start[i + 1]]. A batch takes it away and puts it back complete:
         an interrupt loses it instead of damaging it, and a text encoded between two yields or by another thread has its own."""
-        for batch in groups(map(nfc, pieces) if self.normalizer else pieces, 32 * CHUNK):
+        for batch in groups(map(nfc, pieces) if self.normalizer else pieces, 64 * CHUNK):
             narrow = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
             words, start, ids = vars(self).pop("_cache", None) or (Words(), np.zeros(1, np.int64), np.zeros(0, narrow))
             known, chunks = len(words), []

@@ -813,7 +813,7 @@ def main(argv=None):
                 raise ValueError(f"{path} is not UTF-8 text: convert it (.jsonl is for prepare.py --input, which trains, too)")
         if not total: raise ValueError(f"there is no text in {', '.join(a.files)}")
         if os.path.isdir(a.out or ".") or a.out in a.files or not os.access(os.path.dirname(a.out) or ".", os.W_OK):
-            raise ValueError(f"--out={a.out} must be a new file in a folder that exists and can be written to")
+            raise ValueError(f"--out={a.out} must be a file of its own, in a folder that exists and can be written to")
         def parts(path):
             with open(path, "rb") as f: yield from iter(functools.partial(f.read, CHUNK), b"")
         pattern, special = GPT2_SPLIT if a.pattern == "gpt2" else GPT4_SPLIT, [s for s in a.special.split(",") if s]

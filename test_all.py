@@ -1832,8 +1832,8 @@ def test_bpe_command_line(tmp_path):
     os.mkdir(tmp_path / "folder")
     for name in ("utf16.txt", "A.JSONL", "a.txt.gz"): (tmp_path / name).write_text("the cat" * 9, "utf-16" if "16" in name else None)
     for message, *args in (("absent.txt", "absent.txt"), ("no text", "empty.txt"), ("256", "a.txt", "--vocab_size=100"),
-                           ("a folder that exists", "a.txt", "--out=no/such/folder.json"), ("a new file", "a.txt", "--out=a.txt"),
-                           ("a new file", "a.txt", "--out=folder"),
+                           ("a folder that exists", "a.txt", "--out=no/such/folder.json"), ("a file of its own", "a.txt", "--out=a.txt"),
+                           ("a file of its own", "a.txt", "--out=folder"),
                            ("name files", "a.txt", "folder"),
                            *[("is not UTF-8 text", "a.txt", name) for name in ("utf16.txt", "A.JSONL", "a.txt.gz")]):
         r = run(*args)
